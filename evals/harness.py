@@ -1,0 +1,562 @@
+"""The one door to lm-eval: reads tasks, splits their items, builds requests, and turns answers into outcomes.
+
+lm-eval stays the definition of tasks and metrics; its runner, its HFLM and its caches are not used. Order of use:
+`load_tasks` (no model), `Harness.prepare` (a tokenizer), then `Harness.score` (an engine) for every candidate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import jinja2
+import lm_eval.utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.registry import metric_registry
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from evals.errors import ScoreError, TaskError
+from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, Outcome, TaskInfo, TaskSpec
+from evals.packing import plan
+from evals.task_files import Sandbox, find_task_file, make_paths_absolute, read_rows, require_plain
+from evals.tokens import Encoder, Pair, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from evals.engine import Engine
+
+ROLLING_METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+NOT_A_NUMBER = ("likelihood",)  # lm-eval averages it, but each item's is a pair
+GREEDY_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})  # last three: unused
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a task: its content hash, the member of the group it is from, and lm-eval's document."""
+
+    hash: str
+    member: int
+    doc: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTask:
+    """A task, or a group of tasks that count as one, with its items split."""
+
+    info: TaskInfo
+    members: tuple[ConfigurableTask, ...]
+    filter: str
+    shots: int
+    items: Mapping[str, tuple[Item, ...]]  # by suite
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A suite's requests, by kind; `askers` are lm-eval's instances that wait for the answers, in the same order."""
+
+    items: list[tuple[LoadedTask, Item, list[Instance]]] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    pair_askers: list[Instance] = field(default_factory=list)
+    texts: list[tuple[int, ...]] = field(default_factory=list)
+    text_askers: list[Instance] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    prompt_askers: list[Instance] = field(default_factory=list)
+    prefix: int = 0
+    windows: dict[int, list[tuple[Pair, ...]]] = field(default_factory=dict)  # of the texts, by the model's length
+
+    def windows_of(self, length: int) -> list[tuple[Pair, ...]]:
+        if length not in self.windows:
+            self.windows[length] = [_windows(text, self.prefix, length) for text in self.texts]
+        return self.windows[length]
+
+
+class Harness:
+    """The tasks of a study, their items in two disjoint suites, and the way from a model to outcomes."""
+
+    def __init__(self, tasks: Sequence[LoadedTask], *, seed: int, chat_template: bool) -> None:
+        self.tasks = tuple(tasks)
+        self._seed = seed
+        self._chat_template = chat_template
+        self._prepared: dict[str, _Prepared] = {}
+
+    @property
+    def infos(self) -> tuple[TaskInfo, ...]:
+        """What was found, in the order the tasks were asked for."""
+        return tuple(task.info for task in self.tasks)
+
+    def suite_hash(self, suite: str) -> dict[str, list[str]]:
+        """Item hashes of a suite by task, in the order they are scored."""
+        return {task.info.name: [item.hash for item in task.items[suite]] for task in self.tasks}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> None:
+        """Build and tokenise a suite's requests, once for all candidates."""
+        encoder = Encoder(tokenizer)
+        prepared = _Prepared(prefix=encoder.prefix)
+        for task in self.tasks:
+            for item in task.items[suite]:
+                try:
+                    asked = self._instances(task, item, tokenizer)
+                    _add(prepared, asked, encoder)
+                except (TaskError, jinja2.TemplateError) as error:
+                    raise TaskError(f"task {task.info.name}, item {item.hash}: {error}") from error
+                prepared.items.append((task, item, asked))
+        self._prepared[suite] = prepared
+
+    def score(self, engine: Engine, suite: str) -> list[Outcome]:
+        """One outcome per item of a suite, from the model as it is now.
+
+        Raises:
+            ScoreError: the model gives numbers that are not finite.
+        """
+        if suite not in self._prepared:
+            self.prepare(engine.tokenizer, suite)
+        prepared = self._prepared[suite]
+        engine.check_finite()
+        _answer(prepared.pair_askers, engine.loglikelihoods(prepared.pairs))
+        _answer(prepared.text_askers, engine.rolling(prepared.windows_of(engine.max_length)))
+        _answer(prepared.prompt_askers, engine.generate(prepared.prompts))
+        cut = _cut(prepared, engine.max_length)
+        return [_outcome(task, suite, item, asked, cut) for task, item, asked in prepared.items]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
+        return [
+            {
+                "task": task.info.name,
+                "role": task.info.role,
+                "expert": task.info.expert,
+                "kind": task.info.output_type,
+                "metric": task.info.metric,
+                "chance": task.info.chance,
+                "shots": task.shots,
+                **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
+                **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},
+            }
+            for task in self.tasks
+        ]
+
+    def _instances(self, task: LoadedTask, item: Item, tokenizer: PreTrainedTokenizerBase) -> list[Instance]:
+        member = task.members[item.member]
+        member.set_fewshot_seed(_number(f"{self._seed}:{item.hash}"))  # an item's shots do not depend on its neighbours
+        context = member.fewshot_context(
+            doc=item.doc,
+            num_fewshot=task.shots,
+            apply_chat_template=self._chat_template,
+            fewshot_as_multiturn=self._chat_template,
+            chat_template=partial(_chat, tokenizer) if self._chat_template else None,
+            gen_prefix=member.doc_to_prefix(item.doc),
+        )
+        asked = member.construct_requests(
+            doc=item.doc,
+            ctx=context,
+            metadata=(task.info.name, 0, 1),
+            apply_chat_template=self._chat_template,
+        )
+        return asked if isinstance(asked, list) else [asked]
+
+    def _tokens(self, task: LoadedTask, suite: str) -> int | None:
+        """About how many tokens a candidate reads; exact but for texts longer than the model's context."""
+        if suite not in self._prepared:
+            return None
+        prepared = self._prepared[suite]
+        mine = {id(instance) for owner, _, asked in prepared.items if owner is task for instance in asked}
+        pairs = [p for p, asker in zip(prepared.pairs, prepared.pair_askers, strict=True) if id(asker) in mine]
+        texts = [t for t, asker in zip(prepared.texts, prepared.text_askers, strict=True) if id(asker) in mine]
+        prompts = [p for p, asker in zip(prepared.prompts, prepared.prompt_askers, strict=True) if id(asker) in mine]
+        packed = sum(len(row.tokens) for rows in plan(pairs, token_budget=2048, branching=True) for row in rows)
+        return packed + sum(map(len, texts)) + sum(len(p.tokens) + p.max_new_tokens for p in prompts)
+
+
+def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, allow_task_code: bool) -> Harness:
+    """Read tasks and split their items; loads no model.
+
+    Args:
+        seed: chooses which items are search and which holdout items, and the shots of each.
+        chat_template: wrap prompts in the tokenizer's chat template.
+        allow_task_code: trust task files as Python code is trusted.
+
+    Raises:
+        TaskError: a task cannot be read, measured or split as asked.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    if not isinstance(lm_eval.utils.env, Sandbox):
+        lm_eval.utils.env = Sandbox(lm_eval.utils.env)
+    tasks: list[LoadedTask] = []
+    for spec in specs:
+        task = _load(spec, seed=seed, allow_task_code=allow_task_code)
+        if task.info.name in {other.info.name for other in tasks}:
+            raise TaskError(f"task names must differ: {task.info.name} is there twice")
+        tasks.append(task)
+    return Harness(tasks, seed=seed, chat_template=chat_template)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
+    if spec.search_items < 1 or (spec.holdout_items < 1 and spec.holdout_items != REST):
+        raise TaskError(f"each suite needs items: task {spec.name} has {spec.search_items} and {spec.holdout_items}")
+    try:
+        name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
+    except TaskError:
+        raise
+    except Exception as error:  # lm-eval and datasets raise whatever their libraries do
+        raise TaskError(f"task {spec.name} cannot be read: {type(error).__name__}: {_short(error)}") from error
+    members = tuple(loaded["tasks"].values())
+    for member in members:
+        _require_usable(member, spec, allow_task_code=allow_task_code)
+    metric, chosen_filter, higher = _metric(name, members, spec.metric)
+    if len(members) > 1:
+        _require_pooled(name, loaded.get("groups", {}).values())
+    items, choices = _items(name, members)
+    suites = _split(name, items, members, spec, seed)
+    chosen = [choices[item.member, item.hash] for suite in SUITES for item in suites[suite]]
+    accuracy = metric in ACCURACIES and members[0].OUTPUT_TYPE == "multiple_choice"
+    info = TaskInfo(
+        name=name,
+        role=spec.role,
+        expert=spec.expert,
+        output_type=members[0].OUTPUT_TYPE,
+        metric=metric,
+        higher_is_better=higher,
+        chance=math.fsum(chosen) / len(chosen) if accuracy else 0.0,
+        search_items=len(suites[SEARCH]),
+        holdout_items=len(suites[HOLDOUT]),
+    )
+    return LoadedTask(info, members, chosen_filter, spec.shots, suites)
+
+
+@lru_cache(maxsize=1)
+def _built_in() -> TaskManager:
+    return TaskManager()  # reads some 14,000 files: once per process
+
+
+def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
+    """A task's name and what lm-eval makes of it: its members, and its groups."""
+    if not ("/" in source or "\\" in source or source.endswith((".yaml", ".yml")) or Path(source).is_dir()):
+        manager = _built_in()
+        if source not in manager.task_index:
+            raise TaskError(f"no task, group or tag {source!r} in lm-eval; a path needs a slash: ./{source}")
+        return source, manager.load([source])
+    path = find_task_file(Path(source).expanduser().resolve())
+    if not allow_task_code:
+        require_plain(path, metrics=frozenset(metric_registry))
+    config = load_yaml(path, resolve_func=False)
+    name = config.get("group") or config.get("task")
+    if not isinstance(name, str):
+        raise TaskError(f"{path}: a task file names a task or a group")
+    manager = TaskManager(include_path=str(path.parent), include_defaults=False)
+    if manager.task_index[name].yaml_path != path:
+        raise TaskError(f"task names must differ: {name} is in {path} and in {manager.task_index[name].yaml_path}")
+    for member in _needed(manager, name):
+        _settle(manager, member, allow_task_code=allow_task_code)
+    return name, manager.load([name])
+
+
+def _needed(manager: TaskManager, name: str) -> list[str]:
+    """A task or group and all it is made of."""
+    config = manager.task_index[name].cfg or {}
+    members = config["task"] if isinstance(config.get("task"), list) else []
+    names = [str(m.get("task") or m.get("group")) if isinstance(m, dict) else str(m) for m in members]
+    return [name, *(n for found in names if found in manager.task_index for n in _needed(manager, found))]
+
+
+def _settle(manager: TaskManager, name: str, *, allow_task_code: bool) -> None:
+    """Check one task file, and give lm-eval its settings with data files found and read."""
+    entry = manager.task_index[name]
+    if entry.yaml_path is None:
+        return
+    if not allow_task_code:
+        require_plain(entry.yaml_path, metrics=frozenset(metric_registry))
+    config = load_yaml(entry.yaml_path, resolve_func=allow_task_code)
+    entry.cfg = _with_rows(make_paths_absolute(config, entry.yaml_path.parent))
+    entry.yaml_path = None
+
+
+def _with_rows(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose JSON files are read by us: exact messages, and no Arrow cache for workers to share and lock."""
+    if isinstance(config.get("task"), list):
+        members = [_with_rows(member) if isinstance(member, dict) else member for member in config["task"]]
+        return {**config, "task": members}
+    options = config.get("dataset_kwargs") or {}
+    if config.get("dataset_path") != "json" or set(options) != {"data_files"}:
+        return config
+    files = options["data_files"]
+    splits = files if isinstance(files, dict) else {"train": files}
+    named = {config.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")} - {None}
+    if not named <= set(splits):
+        missing = ", ".join(sorted(map(str, named - set(splits))))
+        raise TaskError(f"task {config.get('task')}: no split {missing} in data_files, which has {', '.join(splits)}")
+    rows = {
+        split: [row for path in ([given] if isinstance(given, str) else given) for row in read_rows(Path(path))]
+        for split, given in splits.items()
+    }
+    kept = {key: value for key, value in config.items() if key not in ("dataset_path", "dataset_kwargs")}
+    return {**kept, "custom_dataset": partial(_dataset, rows)}
+
+
+def _dataset(rows: Mapping[str, list[dict[str, Any]]], **_: object) -> datasets.DatasetDict:
+    splits = {}
+    for split, items in rows.items():
+        columns = dict.fromkeys(key for item in items for key in item)
+        splits[split] = datasets.Dataset.from_dict({key: [item.get(key) for item in items] for key in columns})
+    return datasets.DatasetDict(splits)
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def _require_usable(member: object, spec: TaskSpec, *, allow_task_code: bool) -> None:
+    if not isinstance(member, ConfigurableTask):
+        raise TaskError(f"task {spec.name} is a Python class: only tasks made from YAML are supported")
+    if getattr(member, "MULTIMODAL", False):
+        raise TaskError(f"task {spec.name} needs images or sound")
+    if getattr(member, "UNSAFE_CODE", False) and not allow_task_code:
+        raise TaskError(f"task {spec.name} runs code that models write; set evals.allow_task_code to allow it")
+    if spec.shots and member.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise TaskError(f"task {spec.name} scores whole texts and takes no shots: {spec.shots} asked for")
+    if member.OUTPUT_TYPE == "generate_until":
+        options = normalize_gen_kwargs(member.config.generation_kwargs)
+        strange = sorted(set(options) - GREEDY_KEYS)
+        if options["do_sample"] or strange or member.config.repeats != 1:
+            what = "sampling" if options["do_sample"] else ", ".join(strange) or f"repeats: {member.config.repeats}"
+            raise TaskError(f"answers must be greedy, to be the same twice: task {spec.name} asks for {what}")
+
+
+def _metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -> tuple[str, str, bool]:
+    """The metric that is measured, the filter before it, and whether higher is better."""
+    first = members[0]
+    if any(member.OUTPUT_TYPE != first.OUTPUT_TYPE for member in members):
+        raise TaskError(f"group {name} mixes kinds of tasks; name its tasks one by one")
+    metric, _, chosen = wanted.partition(",")
+    filters = [ensemble.name for ensemble in first._filters]
+    if chosen and chosen not in filters:
+        raise TaskError(f"task {name} has no filter {chosen!r}: {', '.join(filters)}")
+    chosen = chosen or filters[0]
+    if first.OUTPUT_TYPE == "loglikelihood_rolling":
+        if metric and metric not in ROLLING_METRICS:
+            raise TaskError(f"texts are scored in bits_per_byte: metric {metric!r} given for task {name}")
+        return "bits_per_byte", chosen, False
+    usable = [m for m, how in first.aggregation().items() if how is mean and m not in NOT_A_NUMBER]
+    if not usable or (metric and metric not in usable):
+        found = ", ".join(first.aggregation())
+        raise TaskError(
+            f"a metric must be a mean over items: task {name} has {found}, of which usable: "
+            f"{', '.join(usable) or 'none'}{f'; {metric!r} given' if metric else ''}"
+        )
+    metric = metric or usable[0]
+    if any(member.aggregation().get(metric) is not mean for member in members):
+        raise TaskError(f"group {name}: metric {metric} is not in all of its tasks")
+    return metric, chosen, bool(first.higher_is_better()[metric])
+
+
+def _require_pooled(name: str, groups: Iterable[Any]) -> None:
+    if any(not rule.weight_by_size for group in groups for rule in group.aggregate_metric_list or ()):
+        raise TaskError(f"group {name} weighs its tasks alike whatever their size; name its tasks one by one")
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+def _items(
+    name: str, members: Sequence[ConfigurableTask]
+) -> tuple[dict[str, list[Item]], dict[tuple[int, str], float]]:
+    """Items by content (one for each member that has it), and the chance of guessing each right."""
+    items: dict[str, list[Item]] = {}
+    chances: Chances = {}
+    for m, member in enumerate(members):
+        for n, doc in enumerate(member.task_docs):
+            try:
+                content, chance = _content(member, doc)
+            except TaskError as error:
+                raise TaskError(f"task {name}, item {n + 1}: {error}") from None
+            except Exception as error:  # templates and task code raise whatever they like
+                raise TaskError(f"task {name}, item {n + 1}: {type(error).__name__}: {_short(error)}") from error
+            item = Item(content if len(members) == 1 else _hash(f"{member.task_name}:{content}"), m, doc)
+            if (m, item.hash) not in chances:
+                chances[m, item.hash] = chance
+                items.setdefault(content, []).append(item)
+    return items, chances
+
+
+def _content(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, float]:
+    """The hash of what a model sees and is asked, whatever the item's other columns, and the chance of guessing."""
+    text, target = member.doc_to_text(doc), member.doc_to_target(doc)
+    choices = member.doc_to_choice(doc) if member.config.doc_to_choice is not None else None
+    content = _hash(json.dumps([text, choices, target], ensure_ascii=False, default=str))
+    if member.OUTPUT_TYPE != "multiple_choice":
+        return content, 0.0
+    gold = text if member.multiple_input else target
+    right = {_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}
+    return content, len(right) / len(choices or [])
+
+
+def _index(answer: object, choices: object) -> int:
+    """Which choice an answer is; lm-eval would score a wrong index as never right."""
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise TaskError(f"an item needs two or more choices that are texts: {_short(choices)} given")
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return answer
+    raise TaskError(f"the right answer must be one of the {len(choices)} choices: {_short(answer)} given")
+
+
+def _split(
+    name: str, items: Mapping[str, list[Item]], members: Sequence[ConfigurableTask], spec: TaskSpec, seed: int
+) -> dict[str, tuple[Item, ...]]:
+    """Search items from one end of a seeded order of contents, holdout items from the other, shots from between."""
+    order = sorted(items, key=lambda content: _hash(f"{seed}:{content}"))
+    left = len(order) - spec.search_items
+    if spec.holdout_items == REST:
+        outside = min(len({_content_of_shot(m, doc) for doc in m.sampler.df} - set(items)) for m in members)
+        reserved = spec.shots + 1 if spec.shots and outside <= spec.shots else 0
+        holdout = left - reserved
+    else:
+        holdout = spec.holdout_items
+    if holdout < 1 or holdout > left:
+        asked = "the rest" if spec.holdout_items == REST else str(holdout)
+        raise TaskError(
+            f"the suites share no item: task {name} has {len(order)} different items, {spec.search_items} search and "
+            f"{asked} holdout items asked for"
+        )
+    chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :]}
+    if spec.shots:
+        used = {content for contents in chosen.values() for content in contents}
+        for member in members:
+            _keep_shots(name, member, used, spec.shots)
+    return {suite: tuple(i for content in contents for i in items[content]) for suite, contents in chosen.items()}
+
+
+def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int) -> None:
+    """Leave a task only worked examples that no suite scores."""
+    pool = [doc for doc in member.sampler.df if _content_of_shot(member, doc) not in used]
+    if len(pool) <= shots:
+        raise TaskError(
+            f"shots come from items that no suite scores: task {name} has {len(pool)} such items, {shots + 1} needed"
+        )
+    member.sampler.replace_df(pool)
+
+
+def _content_of_shot(member: ConfigurableTask, doc: Mapping[str, Any]) -> str:
+    try:
+        return _content(member, doc)[0]
+    except Exception:  # an example of another shape than the items is none of them
+        return ""
+
+
+# --- requests and answers --------------------------------------------------------------------------------------------
+
+
+def _add(prepared: _Prepared, asked: Sequence[Instance], encoder: Encoder) -> None:
+    for instance in asked:
+        if instance.request_type == "loglikelihood":
+            prepared.pairs.append(encoder.pair(*instance.args))
+            prepared.pair_askers.append(instance)
+        elif instance.request_type == "loglikelihood_rolling":
+            prepared.texts.append(encoder.text(*instance.args))
+            prepared.text_askers.append(instance)
+            if not prepared.texts[-1]:
+                raise TaskError("a text must have a token")
+        else:
+            text, options = instance.args
+            options = normalize_gen_kwargs(options)
+            prompt = Prompt(encoder.text(text), tuple(options["until"]), options["max_gen_toks"])
+            prepared.prompts.append(prompt)
+            prepared.prompt_askers.append(instance)
+
+
+def _windows(text: tuple[int, ...], prefix: int, length: int) -> tuple[Pair, ...]:
+    """The pieces in which lm-eval predicts every token of a text once, each after as much context as fits."""
+    windows = get_rolling_token_windows(list(text), prefix_token=prefix, max_seq_len=length, context_len=1)
+    return tuple(Pair(tuple(context), tuple(tokens)) for context, tokens in map(make_disjoint_window, windows))
+
+
+def _answer(askers: Sequence[Instance], answers: Sequence[object]) -> None:
+    for instance, answer in zip(askers, answers, strict=True):
+        instance.resps = [answer]
+
+
+def _cut(prepared: _Prepared, length: int) -> set[int]:
+    """Ids of the instances whose context the model cannot read whole."""
+    pairs = zip(prepared.pairs, prepared.pair_askers, strict=True)
+    prompts = zip(prepared.prompts, prepared.prompt_askers, strict=True)
+    return {id(asker) for pair, asker in pairs if len(pair.context) + len(pair.continuation) > length + 1} | {
+        id(asker) for prompt, asker in prompts if len(prompt.tokens) + prompt.max_new_tokens > length
+    }
+
+
+def _outcome(task: LoadedTask, suite: str, item: Item, asked: list[Instance], cut: set[int]) -> Outcome:
+    member = task.members[item.member]
+    next(ensemble for ensemble in member._filters if ensemble.name == task.filter).apply(asked)
+    answers = [instance.filtered_resps[task.filter] for instance in asked]
+    metrics = member.process_results(item.doc, answers)
+    if task.info.output_type == "loglikelihood_rolling":
+        loglikelihood, size = _bytes(member, item, metrics, answers[0])
+        value, weight = -loglikelihood / math.log(2), float(size)
+        loglikelihoods: tuple[float, ...] = (float(answers[0]),)
+    else:
+        value, weight = float(metrics[task.info.metric]), 1.0
+        loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
+    if not math.isfinite(value):
+        raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
+    truncated = any(id(instance) in cut for instance in asked)
+    return Outcome(task.info.name, suite, item.hash, value, weight, loglikelihoods, truncated)
+
+
+def _bytes(member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float) -> tuple[float, int]:
+    """A text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
+    for name in ("bits_per_byte", "byte_perplexity"):
+        if name in metrics:
+            return metrics[name]
+    return loglikelihood, member.count_bytes(member.doc_to_target(item.doc))
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """A conversation as lm-eval renders it: without the system message where a template refuses one."""
+
+    def render(kept: list[dict[str, str]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                kept,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    try:
+        return render(messages)
+    except jinja2.TemplateError:
+        return render([message for message in messages if message["role"] != "system"])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _number(text: str) -> int:
+    return int(_hash(text), 16)
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,353 @@
+"""From per-item outcomes to the two numbers a search turns: skill won in the domain, ability lost elsewhere.
+
+Needs numpy and pandas only, so that a run folder can be read anywhere. Every score is turned so that higher is better;
+intervals resample items, the same items for every trial (a paired bootstrap), since two merges err on the same items.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from evals.errors import TaskError
+from evals.outcomes import TaskInfo
+
+Array = NDArray[np.float64]
+
+INTERVAL = (0.025, 0.975)
+ONE_SIGMA = (0.1587, 0.8413)  # half their distance is the standard error, and stands the heavy tails of a ratio
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One task's outcomes as arrays: n items in hash order, T trials in rising order."""
+
+    trials: NDArray[np.int64]  # (T,)
+    values: Array  # (n, T)
+    weights: Array  # (n,)
+
+    @property
+    def scores(self) -> Array:
+        return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
+
+    def residuals(self) -> Array:
+        """Each item's pull on the score's error; their sum of squares is its variance (linearised ratio)."""
+        n = len(self.weights)
+        pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
+        return np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)  # (n, T)
+
+    def stderr(self) -> Array:
+        return np.asarray(np.sqrt((self.residuals() ** 2).sum(axis=0)))  # (T,)
+
+    def stderr_of_difference(self, trial: int, other: int) -> float:
+        residuals = self.residuals()
+        difference = residuals[:, self.column(trial)] - residuals[:, self.column(other)]
+        return float(np.sqrt((difference**2).sum()))
+
+    def column(self, trial: int) -> int:
+        return int(np.searchsorted(self.trials, trial))
+
+
+def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
+    """The score of every trial on every task, in the metric's own direction and unit.
+
+    Args:
+        outcomes: columns `trial` and those of `Outcome`, one row per trial and item.
+        suite: "search" or "holdout".
+
+    Returns:
+        A frame of trial, task, score, stderr (over items; NaN for one item) and n (items).
+    """
+    rows = outcomes[outcomes["suite"] == suite]
+    frames = []
+    for task in rows["task"].unique():
+        table = _table(rows, str(task))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "trial": table.trials,
+                    "task": str(task),
+                    "score": table.scores,
+                    "stderr": table.stderr(),
+                    "n": len(table.weights),
+                }
+            )
+        )
+    if not frames:
+        raise TaskError(f"no outcome of the {suite} suite: score at least one trial on it first")
+    return pd.concat(frames, ignore_index=True)
+
+
+def objectives(
+    outcomes: pd.DataFrame,
+    *,
+    tasks: Sequence[TaskInfo],
+    suite: str,
+    base: int,
+    experts: Mapping[str, int],
+    replicates: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The objectives of every trial scored on a suite, with 95 % intervals.
+
+    Args:
+        outcomes: columns `trial` and those of `Outcome`.
+        tasks: the study's tasks; all are used.
+        suite: "search" or "holdout".
+        base: the trial that is the base.
+        experts: expert name to the trial that is this expert.
+        replicates: bootstrap samples; 0 leaves the intervals NaN.
+        seed: of the bootstrap.
+
+    Returns:
+        A frame indexed by trial: `domain` (share of the expert's gain; the mean of `domain_<name>` where there are
+        several experts), `forgetting`, and of each `_low`, `_high` and `_stderr`.
+
+    Raises:
+        TaskError: a trial lacks items, or a task has no scale (the expert scores as the base, the base as chance).
+    """
+    measures = _measures(outcomes, tasks, suite, base, experts, replicates, seed)
+    trials = measures[0].trials
+    groups = {f"domain_{name}": [m for m in measures if m.expert == name] for name in experts}
+    empty = [name for name in groups if not groups[name]]
+    if empty:
+        raise TaskError(f"every expert needs a domain task: {', '.join(empty)} has none (evals.domain)")
+    forgetting = [m for m in measures if m.role == "general"]
+    if not forgetting:
+        raise TaskError("forgetting needs at least one general task (evals.general)")
+
+    points = {name: np.mean([m.point for m in group], axis=0) for name, group in groups.items()}
+    samples = {name: np.mean([m.samples for m in group], axis=0) for name, group in groups.items()}
+    points = {"domain": np.mean(list(points.values()), axis=0), **(points if len(experts) > 1 else {})}
+    samples = {"domain": np.mean(list(samples.values()), axis=0), **(samples if len(experts) > 1 else {})}
+    points["forgetting"] = np.mean([m.point for m in forgetting], axis=0)
+    samples["forgetting"] = np.mean([m.samples for m in forgetting], axis=0)
+
+    columns = dict(points)
+    for name, draws in samples.items():
+        columns[f"{name}_low"], columns[f"{name}_high"] = _quantiles(draws, INTERVAL)
+        below, above = _quantiles(draws, ONE_SIGMA)
+        columns[f"{name}_stderr"] = (above - below) / 2
+    return pd.DataFrame(columns, index=pd.Index(trials, name="trial"))
+
+
+def task_retention(
+    outcomes: pd.DataFrame,
+    *,
+    tasks: Sequence[TaskInfo],
+    suite: str,
+    base: int,
+    experts: Mapping[str, int],
+    replicates: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What each trial won or lost on each task; arguments as `objectives`.
+
+    Returns:
+        A frame of trial, task, role, expert, score, gain_share (domain tasks, else NaN), forgetting (general tasks,
+        else NaN), and the 95 % interval `low`, `high` of whichever of the two it is.
+    """
+    frames = []
+    for measure in _measures(outcomes, tasks, suite, base, experts, replicates, seed):
+        low, high = _quantiles(measure.samples, INTERVAL)
+        domain = measure.role == "domain"
+        frames.append(
+            pd.DataFrame(
+                {
+                    "trial": measure.trials,
+                    "task": measure.task,
+                    "role": measure.role,
+                    "expert": measure.expert,
+                    "score": measure.scores,
+                    "gain_share": measure.point if domain else np.nan,
+                    "forgetting": np.nan if domain else measure.point,
+                    "low": low,
+                    "high": high,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def carries(
+    outcomes: pd.DataFrame, *, tasks: Sequence[TaskInfo], suite: str, base: int, experts: Mapping[str, int]
+) -> list[str]:
+    """Why some tasks cannot carry the search, in plain words; empty when all can.
+
+    Two standard errors (paired over items) decide: a domain task must show the expert above the base; a general task
+    must show the base above chance, and some expert below the base. Arguments as `objectives`.
+    """
+    findings = []
+    rows = outcomes[outcomes["suite"] == suite]
+    for task in tasks:
+        table = _table(rows, task.name)
+        if task.role == "domain":
+            findings += _no_gain(task, table, base, experts)
+        else:
+            findings += _no_loss(task, table, base, experts)
+    return findings
+
+
+def _no_gain(task: TaskInfo, table: _Table, base: int, experts: Mapping[str, int]) -> list[str]:
+    scores = _turned(task, table.scores)
+    findings = []
+    for name in _experts_of(task, experts):
+        gain = scores[table.column(experts[name])] - scores[table.column(base)]
+        error = table.stderr_of_difference(experts[name], base)
+        if not gain > 2 * error:
+            findings.append(
+                f"domain task {task.name}: expert {name} does not beat the base by two standard errors "
+                f"({_pair(task, table, base, experts[name], name)}, difference ± {error:.3g}); "
+                "use more items, or a task nearer to what the expert learned"
+            )
+    return findings
+
+
+def _no_loss(task: TaskInfo, table: _Table, base: int, experts: Mapping[str, int]) -> list[str]:
+    scores = _turned(task, table.scores)
+    at_base = scores[table.column(base)]
+    error = float(table.stderr()[table.column(base)])
+    margin = at_base - task.chance if task.chance else abs(at_base)
+    if not margin > 2 * error:
+        return [
+            f"general task {task.name}: the base is at chance ({task.metric} {abs(at_base):.3f} ± {error:.3g}, "
+            f"chance {task.chance:.3g}), so it cannot show forgetting; use an easier task"
+        ]
+    lost = {name: at_base - scores[table.column(trial)] for name, trial in experts.items()}
+    if any(loss > 2 * table.stderr_of_difference(experts[name], base) for name, loss in lost.items()):
+        return []
+    pairs = "; ".join(_pair(task, table, base, trial, name) for name, trial in experts.items())
+    return [
+        f"general task {task.name}: no expert is below the base by two standard errors ({pairs}); "
+        "there is little forgetting to avoid, or too few items to see it"
+    ]
+
+
+def _pair(task: TaskInfo, table: _Table, base: int, trial: int, name: str) -> str:
+    scores = table.scores
+    return f"{task.metric}: base {scores[table.column(base)]:.3f}, {name} {scores[table.column(trial)]:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """One task's gain share (per expert) or forgetting: the point (T,) and its bootstrap samples (B, T)."""
+
+    task: str
+    role: str
+    expert: str
+    trials: NDArray[np.int64]
+    scores: Array
+    point: Array
+    samples: Array
+
+
+def _measures(
+    outcomes: pd.DataFrame,
+    tasks: Sequence[TaskInfo],
+    suite: str,
+    base: int,
+    experts: Mapping[str, int],
+    replicates: int,
+    seed: int,
+) -> list[_Measure]:
+    rows = outcomes[outcomes["suite"] == suite]
+    measures: list[_Measure] = []
+    for task in tasks:
+        table = _table(rows, task.name)
+        for trial in (base, *experts.values()):
+            if trial not in table.trials:
+                raise TaskError(f"base and experts must be scored first: trial {trial} has no {suite} outcome")
+        if measures and not np.array_equal(table.trials, measures[0].trials):
+            odd = sorted(set(table.trials.tolist()) ^ set(measures[0].trials.tolist()))
+            raise TaskError(f"every trial needs outcomes of every task: trial {odd[0]} lacks some of the {suite} suite")
+        point = _turned(task, table.scores)[None, :]  # (1, T)
+        samples = _turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
+        for name in _experts_of(task, experts) if task.role == "domain" else ("",):
+            at_base, at_expert = table.column(base), table.column(experts[name]) if name else None
+            exact = _relative(task, point, at_base, at_expert)
+            if not len(exact):
+                what = f"expert {name} scores exactly as the base" if name else "the base scores exactly at chance"
+                raise TaskError(f"task {task.name} has no scale: {what}; use more items or another task")
+            drawn = _relative(task, samples, at_base, at_expert)
+            measures.append(_Measure(task.name, task.role, name, table.trials, table.scores, exact[0], drawn))
+    if not measures:
+        raise TaskError("objectives need at least one domain and one general task")
+    return [m if len(m.samples) == replicates else _refilled(m, replicates) for m in measures]
+
+
+def _relative(task: TaskInfo, scores: Array, base: int, expert: int | None) -> Array:
+    """Gain share or forgetting of turned scores (B, T); rows without a scale are left out."""
+    at_base = scores[:, base, None]
+    if expert is not None:
+        change, scale = scores - at_base, scores[:, expert, None] - at_base
+    else:
+        change, scale = at_base - scores, np.abs(at_base - task.chance)
+    rows = scale[:, 0] != 0
+    return np.asarray(change[rows] / scale[rows] + 0.0)  # + 0.0: no negative zero
+
+
+def _refilled(measure: _Measure, replicates: int) -> _Measure:
+    """The same with the few samples that had no scale replaced by repeats, so that tasks can be averaged row by row."""
+    samples = np.resize(measure.samples, (replicates, len(measure.trials))) if len(measure.samples) else np.nan
+    filled = np.broadcast_to(samples, (replicates, len(measure.trials)))
+    return _Measure(
+        measure.task, measure.role, measure.expert, measure.trials, measure.scores, measure.point, np.asarray(filled)
+    )
+
+
+def _turned(task: TaskInfo, scores: Array) -> Array:
+    return scores if task.higher_is_better else -scores
+
+
+def _experts_of(task: TaskInfo, experts: Mapping[str, int]) -> tuple[str, ...]:
+    if task.expert and task.expert not in experts:
+        raise TaskError(f"task {task.name} names expert {task.expert}; the study has {', '.join(experts)}")
+    return (task.expert,) if task.expert else tuple(experts)
+
+
+def _table(rows: pd.DataFrame, task: str) -> _Table:
+    rows = rows.loc[rows["task"] == task, ["trial", "item", "value", "weight"]]
+    trial_codes, trials = pd.factorize(rows["trial"], sort=True)
+    item_codes, items = pd.factorize(rows["item"], sort=True)
+    n, t = len(items), len(trials)
+    if not n:
+        raise TaskError(f"task {task} has no outcome on this suite")
+    filled = np.zeros((n, t), dtype=np.int64)
+    np.add.at(filled, (item_codes, trial_codes), 1)
+    if (filled != 1).any():
+        item, trial = np.argwhere(filled != 1)[0]
+        raise TaskError(
+            f"every trial needs each item once: trial {trials[trial]} has item {items[item]} of task {task} "
+            f"{filled[item, trial]} times"
+        )
+    values, weights = np.empty((n, t)), np.empty((n, t))
+    values[item_codes, trial_codes] = rows["value"]
+    weights[item_codes, trial_codes] = rows["weight"]
+    if not (np.isfinite(values).all() and (weights == weights[:, :1]).all() and (weights > 0).all()):
+        raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
+    return _Table(np.asarray(trials, dtype=np.int64), values, weights[:, 0])
+
+
+def _resampled_scores(table: _Table, replicates: int, seed: Sequence[int]) -> Array:
+    """Scores of resampled item sets: (B, n) counts times (n, T) values."""
+    n = len(table.weights)
+    draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
+    counts = np.bincount(draws.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+    return np.asarray(counts @ table.values / (counts @ table.weights)[:, None])  # (B, T)
+
+
+def _seed(seed: int, task: str) -> tuple[int, int]:
+    return seed, zlib.crc32(task.encode())
+
+
+def _quantiles(samples: Array, levels: tuple[float, float]) -> tuple[Array, Array]:
+    if not len(samples):
+        nothing = np.full(samples.shape[1], np.nan)
+        return nothing, nothing
+    low, high = np.quantile(samples, levels, axis=0)
+    return low, high

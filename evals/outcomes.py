@@ -1,0 +1,89 @@
+"""What crosses between tasks, workers, the run folder and the objectives: plain frozen values, one row per item.
+
+A task's score is a ratio of sums over its items, so that any score can be recomputed or resampled from the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+SEARCH = "search"
+HOLDOUT = "holdout"
+SUITES = (SEARCH, HOLDOUT)
+REST = -1  # as a number of holdout items: all that the search leaves
+OUTCOME_COLUMNS = ("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What a study asks of one task.
+
+    Args:
+        name: an lm-eval task or group name, or the path of a task's YAML file or of the folder that holds it. A group
+            is one task of all its items.
+        role: "domain" (what the expert learned) or "general" (what it may forget).
+        expert: domain tasks only: the expert measured here; "" is every expert.
+        search_items: items the search scores.
+        holdout_items: items that judge the front, disjoint from the search items; `REST` is all that remain.
+        shots: worked examples before each item.
+        metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
+    """
+
+    name: str
+    role: str
+    expert: str = ""
+    search_items: int = field(kw_only=True)
+    holdout_items: int = field(kw_only=True)
+    shots: int = 0
+    metric: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What was found when the task was read: everything the objectives need to know about it.
+
+    Args:
+        chance: the score of guessing, in the metric's unit; 0 where there is none.
+        search_items, holdout_items: items in each suite.
+    """
+
+    name: str
+    role: str
+    expert: str
+    output_type: str
+    metric: str
+    higher_is_better: bool
+    chance: float
+    search_items: int
+    holdout_items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one candidate did on one item.
+
+    Args:
+        item: 16 hex digits of the item's content hash.
+        value, weight: the task's score is sum(value) / sum(weight). Accuracy: 0 or 1, and 1; bits per byte: bits, and
+            bytes.
+        loglikelihoods: of each choice in order, in nats; empty for generated text.
+        truncated: the item was longer than the model's context and was cut, as lm-eval cuts it.
+    """
+
+    task: str
+    suite: str
+    item: str
+    value: float
+    weight: float
+    loglikelihoods: tuple[float, ...]
+    truncated: bool
+
+
+def score_of(outcomes: Iterable[Outcome]) -> float:
+    """The score of one task's outcomes, in the metric's own direction and unit."""
+    rows = list(outcomes)
+    assert rows, "a score needs at least one outcome"
+    assert len({(row.task, row.suite) for row in rows}) == 1, "a score is of one task and one suite"
+    return math.fsum(row.value for row in rows) / math.fsum(row.weight for row in rows)

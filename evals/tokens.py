@@ -1,0 +1,77 @@
+"""From text to token ids, by the rules of lm-eval's HFLM, so that log-likelihoods are of the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evals.errors import TaskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A continuation to be scored after its context, both as token ids and neither empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def cut(self, max_length: int) -> Pair:
+        """The same with its context cut on the left, as lm-eval does, so that the model's input fits."""
+        if len(self.continuation) > max_length:
+            raise TaskError(
+                f"a continuation must fit in the context: {len(self.continuation)} tokens given, the model reads "
+                f"{max_length}"
+            )
+        room = max_length + 1 - len(self.continuation)
+        return Pair(self.context[-room:], self.continuation)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text to be continued greedily.
+
+    Args:
+        tokens: the prompt's ids.
+        stop: strings at the first of which the answer ends.
+        max_new_tokens: at most so many tokens are made.
+    """
+
+    tokens: tuple[int, ...]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+
+
+class Encoder:
+    """The tokenizer of one model, used as lm-eval uses it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prefix is None:
+            raise TaskError("the tokenizer needs a begin or end token: texts without a context are scored after it")
+        self.prefix: int = prefix
+        self._prefix_text = str(tokenizer.decode([prefix]))
+
+    def text(self, text: str) -> tuple[int, ...]:
+        """Ids of a text, with the tokenizer's special tokens unless the text itself starts with the first of them."""
+        if text.startswith(self._prefix_text):
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self.tokenizer.encode(text))
+
+    def pair(self, context: str, continuation: str) -> Pair:
+        """Ids of a context and what follows it; spaces at the seam belong to the continuation."""
+        if context:
+            kept = context.rstrip()
+            whole, head = self.text(context + continuation), self.text(kept)
+            pair = Pair(head, whole[len(head) :])
+        else:
+            tokens = tuple(self.tokenizer.encode(continuation, add_special_tokens=False))
+            pair = Pair(tokens[:1], tokens[1:]) if tokens[:1] == (self.prefix,) else Pair((self.prefix,), tokens)
+        if not pair.context or not pair.continuation:
+            raise TaskError(
+                f"context and continuation must each have a token: {context[-40:]!r} and {continuation[:40]!r} given"
+            )
+        return pair

@@ -1,0 +1,426 @@
+"""Checkpoints on disk: the base and the experts, opened by their headers and mapped, never copied.
+
+A checkpoint is a folder of safetensors with its config, or a LoRA adapter on the base. `merge` reads its tensors;
+`compare` says why two checkpoints cannot be merged. Nothing of a folder is executed and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from optimizer.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from optimizer.adapters import LowRank, read_adapter
+from optimizer.errors import CheckpointError
+from optimizer.headers import Entry, read_header
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
+LAYER_OF = re.compile(r"(?:^|\.)(\d+)\.")
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Config keys that may differ: they describe training, saving or generation, not what the tensors mean.
+FREE_CONFIG_KEYS = {
+    "architectures", "dtype", "initializer_range", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+SHOWN = 5  # names listed in one message
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model on disk.
+
+    Attributes:
+        source: what the user gave: a folder or a hub id.
+        folder: where it lies; for an adapter, the adapter's folder.
+        config: config.json; for an adapter, the base's.
+    """
+
+    source: str
+    folder: Path
+    config: Mapping[str, Any]
+    fingerprint: str  # 16 hex digits over names, sizes, times and headers of its files; the numbers are not read
+    _entries: Mapping[str, Entry] = field(repr=False)
+    _stamps: Mapping[Path, tuple[int, ...]] = field(repr=False)
+    _deltas: Mapping[str, LowRank] = field(repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
+        """Open a checkpoint by its headers.
+
+        Args:
+            source: a folder, or a hub id whose files are in the local hub cache.
+            base: the checkpoint an adapter stands on; needed for adapters only.
+
+        Raises:
+            CheckpointError: the folder is missing, torn, unsafe or contradicts its config.
+        """
+        folder = _folder_of(str(source))
+        if (folder / ADAPTER_CONFIG_FILE).is_file():
+            if base is None:
+                raise CheckpointError(f"{folder} is a LoRA adapter: it can be an expert, not a base")
+            return _open_adapter(str(source), folder, base)
+        config = _read_config(folder)
+        entries, digests = _read_entries(folder)
+        stamps = {file: _stamp(file) for file in [*digests, folder / "config.json"]}
+        checkpoint = cls(str(source), folder, config, _fingerprint(stamps, digests), entries, stamps, {})
+        return _without_tied_head(checkpoint)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted; a head tied to the embeddings is not among them."""
+        return tuple(sorted(self._entries))
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter on the base."""
+        return bool(self._deltas)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(entry.bytes for entry in self._entries.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._entries[name].dtype]
+
+    def size(self, name: str) -> int:
+        """Size of one tensor in bytes."""
+        return self._entries[name].bytes
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor (of an adapter: the base's)."""
+        return self._entries[name].file
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor in its stored dtype: mapped, so it must not be written to; of an adapter, folded anew."""
+        tensor = self._mapped[name]
+        return self._deltas[name].folded_into(tensor) if name in self._deltas else tensor
+
+    def require_unchanged(self) -> None:
+        """Raise if a file was replaced or edited after it was opened; the maps would still show the old one."""
+        for file, stamp in self._stamps.items():
+            try:
+                now = _stamp(file)
+            except OSError as error:
+                raise CheckpointError(f"{file} can no longer be read ({error.strerror}); restore it") from error
+            if now != stamp:
+                change = f"size {stamp[2]} -> {now[2]}" if now[2] != stamp[2] else "same size, other file or time"
+                raise CheckpointError(f"{file} changed after it was opened ({change}); restore it or start a new run")
+
+    @cached_property
+    def _mapped(self) -> dict[str, torch.Tensor]:
+        # asked for once: safetensors keeps 64 bytes of every get_tensor for good
+        maps = {file: safe_open(file, framework="pt") for file in {entry.file for entry in self._entries.values()}}
+        return {name: maps[entry.file].get_tensor(name) for name, entry in self._entries.items()}
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """Read every tensor once and raise CheckpointError naming the first that holds NaN or infinity."""
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        bad = count_nonfinite(tensor)
+        if bad:
+            where = f"{checkpoint.file(name)}, tensor {name}"
+            raise CheckpointError(
+                f"weights must be finite: {where} has {bad} of {tensor.numel()} values NaN or infinite"
+            )
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Count NaN and infinite values; one fast sum settles the usual case of none."""
+    if not tensor.is_floating_point() or sum_is_finite(tensor):
+        return 0
+    return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def sum_is_finite(tensor: torch.Tensor) -> bool:
+    """True proves that every value is finite; false may also be a sum that overflowed."""
+    # float16 holds no more than 65504; the sum of bfloat16 is added up in float32 and has its range
+    return math.isfinite(float(tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)))
+
+
+def compare(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """Say, one plain sentence each, why an expert cannot be merged with a base; an empty list means it can."""
+    return [
+        *_tensor_mismatches(base, expert),
+        *_config_mismatches(base, expert),
+        *_tokenizer_mismatches(base.folder, expert.folder),
+    ]
+
+
+def require_compatible(base: Checkpoint, expert: Checkpoint) -> None:
+    """Raise CheckpointError with all that `compare` finds."""
+    mismatches = compare(base, expert)
+    if mismatches:
+        raise CheckpointError(
+            f"expert {expert.source} does not fit base {base.source}:\n" + "\n".join(f"- {m}" for m in mismatches)
+        )
+
+
+# Opening
+
+
+def _folder_of(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(f"a checkpoint is a folder or a hub id such as org/model: {source!r} is neither")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True)).resolve()
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source!r} is not a folder, and not in the local hub cache; for a hub model run `hf download {source}`"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    config = _read_json(file)
+    if "auto_map" in config:
+        raise CheckpointError(f"{file} has auto_map: it asks for code of its own to be run, which is never done")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{file} has quantization_config: quantised weights cannot be merged; give the original")
+    return config
+
+
+def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, str]]:
+    """Return all tensors of a folder, and the header digest of each of its files."""
+    if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
+        file = _inside(folder, WEIGHTS_FILE, "it")
+        header = read_header(file)
+        return dict(header.entries), {file: header.digest}
+    if not (folder / INDEX_FILE).is_file():
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        found = f"; {pickles[0]} is a pickle, which can run code when read: convert it" if pickles else ""
+        raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}")
+    return _read_sharded(folder, _read_json(folder / INDEX_FILE))
+
+
+def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[Path, str]]:
+    index_file = folder / INDEX_FILE
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_file} must have a weight_map from tensor names to file names")
+    entries: dict[str, Entry] = {}
+    digests: dict[Path, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = _inside(
+            folder, shard, f"index {index_file}, key {next(k for k in weight_map if weight_map[k] == shard)}"
+        )
+        header = read_header(file)
+        mapped = {name for name in weight_map if weight_map[name] == shard}
+        if mapped != set(header.entries):
+            odd = sorted(mapped ^ set(header.entries))
+            raise CheckpointError(f"{index_file} and {file} disagree about {_listed(odd)}")
+        entries |= header.entries
+        digests[file] = header.digest
+    return entries, digests
+
+
+def _inside(folder: Path, name: str, what: str) -> Path:
+    """Return the path of a file of a folder; links may lead only to the blobs of the same hub snapshot."""
+    file = folder / name
+    roots = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    plain = PurePath(name).name == name and name.endswith(".safetensors") and "\\" not in name
+    if not plain or not any(file.resolve().is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{what} points outside the folder: {name!r} in {folder}; refused")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; download or copy it again")
+    return file
+
+
+def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Drop a stored copy of a tied head, and require that config and tensors agree about tying and depth."""
+    tied = _text_config(checkpoint.config).get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
+    heads = [name for name in checkpoint.names if name.endswith(HEADS)]
+    embeddings = [name for name in checkpoint.names if name.endswith(EMBEDDINGS)]
+    _require_depth(checkpoint)
+    if tied is False and embeddings and not heads:
+        raise CheckpointError(f"{checkpoint.folder}: tie_word_embeddings is false, but no tensor is the head")
+    if not tied or not heads or not embeddings:
+        return checkpoint
+    if not torch.equal(checkpoint.tensor(heads[0]), checkpoint.tensor(embeddings[0])):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tie_word_embeddings is true, but {heads[0]} differs from {embeddings[0]}; "
+            "set it to false in config.json to keep the head"
+        )
+    kept = {name: entry for name, entry in checkpoint._entries.items() if name != heads[0]}
+    return Checkpoint(
+        checkpoint.source, checkpoint.folder, checkpoint.config, checkpoint.fingerprint, kept, checkpoint._stamps, {}
+    )
+
+
+def _require_depth(checkpoint: Checkpoint) -> None:
+    config = _text_config(checkpoint.config)
+    layers = {int(match[1]) for name in checkpoint.names if (match := LAYER_OF.search(name))}
+    for key in LAYER_COUNT_KEYS:
+        if layers and key in config and config[key] != max(layers) + 1:
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json says {key}={config[key]}, the tensors have {max(layers) + 1} layers"
+            )
+
+
+def _open_adapter(source: str, folder: Path, base: Checkpoint) -> Checkpoint:
+    deltas = read_adapter(folder, {name: base.shape(name) for name in base.names})
+    files = [folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE]
+    stamps = {file: _stamp(file) for file in files}
+    fingerprint = _fingerprint(stamps, {files[1]: read_header(files[1]).digest, base.folder: base.fingerprint})
+    return Checkpoint(source, folder, base.config, fingerprint, base._entries, {**base._stamps, **stamps}, deltas)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Device, inode, size in bytes and time of change in ns."""
+    status = os.stat(file)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _fingerprint(stamps: Mapping[Path, tuple[int, ...]], digests: Mapping[Path, str]) -> str:
+    facts = [(file.name, *stamp[2:], digests.get(file, "")) for file, stamp in sorted(stamps.items())]
+    facts += [(file.name, digest) for file, digest in sorted(digests.items()) if file not in stamps]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+# Comparing
+
+
+def _tensor_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
+    missing, extra = sorted(set(base.names) - set(expert.names)), sorted(set(expert.names) - set(base.names))
+    if missing:
+        yield f"the expert lacks {_listed(missing)}"
+    if extra:
+        yield f"the expert has {_listed(extra)}, unknown to the base"
+    shared = [name for name in base.names if name in expert._entries]
+    unlike = [name for name in shared if base.shape(name) != expert.shape(name)]
+    for name in unlike[:SHOWN]:
+        shapes = f"{base.shape(name)} in {base.file(name)}, {expert.shape(name)} in {expert.file(name)}"
+        hint = "; the vocabularies differ in size" if name.endswith((*EMBEDDINGS, *HEADS)) else ""
+        yield f"{name} has shape {shapes}{hint}"
+    if len(unlike) > SHOWN:
+        yield f"{len(unlike) - SHOWN} more tensors differ in shape"
+    for name in shared:
+        if base.dtype(name).is_floating_point != expert.dtype(name).is_floating_point:
+            yield f"{name} is {base.dtype(name)} in the base and {expert.dtype(name)} in the expert"
+
+
+def _config_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
+    if expert.config is base.config:
+        return
+    ours, theirs = _full_config(base.folder), _full_config(expert.folder)
+    for key in sorted(set(ours) | set(theirs)):
+        if key.startswith("_") or key in FREE_CONFIG_KEYS or key.endswith("dropout"):
+            continue
+        if ours.get(key) != theirs.get(key):
+            yield f"config.json: {key} is {ours.get(key)!r} in the base and {theirs.get(key)!r} in the expert"
+
+
+def _full_config(folder: Path) -> dict[str, Any]:
+    """Return a config with its defaults filled in and old spellings (rope_theta, rope_scaling) brought to new ones."""
+    from transformers import AutoConfig
+
+    try:
+        full: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not a model that transformers knows: {error}") from error
+    return full
+
+
+def _tokenizer_mismatches(base: Path, expert: Path) -> Iterator[str]:
+    """Compare what turns text into token ids; an expert without tokenizer files uses the base's."""
+    for name in ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"):
+        if (base / name).is_file() and (expert / name).is_file() and not _same_bytes(base / name, expert / name):
+            yield f"{name} differs"
+    ours, theirs = base / "tokenizer.json", expert / "tokenizer.json"
+    if ours.is_file() and theirs.is_file() and not _same_bytes(ours, theirs):
+        yield from _tokenizer_json_mismatches(_read_json(ours, limit=None), _read_json(theirs, limit=None))
+    ours, theirs = base / "tokenizer_config.json", expert / "tokenizer_config.json"
+    if ours.is_file() and theirs.is_file():
+        one, other = _read_json(ours), _read_json(theirs)
+        for key in ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token"):
+            if key in one and key in other and _token_text(one[key]) != _token_text(other[key]):
+                yield f"tokenizer_config.json: {key} is {one[key]!r} in the base and {other[key]!r} in the expert"
+
+
+def _tokenizer_json_mismatches(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    one, other = _token_ids(ours), _token_ids(theirs)
+    differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
+    if differing:
+        shown = ", ".join(f"{t!r} is {one.get(t)} / {other.get(t)}" for t in differing[:SHOWN])
+        yield f"tokenizer.json: {len(differing)} tokens have other ids (base / expert): {shown}"
+    if _merges(ours) != _merges(theirs):
+        yield "tokenizer.json: the merges differ"
+    for key in ("normalizer", "pre_tokenizer"):
+        if ours.get(key) != theirs.get(key):
+            yield f"tokenizer.json: {key} differs"
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the id is the place
+        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
+    merges = tokenizer.get("model", {}).get("merges") or []
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _token_text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config; multimodal ones nest it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+
+
+def _read_json(file: Path, *, limit: int | None = 16_000_000) -> dict[str, Any]:
+    try:
+        if limit is not None and file.stat().st_size > limit:
+            raise CheckpointError(f"{file} is larger than {limit} bytes; refused")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}")
+    return content
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more

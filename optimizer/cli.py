@@ -1,0 +1,298 @@
+"""The command line: one short function per verb; what a verb needs is imported inside it, so that --help is instant.
+
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 3 no point to give, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from optimizer.run import Run
+
+FAILED, WRONG, NOTHING, INTERRUPTED = 1, 2, 3, 130
+
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a value, such as search.trials=40.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(envvar="MERGEFRONT_STORAGE", metavar="URL", help="The study's storage, where its URL has a password."),
+]
+
+
+class _Commands(TyperGroup):
+    """Turns our errors into one line on stderr and an exit code; a traceback only with --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody to tell
+            raise typer.Exit(FAILED) from None
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None or ctx.params.get("debug"):
+                raise
+            _fail(str(error), code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error made for a person; None for any other."""
+    from evals.errors import TaskError
+    from optimizer.errors import CheckpointError, MergefrontError, RunError, StudyFileError
+    from search_spaces.errors import SpaceError
+
+    if isinstance(error, StudyFileError | CheckpointError | RunError | TaskError | SpaceError):
+        return WRONG
+    return FAILED if isinstance(error, MergefrontError) else None
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    typer.echo(f"error: {shown}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich's help takes twice as long to start
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The Pareto front of model merges: domain skill against forgetting, with error bars.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mergefront {version('mergefront')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Read the options that stand before the command."""
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Argument(help="The base: a folder or a hub id.", show_default=False)],
+    experts: Annotated[
+        list[str], typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("study.yaml"),
+    domain: Annotated[list[str] | None, typer.Option(help="A domain task; may be repeated.")] = None,
+    general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented study file to start from."""
+    from optimizer.study_file import new_study
+
+    if out.exists() and not force:
+        _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
+    text = new_study(out, base, experts, domain=domain or (), general=general or ())
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
+
+
+@app.command()
+def check(study: StudyPath, sets: Sets = []) -> None:  # noqa: B006  # typer makes a new list
+    """Say what a study would run, and all that does not fit."""
+    from optimizer.check import make_plan, print_plan
+    from optimizer.run_study import require_own_names
+    from optimizer.study_file import read_study
+
+    require_own_names()
+    plan = make_plan(read_study(study, sets))
+    print_plan(plan, _console())
+    if plan.problems:
+        raise typer.Exit(WRONG)
+
+
+@app.command()
+def search(
+    study: StudyPath,
+    sets: Sets = [],  # noqa: B006  # typer makes a new list
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the study's")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to join.", show_default="a local one of our own")
+    ] = None,
+) -> None:
+    """Run a study, or take it up where it was left."""
+    from optimizer.run_study import run_study
+    from optimizer.study_file import read_study
+
+    given = {"workers.count": workers, "workers.ray_address": ray_address}
+    overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    folder = run_study(study, overrides, _console())
+    typer.echo(f"report: {folder / 'report.html'}")
+    if _opened(folder, read_study(study, overrides).search.storage).front().empty:
+        raise typer.Exit(NOTHING)
+
+
+@app.command()
+def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> None:
+    """Say how far a run is, and what to know first."""
+    from optimizer.tables import status_document
+
+    opened = _opened(run, storage)
+    document = status_document(opened)
+    if as_json:
+        _print_json(document)
+        return
+    typer.echo(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
+    for finding in document["findings"]:
+        typer.echo(f"- {finding}")
+
+
+@app.command()
+def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> None:
+    """Print the front: each gain and what it costs."""
+    from optimizer.tables import front_document, front_table
+
+    opened = _opened(run, storage)
+    if as_json:
+        _print_json(front_document(opened))
+    elif opened.front().empty:
+        typer.echo(opened.summary())
+    else:
+        _console().print(front_table(opened))
+
+
+@app.command()
+def show(
+    run: RunPath,
+    trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Print one trial: its weights, what it won and kept."""
+    from optimizer.tables import retention_table, trial_document, weights_table
+
+    opened = _opened(run, storage)
+    if as_json:
+        _print_json(trial_document(opened, trial))
+        return
+    console = _console()
+    console.print(opened.recipe(trial).short(), highlight=False, markup=False)
+    console.print(weights_table(opened, trial))
+    if trial in opened.points().index:
+        console.print(opened.describe(trial), highlight=False, markup=False)
+        console.print(retention_table(opened, trial))
+    else:
+        about = opened.trials().loc[trial]
+        typer.echo(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
+
+
+@app.command()
+def export(
+    run: RunPath,
+    trial: Annotated[int | None, typer.Option(help="The trial's number.", show_default=False)] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="The front's point farthest above the base-expert line.")
+    ] = False,
+    max_forgetting: Annotated[
+        float | None, typer.Option(help="The most domain gain that forgets at most so much, 0.05 for 5 %.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new model folder.", show_default="RUN/models/trial-N")] = None,
+    storage: Storage = None,
+) -> None:
+    """Write one point as a model folder, with card and recipe."""
+    from optimizer.run_study import export_trial
+
+    if sum((trial is not None, knee, max_forgetting is not None)) != 1:
+        _fail("name one point: --trial N, --knee or --max-forgetting SHARE", WRONG)
+    opened = _opened(run, storage)
+    number = trial if trial is not None else _chosen(opened, max_forgetting)
+    folder = export_trial(opened, number, out)
+    typer.echo(f"wrote {folder}\n{opened.describe(number)}")
+
+
+@app.command()
+def report(run: RunPath, storage: Storage = None) -> None:
+    """Write the run's report.html and front.json anew."""
+    from optimizer.run_study import finish
+
+    finish(_opened(run, storage))
+    typer.echo(f"wrote {run / 'report.html'}")
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file, or a recipe.json.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The new model folder.", show_default=False)],
+) -> None:
+    """Merge checkpoints by a recipe, without a search."""
+    from optimizer.run_study import merge_recipe
+
+    typer.echo(f"wrote {merge_recipe(recipe, out)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs/demo"),
+    tiny: Annotated[bool, typer.Option("--tiny", help="A random model of a few thousand weights: seconds.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the demo's")
+    ] = None,
+) -> None:
+    """Run a whole study, from two small models to a report."""
+    from optimizer.demo import run_demo
+
+    run_demo(out, tiny, workers, _console())
+
+
+def _opened(run: Path, storage: str | None) -> Run:
+    from optimizer.run import open_run
+    from optimizer.study_file import stored_storage
+
+    return open_run(run, storage=storage or stored_storage(run))
+
+
+def _chosen(run: Run, max_forgetting: float | None) -> int:
+    """The knee, or the best point that forgets little enough; exits with 3 where there is none."""
+    from optimizer.errors import RunError
+
+    try:
+        return run.knee() if max_forgetting is None else run.best(max_forgetting)
+    except RunError as error:
+        _fail(str(error), NOTHING)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def main() -> None:
+    """The `mergefront` command."""
+    app()

@@ -1,0 +1,35 @@
+"""The errors a caller of `optimizer` can act on.
+
+MergefrontError
+├── StudyFileError     a study file (or other YAML) breaks a rule: fix the file
+├── CheckpointError    a model folder is torn, unsafe or does not fit the others: fix the folder
+├── MergeError         the arithmetic gave no usable tensor: fix the recipe or the expert
+├── RunError           a run folder is locked, or was made from another study
+└── WorkerError        a worker died or cannot start
+
+`search_spaces.SpaceError` and `evals.TaskError` are ValueErrors of their own packages.
+"""
+
+
+class MergefrontError(Exception):
+    """Base of every error this package raises on purpose; its message is written for a person."""
+
+
+class StudyFileError(MergefrontError):
+    """A study file or another YAML document breaks a rule."""
+
+
+class CheckpointError(MergefrontError):
+    """A checkpoint cannot be read safely and whole, or does not fit the base."""
+
+
+class MergeError(MergefrontError):
+    """A merge gave a tensor that is not finite, or a recipe and its sources do not fit."""
+
+
+class RunError(MergefrontError):
+    """A run folder is in use, or was made from another study."""
+
+
+class WorkerError(MergefrontError):
+    """A worker died, or could not start."""

@@ -1,0 +1,98 @@
+"""The Pareto front of a set of points: who is on it, how much it covers, and which point to pick.
+
+Shapes: n points of m objectives, all to be minimised (a caller negates what it maximises).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
+    """Mark the points that no other point beats.
+
+    One point dominates another when it is nowhere worse and somewhere better; equal points do not dominate each other.
+
+    Args:
+        values: (n, m), minimised, finite.
+
+    Returns:
+        (n,) True on the front.
+    """
+    points = _points(values)
+    mask = np.zeros(len(points), dtype=bool)
+    # In lexicographic order a point can be dominated only by an earlier one, and then by an earlier one on the front.
+    for i in np.lexsort(points.T[::-1]):
+        front = points[mask]
+        dominated = (front <= points[i]).all(axis=1) & (front < points[i]).any(axis=1)
+        mask[i] = not dominated.any()
+    return mask
+
+
+def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
+    """The volume between the points and a reference point: larger is better, exact in any number of objectives.
+
+    A point that is not better than the reference in every objective covers nothing.
+
+    Args:
+        values: (n, m), minimised, finite.
+        reference: (m,), the worst corner that still counts.
+
+    Source: While et al., "A faster algorithm for calculating hypervolume", 2006 (slicing objectives).
+    """
+    points = _points(values)
+    corner = np.asarray(reference, dtype=float)
+    assert corner.shape == points.shape[1:], "the reference needs one value per objective"
+    points = points[(points < corner).all(axis=1)]
+    return _sliced(points[non_dominated(points)], corner)
+
+
+def _sliced(points: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
+    if not len(points):
+        return 0.0
+    if points.shape[1] == 1:
+        return float(corner[0] - points.min())
+    points = points[np.argsort(points[:, -1])]
+    depths = np.diff(np.append(points[:, -1], corner[-1]))
+    # Between two heights of the last objective, the points below cover the same area of the other objectives.
+    slices = (_sliced(points[: i + 1, :-1], corner[:-1]) * depth for i, depth in enumerate(depths) if depth > 0)
+    return float(sum(slices))
+
+
+def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) -> int:
+    """The point farthest above the straight line from the base (0, 0) to the expert (its forgetting, 1).
+
+    Args:
+        domain: (n,) share of the expert's gain.
+        forgetting: (n,) share of the base's ability lost.
+        expert_forgetting: what the expert forgot, the worst one of several; where it forgot nothing, the largest
+            domain gain is the knee.
+
+    Returns:
+        The position of the point; of equals the one that forgets least, then the first.
+    """
+    gain, loss = np.asarray(domain, dtype=float), np.asarray(forgetting, dtype=float)
+    assert len(gain), "a knee needs at least one point"
+    height = gain - loss / expert_forgetting if expert_forgetting > 0 else gain
+    return int(np.lexsort((loss, -height))[0])
+
+
+def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: float) -> int | None:
+    """The point with the most domain gain among those that forget at most so much, or None where there is none.
+
+    Returns:
+        The position of the point; of equals the one that forgets least, then the first.
+    """
+    gain, loss = np.asarray(domain, dtype=float), np.asarray(forgetting, dtype=float)
+    allowed = np.flatnonzero(loss <= max_forgetting)
+    if not len(allowed):
+        return None
+    return int(allowed[np.lexsort((loss[allowed], -gain[allowed]))[0]])
+
+
+def _points(values: ArrayLike) -> NDArray[np.float64]:
+    points = np.asarray(values, dtype=float)
+    assert points.ndim == 2, f"points come as rows, shape (n, m), not {points.shape}"
+    assert np.isfinite(points).all(), "a failed trial has no objectives and is not a point"
+    return points

@@ -1,0 +1,138 @@
+"""Headers of safetensors files, read without trusting them.
+
+The first thing done with a file of weights: what it holds and whether it is whole, without mapping or loading it.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from optimizer.errors import CheckpointError
+
+MAX_HEADER_BYTES = 16_000_000
+MAX_TENSORS = 200_000
+LFS_POINTER = b"version https://git-lfs"
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: where it is, its safetensors dtype code, shape and size in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of one file, and 16 hex digits of the hash of its header."""
+
+    entries: Mapping[str, Entry]
+    digest: str
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is cut short, a git-lfs pointer, or its header contradicts itself.
+    """
+    text, payload = _header_text(file)
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateKeyError as error:
+        _refuse(file, f"its header names {error} twice")
+    except (ValueError, RecursionError) as error:
+        _refuse(file, f"its header is not JSON ({error})")
+    if not isinstance(table, dict):
+        _refuse(file, "its header is not a JSON object")
+    table.pop("__metadata__", None)
+    if len(table) > MAX_TENSORS:
+        _refuse(file, f"it names {len(table)} tensors, the limit is {MAX_TENSORS}")
+    spans = {name: _span(file, name, fields) for name, fields in table.items()}
+    _require_covered(file, spans, payload)
+    entries = {
+        name: Entry(file, table[name]["dtype"], tuple(table[name]["shape"]), end - start)
+        for name, (start, end) in spans.items()
+    }
+    return Header(entries, hashlib.sha256(text).hexdigest()[:16])
+
+
+def _header_text(file: Path) -> tuple[bytes, int]:
+    """Return the header's bytes and the number of bytes after it."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+            if head == LFS_POINTER:
+                _refuse(file, "it is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 or (length <= MAX_HEADER_BYTES and 8 + length > size):
+                _cut_short(file, 8 + length if size >= 8 else 8, size)
+            if length > MAX_HEADER_BYTES:
+                _refuse(file, f"its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}; it is damaged")
+            stream.seek(8)
+            return stream.read(length), size - 8 - length
+    except OSError as error:
+        _refuse(file, f"it cannot be read ({error.strerror})")
+
+
+def _span(file: Path, name: str, fields: Any) -> tuple[int, int]:
+    """Return a tensor's first and last offset after checking that they fit its dtype and shape."""
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        _refuse(file, f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        _refuse(file, f"tensor {name!r} is of dtype {dtype!r}; known are {', '.join(ITEM_BYTES)} (no quantised ones)")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            _refuse(file, f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}; both must be whole numbers")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        _refuse(file, f"tensor {name!r}: offsets {offsets} do not hold shape {shape} of {dtype}")
+    return offsets[0], offsets[1]
+
+
+def _require_covered(file: Path, spans: Mapping[str, tuple[int, int]], payload: int) -> None:
+    """Require that the tensors lie end to end and fill the file."""
+    position = 0
+    for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != position:
+            fault = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+            _refuse(file, f"tensor {name!r} {fault} (starts at {start}, expected {position})")
+        position = end
+    if position > payload:
+        _cut_short(file, position, payload)
+    if position < payload:
+        _refuse(file, f"{payload - position} bytes follow its last tensor")
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _DuplicateKeyError(repr(key))
+        table[key] = value
+    return table
+
+
+def _cut_short(file: Path, promised: int, found: int) -> NoReturn:
+    _refuse(file, f"it is cut short: its header promises {promised} bytes, it has {found}; download or copy it again")
+
+
+def _refuse(file: Path, fault: str) -> NoReturn:
+    raise CheckpointError(f"{file} is not a whole safetensors file: {fault}")

@@ -1,0 +1,277 @@
+"""The merge: sources and a recipe to tensors, in a resident model or in a new folder.
+
+Every merge writes every tensor from the sources, so a model keeps nothing of an earlier one. Arithmetic is float32 on
+the CPU, where the sources are mapped, and is rounded once to the base's dtype: the bytes are the same for every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optimizer.checkpoints import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    count_nonfinite,
+    require_compatible,
+    sum_is_finite,
+)
+from optimizer.errors import MergeError
+from optimizer.methods import BLOCK, METHODS, Blend, Line, Values, float_blocks
+from search_spaces import METHODS as SPECS
+from search_spaces import Recipe, group_of
+
+LINE_BLOCK = 1 << 20  # elements: two bytes each, three such blocks stay in a core's cache
+MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The opened base and the opened experts by name; `open` has made sure that they fit each other."""
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+
+    @classmethod
+    def open(cls, base: str | Path, experts: Mapping[str, str]) -> Sources:
+        """Open the base and the experts (name to source).
+
+        Raises:
+            CheckpointError: one cannot be read, or does not fit the base.
+        """
+        opened = Checkpoint.open(base)
+        sources = cls(opened, {name: Checkpoint.open(source, base=opened) for name, source in experts.items()})
+        for expert in sources.experts.values():
+            require_compatible(opened, expert)
+        return sources
+
+
+def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
+    """Return one merged tensor in the base's dtype.
+
+    Raises:
+        MergeError: the recipe and the sources do not fit, or the tensor has NaN or infinite values.
+    """
+    return _Merger(sources, recipe).tensor(name)
+
+
+def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recipe) -> None:
+    """Overwrite every parameter of a resident model with the merge.
+
+    Args:
+        parameters: by checkpoint name, in the base's dtypes and shapes, on any device; a name the base lacks is
+            allowed where it shares its memory with another (a tied head).
+        sources: the opened checkpoints.
+        recipe: what to merge.
+
+    Raises:
+        MergeError: names, shapes or dtypes do not fit, or a merged tensor has NaN or infinite values. The parameters
+            are then partly written; the next merge writes them all.
+    """
+    merger = _Merger(sources, recipe)
+    _require_same_tensors(parameters, sources.base)
+    with torch.no_grad():
+        for name in sources.base.names:
+            merger.write_into(parameters[name], name)
+
+
+def merge_to_folder(sources: Sources, recipe: Recipe, out: Path, *, shard_bytes: int = 5_000_000_000) -> None:
+    """Write the merge as safetensors to a new folder, one shard in memory at a time.
+
+    The folder appears under its name only when it is whole.
+
+    Raises:
+        MergeError: the folder exists or cannot be written, or the merge fails.
+    """
+    with new_folder(out) as folder:
+        write_shards(sources, recipe, folder, shard_bytes=shard_bytes)
+
+
+def write_shards(sources: Sources, recipe: Recipe, folder: Path, *, shard_bytes: int) -> None:
+    """Write the merge into an existing folder: model.safetensors, or shards with an index where it is larger."""
+    base, merger = sources.base, _Merger(sources, recipe)
+    shards = _planned_shards(base, shard_bytes)
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: merger.tensor(name) for name in shard}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": base.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes the name `out` when the block ends well, and is removed when it does not."""
+    if out.exists():
+        raise MergeError(f"a model is written to a new folder, and {out} exists; name another one or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise MergeError(f"{out} cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _sync(temporary)
+        os.rename(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise MergeError(f"{out} could not be written ({error}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Merger:
+    """A recipe applied to its sources, tensor by tensor."""
+
+    def __init__(self, sources: Sources, recipe: Recipe) -> None:
+        missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
+        if missing:
+            raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
+        self._sources = sources
+        self._recipe = recipe
+        self._numbers: dict[str, tuple[tuple[str, ...], Values | None]] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        base = self._sources.base
+        out = torch.empty(base.shape(name), dtype=base.dtype(name))
+        self.write_into(out, name)
+        return out
+
+    def write_into(self, out: Tensor, name: str) -> None:
+        """Write the merged tensor; blocks go straight into `out` where it is contiguous CPU memory."""
+        if out.device.type != "cpu" or not out.is_contiguous():
+            out.copy_(self.tensor(name))
+            return
+        base = self._sources.base.tensor(name)
+        experts, values = self._numbers_at(name) if base.is_floating_point() else ((), None)
+        if values is None:
+            out.copy_(base)
+            return
+        if base.dtype not in MERGED_DTYPES:
+            raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
+        values = replace(values, seeds=tuple(_seed(self._recipe.digest, name, expert) for expert in experts))
+        tensors = [self._sources.experts[expert].tensor(name) for expert in experts]
+        finite = _apply(METHODS[self._recipe.method](base, tensors, values), base, tensors, out)
+        if not finite and (bad := count_nonfinite(out)):
+            raise MergeError(
+                f"a merge must be finite: recipe {self._recipe.digest} gives {bad} NaN or infinite values in {name}"
+            )
+
+    def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
+        group = group_of(name)
+        if group not in self._numbers:
+            self._numbers[group] = self._numbers_of(group)
+        return self._numbers[group]
+
+    def _numbers_of(self, group: str) -> tuple[tuple[str, ...], Values | None]:
+        """Return the experts that change a group and their numbers without seeds; none where the base stays."""
+
+        def value(parameter: str, expert: str = "") -> float:
+            known = SPECS[self._recipe.method].parameter(parameter) is not None
+            return self._recipe.value(parameter, expert=expert, group=group) if known else 1.0
+
+        names = sorted(name for name, _ in self._recipe.experts)  # sums have one order, whatever the recipe's
+        active = tuple(name for name in names if value("weight", name) != 0)
+        if not active or value("t") == 0 or value("lambda") == 0:
+            return (), None
+        largest = max(abs(value("weight", name) * value("lambda")) for name in active)
+        if largest > torch.finfo(torch.float32).max:
+            raise MergeError(
+                f"a merge must be finite: recipe {self._recipe.digest} has weight {largest:.3g} in {group}"
+            )
+        return active, Values(
+            weights=tuple(value("weight", name) for name in active),
+            densities=tuple(value("density", name) for name in active),
+            seeds=(),
+            t=value("t"),
+            scale=value("lambda"),
+            normalize=value("normalize") == 1,
+            rescale=value("rescale") == 1,
+        )
+
+
+def _apply(blend: Blend, base: Tensor, experts: list[Tensor], out: Tensor) -> bool:
+    """Write the blend's blocks into `out`; return whether their sums are finite, which no NaN or infinity allows."""
+    same_dtype = base.dtype == experts[0].dtype == out.dtype
+    if isinstance(blend, Line) and blend.weight in (0.0, 1.0):
+        out.copy_(experts[0] if blend.weight else base)
+        return same_dtype or sum_is_finite(out)
+    flat = out.view(-1)
+    if isinstance(blend, Line) and same_dtype:
+        return _apply_line(blend, base.reshape(-1), experts[0].reshape(-1), flat)
+    finite = True
+    for start, b, xs in float_blocks(base, experts):
+        block = flat[start : start + BLOCK].copy_(blend(b, xs, start))
+        finite &= sum_is_finite(block)
+    return finite
+
+
+def _apply_line(line: Line, base: Tensor, expert: Tensor, out: Tensor) -> bool:
+    """The same numbers as by float32 blocks, at memory speed: torch.lerp works in float32 and rounds once itself."""
+    finite = True
+    for start in range(0, out.numel(), LINE_BLOCK):
+        part = slice(start, start + LINE_BLOCK)
+        torch.lerp(base[part], expert[part], line.weight, out=out[part])
+        finite &= sum_is_finite(out[part])
+    return finite
+
+
+def _seed(digest: str, tensor: str, expert: str) -> int:
+    """63 bits that follow from the recipe's numbers, the tensor and the expert."""
+    return int.from_bytes(hashlib.sha256(f"{digest}\0{tensor}\0{expert}".encode()).digest()[:8], "big") >> 1
+
+
+def _require_same_tensors(parameters: Mapping[str, Tensor], base: Checkpoint) -> None:
+    missing = sorted(set(base.names) - set(parameters))
+    if missing:
+        raise MergeError(
+            f"every tensor of the base must be written; the model lacks {len(missing)}, first {missing[0]}"
+        )
+    written = {parameters[name].data_ptr() for name in base.names}
+    for name, parameter in parameters.items():
+        if name not in base.names:
+            if parameter.data_ptr() not in written:
+                raise MergeError(f"every parameter must be written; {name} is in the model but not in {base.folder}")
+        elif (tuple(parameter.shape), parameter.dtype) != (base.shape(name), base.dtype(name)):
+            given = f"{tuple(parameter.shape)} {parameter.dtype}, {base.shape(name)} {base.dtype(name)}"
+            raise MergeError(f"a parameter has its tensor's shape and dtype; {name} in model and base: {given}")
+
+
+def _planned_shards(base: Checkpoint, shard_bytes: int) -> list[list[str]]:
+    """Fill shards in name order; a tensor larger than the limit has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in base.names:
+        if base.size(name) > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= base.size(name)
+    return shards
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _sync(folder: Path) -> None:
+    """Have the files on disk before the folder gets its name: after a power cut there is a whole model or none."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,350 @@
+"""The four figures of a run, drawn by plotly from plain frames; the only module that knows plotly.
+
+Names come from a person's study file: each is escaped, since plotly reads labels as a subset of HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from evals.outcomes import HOLDOUT
+from optimizer.words import percent
+
+# Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
+INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
+BLUE, RED, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
+WIDTH, HEIGHT, PLOT_WIDTH = 980, 600, 860  # pixels
+AXIS = {"gridcolor": RULE, "zerolinecolor": PALE, "zerolinewidth": 1.5, "ticks": "", "automargin": True}
+
+MODULES = {"attn": ("attention", BLUE, "circle"), "mlp": ("feed-forward", ORANGE, "square")}
+ENDS = {"embed": ("embeddings", GREEN, "diamond"), "head": ("head", PURPLE, "triangle-up")}
+
+
+def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
+    """Forgetting against domain gain, in per cent: anchors, searched points, the front, the knee, holdout re-scores.
+
+    Args:
+        points: `Run.points()`.
+        knee: the trial to mark.
+        suite: the suite whose intervals are drawn: that which judges the front.
+    """
+    unseen = suite == HOLDOUT
+    judge = "items the search never saw" if unseen else "the items the search used"
+    figure = _figure("What each gain in the domain costs", f"one mark is one merge; bars are 95 % intervals on {judge}")
+    if points.empty:
+        return _nothing_yet(figure)
+    kind = points["kind"]
+    uniform, experts, base = points[kind.str.startswith("uniform")], kind.str.startswith("expert:"), kind == "base"
+    chosen = points[points["front"]].sort_values(["forgetting", "domain"])
+    found = chosen[chosen["kind"] == "search"]
+    ends = points[base | experts]
+    several = experts.sum() > 1  # then the front is a surface, and has no edge to draw
+    line = pd.concat([ends, uniform]).sort_values("forgetting") if len(ends) == 2 else uniform
+
+    figure.add_traces(
+        [
+            _marks(points[(kind == "search") & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
+            _curve(line, ORANGE, dash="dot"),
+            *([_curve(chosen, BLUE, shape="hv")] if not several else []),
+            *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
+            _marks(uniform, "uniform line", "triangle-up", ORANGE, 12, rank=4),
+            _marks(points[kind.str.startswith("slope")], "depth slope", "triangle-down", GREEN, 12, rank=5),
+            _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
+            _marks(points[base], "base", "square", INK, 13),
+            _marks(points[experts], "expert", "diamond", RED, 14),
+        ]
+    )
+    _axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
+    low, high = min(0.0, 100 * points["domain"].min()), 100 * points["domain"].max()
+    figure.update_yaxes(range=[low - 0.08 * (high - low), high + 0.16 * (high - low)])
+    left, right = min(0.0, 100 * points["forgetting"].min()), max(1.0, 100 * points["forgetting"].max())
+    left, right = left - 0.04 * (right - left), right + 0.12 * (right - left)
+    figure.update_xaxes(range=[left, right])
+    for _, row in ends.iterrows():
+        y = 24 if row["kind"] == "base" else -26
+        _point_at(figure, row, _escaped(row["kind"].replace("expert:", "expert ")), x=34, y=y)
+    if knee is not None:
+        row = points.loc[knee]
+        prefix = "holdout_" if math.isfinite(row["holdout_domain"]) else ""
+        said = f"keeps {percent(row[f'{prefix}domain'])}, forgets {percent(row[f'{prefix}forgetting'])}"
+        figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
+        from_left = PLOT_WIDTH * (100 * row["forgetting"] - left) / (right - left)
+        label = f"<b>trial {knee}, the knee</b><br>{said}"
+        # Above and left of the front there is nothing to cover; near the axis the label stays right of it.
+        _point_at(figure, row, label, x=max(-60, round(130 - from_left)), y=-52)
+    return figure
+
+
+def library_script() -> str:
+    """plotly's own JavaScript, to be put into a page once."""
+    return get_plotlyjs()
+
+
+def weights(frame: pd.DataFrame, *, title: str) -> go.Figure:
+    """The weight of each expert over the depth of the model, a panel per expert and a line per module.
+
+    Args:
+        frame: `Run.weights(trial)`.
+    """
+    experts = list(dict.fromkeys(frame["expert"]))
+    subtitle = "0 is the base, 1 the expert; a line for each kind of module"
+    figure = _figure(title, subtitle, height=HEIGHT * 0.75 + 220 * (len(experts) - 1))
+    panels = make_subplots(
+        rows=len(experts), cols=1, shared_xaxes=True, vertical_spacing=0.08, figure=figure,
+        subplot_titles=[f"expert {_escaped(name)}" for name in experts] if len(experts) > 1 else None,
+    )  # fmt: skip
+    last = int(frame["layer"].max())
+    for row, name in enumerate(experts, start=1):
+        rows = frame[frame["expert"] == name]
+        for trace in _module_traces(rows, last, legend=row == 1):
+            panels.add_trace(trace, row=row, col=1)
+        panels.update_yaxes(title_text="weight", row=row, col=1)
+    panels.update_xaxes(AXIS, zeroline=False)
+    panels.update_yaxes(AXIS)
+    low, high = min(0.0, frame["weight"].min()), max(1.0, frame["weight"].max())
+    panels.update_yaxes(range=[low - 0.06, high + 0.06])
+    step = max(1, math.ceil((last + 1) / 12))
+    layers = list(range(0, last + 1, step))
+    panels.update_xaxes(range=[-1.8, last + 1.8], tickvals=[-1, *layers, last + 1])
+    panels.update_xaxes(ticktext=["embed", *map(str, layers), "head"])
+    panels.update_xaxes(title_text="layer, from the embeddings to the head", row=len(experts), col=1)
+    return panels
+
+
+def hypervolume(
+    frame: pd.DataFrame, *, anchors: float, first_searched: int, reference: Mapping[str, float]
+) -> go.Figure:
+    """What the points so far cover, after each trial, and what the anchors alone cover as a dashed line.
+
+    Args:
+        frame: `Run.hypervolume()`.
+        anchors: `Run.anchors_hypervolume()`.
+        first_searched: how many trials at the start are anchors.
+        reference: the corner the hypervolume is measured to.
+    """
+    corner = f"forgetting {percent(reference['forgetting'])} (worst expert), domain gain 0 % (base)"
+    subtitle = "" if frame.empty else f"hypervolume on search items; reference point: {corner}"
+    figure = _figure("How the search grew the front", subtitle, height=HEIGHT * 0.75)
+    if frame.empty:
+        return _nothing_yet(figure)
+    figure.add_trace(
+        go.Scatter(
+            x=frame["trial"], y=frame["hypervolume"], name="all trials so far", mode="lines",
+            line={"color": BLUE, "width": 3, "shape": "hv"}, showlegend=False,
+            hovertemplate="after trial %{x}: %{y:.4f}<extra></extra>",
+        )
+    )  # fmt: skip
+    end = float(frame["trial"].max())
+    figure.add_trace(
+        go.Scatter(
+            x=[0, end], y=[anchors, anchors], name="anchors alone", mode="lines", showlegend=False,
+            line={"color": ORANGE, "width": 2.5, "dash": "dash"}, hoverinfo="skip",
+        )
+    )  # fmt: skip
+    _axes(figure, "trial", "hypervolume")
+    final = float(frame["hypervolume"].iloc[-1])
+    label = {"xref": "x", "yref": "y", "showarrow": False, "xanchor": "right", "x": end}
+    figure.add_annotation(text="anchors alone", y=anchors, yshift=-14, font={"color": "#9a6a00", "size": 15}, **label)
+    figure.add_annotation(text="all trials so far", y=final, yshift=14, font={"color": BLUE, "size": 15}, **label)
+    room = max(final, anchors) - (bottom := min(anchors, final) * 0.8)
+    figure.update_yaxes(range=[bottom, max(final, anchors) + 0.12 * room])
+    figure.add_shape(
+        type="line", x0=first_searched - 0.5, x1=first_searched - 0.5, y0=0, y1=1, yref="paper", layer="below",
+        line={"color": PALE, "width": 1.5, "dash": "dot"},
+    )  # fmt: skip
+    figure.add_annotation(
+        text="search begins", x=first_searched - 0.5, y=0, xref="x", yref="paper", xanchor="left", yanchor="bottom",
+        showarrow=False, xshift=6, font={"color": GREY, "size": 14},
+    )  # fmt: skip
+    return figure
+
+
+def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
+    """What a trial won of each domain task and kept of each general one: bars, 95 % intervals, figures at the right.
+
+    Args:
+        frame: `Run.retention(trial)`.
+    """
+    rows = pd.concat([frame[frame["role"] == "general"].iloc[::-1], frame[frame["role"] == "domain"].iloc[::-1]])
+    judge = "items the search never saw" if (rows["suite"] == HOLDOUT).all() else "the items the search used"
+    figure = _figure(title, f"with 95 % intervals, on {judge}", height=215 + 50 * len(rows))
+    figure.update_layout(margin={"l": 40, "r": 150})
+    several = rows.loc[rows["role"] == "domain", "expert"].nunique() > 1
+    labels = [
+        _escaped(f"{row.task} ({row.expert})" if several and row.role == "domain" else row.task)
+        for row in rows.itertuples()
+    ]
+    for role, name, color in (
+        ("domain", "domain: % of the expert's gain", BLUE),
+        ("general", "general: % of the base's ability kept", GREEN),
+    ):
+        mask = (rows["role"] == role).to_numpy()
+        part = rows[mask]
+        figure.add_trace(
+            go.Bar(
+                orientation="h", name=name, x=100 * part["share"], width=0.62,
+                y=[i for i, is_role in enumerate(mask) if is_role], marker={"color": color, "opacity": 0.85},
+                error_x=_bar(part["share"], part["low"], part["high"], INK, 2),
+                customdata=[
+                    [_escaped(row.metric), f"{row.base_score:.3f}", f"{row.score:.3f}"] for row in part.itertuples()
+                ],
+                hovertemplate="%{customdata[0]}: base %{customdata[1]}, here %{customdata[2]}<extra></extra>",
+            )
+        )  # fmt: skip
+    for place, row in enumerate(rows.itertuples()):
+        figure.add_annotation(
+            text=percent(row.share, row.low, row.high), x=1.01, xref="paper", y=place, yref="y", xanchor="left",
+            showarrow=False, font={"size": 15, "color": INK},
+        )  # fmt: skip
+    _axes(figure, "%, where 100 is as good as the expert (domain) or the base (general)", "")
+    figure.update_yaxes(
+        tickvals=list(range(len(rows))), ticktext=labels, range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False,
+        ticklabelstandoff=8,
+    )  # fmt: skip
+    figure.add_shape(
+        type="line", x0=100, x1=100, y0=0, y1=1, yref="paper", line={"color": INK, "width": 1.5, "dash": "dash"}
+    )
+    low, high = 100 * min(0.0, rows["low"].min()), 100 * max(1.0, rows["high"].max())
+    figure.update_xaxes(range=[low - 2 if low < 0 else 0, high + 4])
+    return figure
+
+
+def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
+    under = {"text": subtitle, "font": {"size": 15, "color": GREY}}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "title": {"text": title, "subtitle": under, "x": 0.012, "xanchor": "left", "y": 0.95, "font": {"size": 21}},
+            "font": {"family": FONT, "size": 16, "color": INK},
+            "width": WIDTH,
+            "height": round(height),
+            "margin": {"l": 90, "r": 30, "t": 125, "b": 65},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "hoverlabel": {"bgcolor": "white", "font": {"size": 15, "family": FONT}, "align": "left"},
+            "legend": {"orientation": "h", "x": 0, "y": 1.01, "xanchor": "left", "yanchor": "bottom"},
+        }
+    )
+
+
+def _axes(figure: go.Figure, x: str, y: str) -> None:
+    figure.update_layout(xaxis={**AXIS, "title_text": x}, yaxis={**AXIS, "title_text": y})
+
+
+def _marks(
+    rows: pd.DataFrame, name: str, symbol: str, color: str, size: int, *, rank: int = 0, bars: bool = False
+) -> go.Scatter:
+    """Marks at the search figures of some points; rank 0 keeps them out of the legend."""
+    hollow = symbol.endswith("-open")
+    return go.Scatter(
+        x=100 * rows["forgetting"], y=100 * rows["domain"], name=name, mode="markers",
+        showlegend=rank > 0 and len(rows) > 0, legendrank=rank or None,
+        marker={"symbol": symbol, "color": color, "size": size,
+                "line": {"width": 2.2 if hollow else 1, "color": color if hollow else "white"}},
+        **(_bars(rows, "") if bars else {}), **_hover(rows),
+    )  # fmt: skip
+
+
+def _judged(found: pd.DataFrame, name: str, *, rank: int) -> go.Scatter:
+    """The front scored again on holdout items, with its intervals."""
+    return go.Scatter(
+        x=100 * found["holdout_forgetting"], y=100 * found["holdout_domain"], name=name, mode="markers",
+        showlegend=len(found) > 0, legendrank=rank,
+        marker={"symbol": "circle-open", "color": BLUE, "size": 10, "line": {"width": 2.2, "color": BLUE}},
+        **_bars(found, "holdout_"), **_hover(found),
+    )  # fmt: skip
+
+
+def _bars(rows: pd.DataFrame, prefix: str) -> dict[str, object]:
+    bars = {}
+    for axis, name in (("x", "forgetting"), ("y", "domain")):
+        middle, low, high = (rows[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
+        bars[f"error_{axis}"] = _bar(middle, low, high, "rgba(0,114,178,0.4)", 1.2)
+    return bars
+
+
+def _bar(middle: pd.Series, low: pd.Series, high: pd.Series, color: str, thickness: float) -> dict[str, object]:
+    return {
+        "type": "data", "symmetric": False, "array": 100 * (high - middle), "arrayminus": 100 * (middle - low),
+        "color": color, "thickness": thickness, "width": 0,
+    }  # fmt: skip
+
+
+def _curve(rows: pd.DataFrame, color: str, *, shape: str = "linear", dash: str = "solid") -> go.Scatter:
+    """A line through points; as steps ("hv") it is the edge of what they beat."""
+    return go.Scatter(
+        x=100 * rows["forgetting"], y=100 * rows["domain"], mode="lines", showlegend=False, hoverinfo="skip",
+        line={"color": color, "width": 2, "shape": shape, "dash": dash},
+    )  # fmt: skip
+
+
+def _links(judged: pd.DataFrame) -> go.Scatter:
+    """From each point's search figures to its holdout figures, a gap between pairs."""
+    x = [v for row in judged.itertuples() for v in (100 * row.forgetting, 100 * row.holdout_forgetting, None)]
+    y = [v for row in judged.itertuples() for v in (100 * row.domain, 100 * row.holdout_domain, None)]
+    return go.Scatter(
+        x=x, y=y, name="search to holdout", mode="lines", line={"color": PALE, "width": 1.2}, showlegend=False,
+        hoverinfo="skip",
+    )  # fmt: skip
+
+
+def _module_traces(rows: pd.DataFrame, last: int, *, legend: bool) -> list[go.Scatter]:
+    traces = []
+    for kind, (name, color, symbol) in {**MODULES, **ENDS}.items():
+        part = rows[rows["kind"] == kind]
+        if part.empty:
+            continue
+        layer = part["layer"] if kind in MODULES else [-1 if kind == "embed" else last + 1]
+        traces.append(
+            go.Scatter(
+                x=layer, y=part["weight"], name=name, legendgroup=kind, showlegend=legend,
+                mode="lines+markers" if kind in MODULES else "markers", line={"color": color, "width": 2.5},
+                marker={"symbol": symbol, "color": color, "size": 9 if kind in MODULES else 13},
+                text=part["group"], hovertemplate="%{text}: %{y:.3f}<extra></extra>",
+            )
+        )  # fmt: skip
+    return traces
+
+
+def _hover(rows: pd.DataFrame) -> dict[str, object]:
+    text = [_told(trial, row) for trial, row in rows.iterrows()]
+    return {"text": text, "customdata": list(rows.index), "hovertemplate": "%{text}<extra></extra>"}
+
+
+def _told(trial: object, row: pd.Series) -> str:
+    lines = [f"<b>trial {trial}</b> {'' if row['kind'] == 'search' else _escaped(row['kind'])}"]
+    for prefix, items in (("", "search items"), ("holdout_", "unseen items")):
+        if math.isfinite(row[f"{prefix}domain"]):
+            gain, loss = (
+                percent(*(row[f"{prefix}{name}{end}"] for end in ("", "_low", "_high")))
+                for name in ("domain", "forgetting")
+            )
+            lines.append(f"{items}: gain {gain}, forgets {loss}")
+    return "<br>".join(lines)
+
+
+def _point_at(figure: go.Figure, row: pd.Series, text: str, *, x: int, y: int) -> None:
+    figure.add_annotation(
+        x=100 * row["forgetting"], y=100 * row["domain"], text=text, ax=x, ay=y, showarrow=True, arrowhead=0,
+        arrowwidth=1.2, arrowcolor=GREY, standoff=9, font={"size": 15, "color": INK}, bgcolor="rgba(255,255,255,0.85)",
+    )  # fmt: skip
+
+
+def _nothing_yet(figure: go.Figure) -> go.Figure:
+    figure.add_annotation(text="no finished trial yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+    figure.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
+    return figure
+
+
+def _escaped(name: str) -> str:
+    """A name as inert text, control characters gone and long ones cut."""
+    plain = "".join(c if c.isprintable() else " " for c in name)
+    return html.escape(plain if len(plain) <= 60 else f"{plain[:59]}…")

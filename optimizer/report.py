@@ -1,0 +1,212 @@
+"""report.html: one file with everything a person needs to pick a point, readable without a network or this program.
+
+Every name is escaped, no script but the two inlined ones may run (their hashes are in the page's policy), and nothing
+is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.plots import library_script
+from optimizer.run_folder import redacted, write_atomically
+from optimizer.words import count, percent
+
+if TYPE_CHECKING:
+    from optimizer.run import Run
+
+# Draws each figure where it belongs; choosing a trial, or clicking on one of the front, draws its two figures anew.
+SCRIPT = """
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const options = {displayModeBar: false, responsive: true};
+function draw(id, figure) {
+  delete figure.layout.width;
+  Plotly.react(document.getElementById(id), figure.data, figure.layout, options);
+}
+function choose(trial) {
+  draw("weights", figures.weights[trial]);
+  draw("retention", figures.retention[trial]);
+}
+if (figures.front) {
+  draw("front", figures.front);
+  draw("hypervolume", figures.hypervolume);
+  const choice = document.getElementById("choice");
+  choice.addEventListener("change", () => choose(choice.value));
+  document.getElementById("front").on("plotly_click", (event) => {
+    const trial = String(event.points[0].customdata);
+    if (trial in figures.weights) { choice.value = trial; choose(trial); }
+  });
+  choose(choice.value);
+}
+"""
+
+WORDS = {
+    "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
+    "has 0 %, the expert 100 %.",
+    "forgetting": "what a merge loses of the base's ability on the general tasks, as a share of it (above chance, "
+    "where there is a chance). The base forgets 0 %.",
+    "interval": "95 % of bootstrap samples of the items fall in it; the same items are drawn for every merge.",
+    "front": "the merges that no other merge beats in both. The search chose it on its own items; items it never saw "
+    "judge it, so the second pair of figures is the one to trust.",
+    "knee": "the point of the front farthest above the straight line from base to expert.",
+    "uniform line, depth slope": "what needs no search: one weight for all layers (WiSE-FT), or one that rises with "
+    "depth (LiNeS). Between their points we interpolate.",
+}
+
+
+def write_report(run: Run, path: Path | None = None) -> Path:
+    """Write the report of a run, into its folder unless told otherwise, and return its path."""
+    target = path or run.path / "report.html"
+    write_atomically(target, report_html(run).encode("utf-8"))
+    return target
+
+
+def report_html(run: Run) -> str:
+    """The report as one page."""
+    page = Template(files("optimizer").joinpath("report_page.html").read_text(encoding="utf-8"))
+    library = library_script()
+    scored = not run.points().empty
+    study = run.path / "study.yaml"
+    return page.substitute(
+        script_hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in (library, SCRIPT)),
+        title=_text(f"{run.name} - merge front"),
+        heading=_text(f"Merge front of {run.name}"),
+        subheading=_text(_what_was_merged(run)),
+        lead="".join(f"<p>{_text(line)}</p>" for line in _lead(run)),
+        cards=_cards(run) if scored else "",
+        findings=_findings(run),
+        figures=_figures(run) if scored else "",
+        table=_table(run) if scored else "",
+        words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
+        study=_text(redacted(study.read_text(encoding="utf-8"))) if study.exists() else "",
+        data=_figure_data(run) if scored else "{}",
+        plotly=library,
+        script=SCRIPT,
+    )
+
+
+def _what_was_merged(run: Run) -> str:
+    states = run.trials()["state"]
+    done = f"{int((states == 'complete').sum())} of {count(len(states), 'trial')} finished"
+    tasks = ", ".join(task.name for task in run.tasks)
+    return f"Expert {', '.join(run.experts)} into its base. {done}. Tasks: {tasks}." if run.experts else f"{done}."
+
+
+def _lead(run: Run) -> list[str]:
+    return [run.describe(run.knee()), *run.verdict()] if not run.points().empty else [run.summary()]
+
+
+def _cards(run: Run) -> str:
+    knee = run.knee()
+    judged = run.points().loc[knee].add_prefix("" if run.suite_of(knee) == HOLDOUT else "holdout_")
+    shown = [
+        (_interval(judged, "holdout_domain"), f"of the domain gain kept by trial {knee}, the knee"),
+        (_interval(judged, "holdout_forgetting"), "of the base's general ability forgotten by it"),
+    ]
+    for gap in run.does_search_pay().itertuples():
+        points = f"{100 * gap.difference:+.0f} [{100 * gap.low:+.0f}, {100 * gap.high:+.0f}]"
+        line = "the uniform line" if gap.line == "uniform" else "the depth slope"
+        shown.append((points, f"points of domain gain over {line} at equal forgetting"))
+    return f'<div class="cards">{"".join(_card(figure, of) for figure, of in shown)}</div>'
+
+
+def _card(figure: str, of: str) -> str:
+    value, _, interval = figure.partition(" [")
+    small = f"<small>[{_text(interval)}</small>" if interval else ""
+    return f'<div class="card"><b>{_text(value)} {small}</b><span class="soft">{_text(of)}</span></div>'
+
+
+def _findings(run: Run) -> str:
+    findings = run.findings()
+    items = "".join(f"<li>{_text(finding)}</li>" for finding in findings)
+    return f"<section><h2>Read with care</h2><ul>{items}</ul></section>" if findings else ""
+
+
+def _figures(run: Run) -> str:
+    knee = run.knee()
+    options = "".join(
+        f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(_named(trial, row["kind"]))}</option>'
+        for trial, row in run.front().iterrows()
+    )
+    choice = f'<p><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
+    return (
+        '<section><div class="figure" id="front"></div>'
+        '<p class="soft">Click a point of the front to see its weights and tasks below.</p></section>'
+        f'<section>{choice}<div class="figure" id="weights"></div><div class="figure" id="retention"></div></section>'
+        '<section><div class="figure" id="hypervolume"></div></section>'
+    )
+
+
+def _table(run: Run) -> str:
+    knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
+    titles = [f"{_title(name)},<br>{items}" for items in ("search items", "unseen items") for name in names]
+    head = "".join(f"<th>{title}</th>" for title in ("trial", "what", *titles, "recipe"))
+    digests = run.trials()["recipe"]
+    rows = []
+    for trial, row in run.front().iterrows():
+        figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
+        cells = _cells([trial, _what(row["kind"]), *figures, digests[trial]])
+        rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
+    export = f"mergefront export {run.name} --trial {knee}"
+    return (
+        '<section><h2>The front, from least to most forgetting</h2><div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
+    )
+
+
+def _title(name: str) -> str:
+    return _text(name.replace("domain_", "gain ").replace("domain", "domain gain"))
+
+
+def _what(kind: str) -> str:
+    return "" if kind == SEARCH else kind.replace("expert:", "expert ")
+
+
+def _named(trial: object, kind: str) -> str:
+    return f"trial {trial}" if kind == SEARCH else f"trial {trial} ({_what(kind)})"
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    return "" if pd.isna(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def _cells(values: Iterable[object]) -> str:
+    return "".join(f"<td>{_text(value)}</td>" for value in values)
+
+
+def _figure_data(run: Run) -> str:
+    trials: Sequence[int] = [int(trial) for trial in run.front().index]
+    data = {
+        "front": run.plot_front().to_plotly_json(),
+        "hypervolume": run.plot_hypervolume().to_plotly_json(),
+        "weights": {trial: run.plot_weights(trial).to_plotly_json() for trial in trials},
+        "retention": {trial: run.plot_retention(trial).to_plotly_json() for trial in trials},
+    }
+    return json.dumps(data, default=_plain).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a figure holds numbers and text, not {type(value)}")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+
+
+def _text(value: object) -> str:
+    """Any value as inert text: escaped, control characters gone."""
+    return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(value)))

@@ -1,0 +1,478 @@
+"""The reading side of a run folder: every number is recomputed from what is stored, also while a search is writing.
+
+Needs neither torch nor ray nor lm-eval, and changes nothing. What is read is kept: open the run again to see it grow.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Hashable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from evals.errors import TaskError
+from evals.objectives import carries, objectives, task_retention, task_scores
+from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
+from optimizer.comparison import difference, mixture_at
+from optimizer.errors import RunError
+from optimizer.front import best_under, hypervolume, knee, non_dominated
+from optimizer.run_folder import all_outcomes, read_manifest
+from optimizer.study_db import read_storage
+from optimizer.words import count, percent
+from search_spaces.errors import SpaceError
+from search_spaces.groups import flow_order, kind_of, layer_of
+from search_spaces.parameters import METHODS
+from search_spaces.recipe import Recipe
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+SEARCHED = "search"  # the kind of a trial that is not an anchor
+NOT_A_VERDICT = ("driver_died", "duplicate of")  # reasons of failure that say nothing about a recipe
+TRIAL_COLUMNS = ("state", "kind", "seconds", "reason", "recipe")
+
+
+def open_run(path: Path | str, *, storage: str | None = None) -> Run:
+    """Open a run folder for reading.
+
+    Args:
+        storage: the Optuna URL of a study that is not kept in the folder's own study.db.
+
+    Raises:
+        RunError: the folder is not a run, or its study is damaged or not ours.
+    """
+    return Run(Path(path), storage)
+
+
+class Run:
+    """A run as it was when it was opened. Points are trials by number; figures are shares (0.06 is 6 %)."""
+
+    def __init__(self, path: Path, storage: str | None = None) -> None:
+        if not path.is_dir():
+            raise RunError(f"there is no run folder {path}; `mergefront search` makes one")
+        self.path = path
+        self.name = path.resolve().name
+        manifest = read_manifest(path)
+        stored = manifest["tasks"]
+        assert isinstance(stored, list)
+        self.tasks = tuple(TaskInfo(**task) for task in stored)
+        self._frozen = {trial.number: trial for trial in _read_trials(path / "study.db", storage)}
+
+    # --- trials and points ---------------------------------------------------------------------------------------
+
+    def trials(self) -> pd.DataFrame:
+        """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), seconds, reason of
+        failure, and the recipe's digest."""
+        rows = {
+            number: (
+                trial.state.name.lower(),
+                _kind(trial),
+                trial.user_attrs.get("seconds", np.nan),
+                str(trial.user_attrs.get("reason", "")),
+                self.recipe(number).digest if "recipe" in trial.user_attrs else "",
+            )
+            for number, trial in self._frozen.items()
+        }
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(TRIAL_COLUMNS))
+        return frame.rename_axis("trial")
+
+    def points(self) -> pd.DataFrame:
+        """Every scored trial by number: kind, the objectives with `_low`, `_high`, `_stderr`, the same again with
+        `holdout_` before (NaN where a trial was not scored there), and `front`. Empty until base and experts are in."""
+        return self._points.copy()
+
+    def front(self, suite: str = SEARCH) -> pd.DataFrame:
+        """The points no other point beats by a suite's figures, from least to most forgetting; columns as `points`."""
+        prefix = _prefix(suite)
+        losses = self._losses(prefix).dropna()
+        front = self._points.loc[losses.index[non_dominated(losses.to_numpy())]]
+        return front.sort_values([f"{prefix}forgetting", f"{prefix}domain"], kind="stable")
+
+    def anchors(self) -> pd.DataFrame:
+        """The points every study scores first: base, experts, the uniform line, the slopes; columns as `points`."""
+        return self._points[self._points["kind"] != SEARCHED].copy()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives' column names: domain (one per expert where there are several), forgetting."""
+        names = self.experts
+        return (*(["domain"] if len(names) < 2 else [f"domain_{name}" for name in names]), "forgetting")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts' names."""
+        return tuple(name for name, _ in self._any_recipe.experts) if self._any_recipe else ()
+
+    # --- one trial -----------------------------------------------------------------------------------------------
+
+    def recipe(self, trial: int) -> Recipe:
+        """The recipe of a trial."""
+        if trial not in self._frozen or "recipe" not in self._frozen[trial].user_attrs:
+            raise RunError(f"run {self.name} has no recipe for trial {trial}; it has {len(self._frozen)} trials")
+        try:
+            return Recipe.from_json(self._frozen[trial].user_attrs["recipe"])
+        except SpaceError as error:
+            raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
+
+    def weights(self, trial: int) -> pd.DataFrame:
+        """How much of each expert a trial took in each group: group, kind, layer (-1 for embed and head), expert,
+        weight; groups in the order data flows through them."""
+        recipe = self.recipe(trial)
+        spec = METHODS[recipe.method]
+        parameter = spec.parameter(spec.scale)
+        assert parameter is not None, "the scale is one of the method's parameters"
+        groups = sorted({setting.group for setting in recipe.settings if setting.group}, key=flow_order)
+        rows = []
+        for name, _ in recipe.experts:
+            for group in groups:
+                layer = layer_of(group)
+                owner = name if parameter.scope == "expert" else ""
+                weight = recipe.value(parameter.name, expert=owner, group=group)
+                rows.append((group, kind_of(group), -1 if layer is None else layer, name, weight))
+        return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
+
+    def retention(self, trial: int, suite: str | None = None) -> pd.DataFrame:
+        """What a trial won or lost on each task, on its holdout items where it has them.
+
+        Returns:
+            task, role, expert, metric, suite, base_score, score, share (domain: of the expert's gain; general: of the
+            base's ability kept), and the share's 95 % interval low, high.
+        """
+        suite = suite or self.suite_of(trial)
+        everyone = self._retention(suite)
+        rows = everyone[everyone["trial"] == trial]
+        if rows.empty:
+            raise RunError(f"trial {trial} of run {self.name} has no {suite} scores")
+        kept = rows["role"] == "general"
+        frame = pd.DataFrame(
+            {
+                "task": rows["task"],
+                "role": rows["role"],
+                "expert": rows["expert"],
+                "metric": rows["task"].map({task.name: task.metric for task in self.tasks}),
+                "suite": suite,
+                "base_score": rows["task"].map(self._base_scores(suite)),
+                "score": rows["score"],
+                "share": rows["gain_share"].where(~kept, 1 - rows["forgetting"]),
+                "low": rows["low"].where(~kept, 1 - rows["high"]),
+                "high": rows["high"].where(~kept, 1 - rows["low"]),
+            }
+        )
+        return frame.reset_index(drop=True)
+
+    def suite_of(self, trial: int) -> str:
+        """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
+        scored = trial in self._points.index and np.isfinite(self._points.at[trial, "holdout_domain"])
+        return HOLDOUT if scored else SEARCH
+
+    def describe(self, trial: int) -> str:
+        """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
+        prefix = _prefix(self.suite_of(trial))
+        row = self._require_points().loc[trial]
+        gain, loss = (_said(row, f"{prefix}{name}") for name in ("domain", "forgetting"))
+        items = "items the search never saw" if prefix else "the items the search used"
+        return f"Trial {trial} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
+
+    # --- picking a point -----------------------------------------------------------------------------------------
+
+    def knee(self) -> int:
+        """The front's point farthest above the line from base to expert (search items choose, holdout items judge)."""
+        self._require_points()
+        front = self.front()
+        at = knee(front["domain"], front["forgetting"], expert_forgetting=self.reference()["forgetting"])
+        return int(front.index[at])
+
+    def best(self, max_forgetting: float) -> int:
+        """The front's point with the most domain gain that forgets at most so much (a share: 0.05 is 5 %).
+
+        Raises:
+            RunError: no point forgets so little.
+        """
+        self._require_points()
+        front = self.front()
+        at = best_under(front["domain"], front["forgetting"], max_forgetting=max_forgetting)
+        if at is None:
+            least = front["forgetting"].min()
+            raise RunError(
+                f"no point of run {self.name} forgets at most {percent(max_forgetting)}; the least is {percent(least)}"
+            )
+        return int(front.index[at])
+
+    # --- the search as a whole -----------------------------------------------------------------------------------
+
+    def reference(self) -> dict[str, float]:
+        """The hypervolume's reference point: domain 0 (the base), forgetting of the expert that forgot most."""
+        experts = self._points[self._points["kind"].str.startswith("expert:")]
+        return {**dict.fromkeys(self.objectives[:-1], 0.0), "forgetting": float(experts["forgetting"].max())}
+
+    def hypervolume(self) -> pd.DataFrame:
+        """What the points so far cover, after each scored trial: trial, hypervolume (search items, `reference`)."""
+        losses, corner = self._losses(""), self._corner()
+        covered, front, rows = 0.0, np.empty((0, losses.shape[1])), []
+        for trial, point in zip(losses.index, losses.to_numpy(), strict=True):
+            candidates = np.vstack([front, point])
+            mask = non_dominated(candidates)
+            if mask[-1]:
+                front = candidates[mask]
+                covered = hypervolume(front, corner)
+            rows.append((trial, covered))
+        return pd.DataFrame(rows, columns=["trial", "hypervolume"])
+
+    def anchors_hypervolume(self) -> float:
+        """What the anchors alone cover, with the same reference point."""
+        losses = self._losses("")
+        return hypervolume(losses[self._points["kind"] != SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
+
+    def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
+        """A trial (the knee unless named) against the anchors' lines at the same forgetting.
+
+        A line joins base, its own anchors and expert, without those another point of it beats; between two of them
+        every item's value is interpolated. So the difference is paired by item, as the gain itself is.
+
+        Returns:
+            line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_domain, difference and its 95 %
+            interval low, high. Empty with several experts, and for a trial that forgets more than the line's end.
+        """
+        columns = ["line", "suite", "forgetting", "domain", "line_domain", "difference", "low", "high"]
+        if len(self.experts) != 1 or self._points.empty:
+            return pd.DataFrame(columns=columns)
+        trial = self.knee() if trial is None else trial
+        suite = self.suite_of(trial)
+        rows = [(line, suite, *found) for line in ("uniform", "slope") if (found := self._against(trial, line, suite))]
+        return pd.DataFrame(rows, columns=columns)
+
+    def verdict(self) -> list[str]:
+        """What `does_search_pay` says of the knee, a sentence for each line of anchors."""
+        return [_verdict(gap) for gap in self.does_search_pay().to_dict("records")]
+
+    def findings(self) -> list[str]:
+        """What a reader should know first, in plain words: tasks that cannot carry a measurement, failed trials."""
+        notes = []
+        if len(self._points):
+            base, experts = self._measured_from
+            notes += carries(self._outcomes(SEARCH), tasks=self.tasks, suite=SEARCH, base=base, experts=experts)
+        else:
+            notes.append("No finished trial yet: the base and every expert must be scored first.")
+        notes += [self._holdout_trouble] if self._holdout_trouble else []
+        trials = self.trials()
+        failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_A_VERDICT)]
+        if len(failed):
+            notes.append(f"{count(len(failed), 'trial')} failed; most often: {failed['reason'].mode().iloc[0]}")
+        return notes
+
+    def summary(self) -> str:
+        """The run in a few plain sentences."""
+        states = self.trials()["state"]
+        done, total = int((states == "complete").sum()), len(states)
+        head = f"Run {self.name}: {done} of {count(total, 'trial')} finished"
+        if self._points.empty:
+            return f"{head}. No finished trial yet: the base and every expert must be scored first."
+        return f"{head}, {count(len(self.front()), 'point')} on the front. {self.describe(self.knee())}"
+
+    # --- figures -------------------------------------------------------------------------------------------------
+
+    def plot_front(self) -> go.Figure:
+        """Forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
+        from optimizer import plots
+
+        return plots.front(self._points, knee=self.knee() if len(self._points) else None, suite=self._suite())
+
+    def plot_weights(self, trial: int) -> go.Figure:
+        """The weights of one trial over the depth of the model, by module and expert."""
+        from optimizer import plots
+
+        return plots.weights(self.weights(trial), title=f"Trial {trial}: how much of the expert each layer takes")
+
+    def plot_hypervolume(self) -> go.Figure:
+        """The hypervolume over trials, against what the anchors alone cover."""
+        from optimizer import plots
+
+        return plots.hypervolume(
+            self.hypervolume(),
+            anchors=self.anchors_hypervolume(),
+            first_searched=int((self._points["kind"] != SEARCHED).sum()),
+            reference=self.reference(),
+        )
+
+    def plot_retention(self, trial: int) -> go.Figure:
+        """What one trial kept of each general task and won of each domain task, with intervals."""
+        from optimizer import plots
+
+        return plots.retention(self.retention(trial), title=f"Trial {trial}: what it won and what it kept")
+
+    def _repr_html_(self) -> str:
+        front = self.front()
+        columns = ["kind", *self.objectives, *(f"holdout_{name}" for name in self.objectives)]
+        table = front[columns].to_html(float_format=lambda value: f"{value:.1%}", escape=True)
+        return f"<p>{html.escape(self.summary())}</p>{table if len(front) else ''}"
+
+    # --- recomputing ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _points(self) -> pd.DataFrame:
+        columns = self._objective_columns()
+        measured_from = self._measured_from_or_none
+        if measured_from is None:
+            empty = pd.DataFrame(columns=[*columns, *(f"holdout_{name}" for name in columns)], dtype=float)
+            empty.insert(0, "kind", pd.Series(dtype=str))
+            return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
+        frame = self._objectives(SEARCH)
+        frame = frame.join(self._holdout_objectives(columns).add_prefix("holdout_"))
+        frame.insert(0, "kind", [_kind(self._frozen[number]) for number in frame.index])
+        frame["front"] = non_dominated(_losses(frame, self.objectives, "").to_numpy())
+        return frame
+
+    def _holdout_objectives(self, columns: list[str]) -> pd.DataFrame:
+        try:
+            return self._objectives(HOLDOUT)
+        except TaskError as error:
+            self._holdout_trouble = f"The holdout scores cannot be used: {error}" if self._scored(HOLDOUT) else ""
+            return pd.DataFrame(columns=columns, dtype=float)
+
+    _holdout_trouble = ""
+
+    def _objectives(self, suite: str) -> pd.DataFrame:
+        base, experts = self._measured_from
+        return objectives(self._outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts)
+
+    def _objective_columns(self) -> list[str]:
+        names = ["domain", *(name for name in self.objectives if name not in ("domain", "forgetting")), "forgetting"]
+        return [*names, *(f"{name}_{end}" for name in names for end in ("low", "high", "stderr"))]
+
+    @cached_property
+    def _retentions(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    def _retention(self, suite: str) -> pd.DataFrame:
+        if suite not in self._retentions:
+            self._require_points()
+            base, experts = self._measured_from
+            self._retentions[suite] = task_retention(
+                self._outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
+            )
+        return self._retentions[suite]
+
+    def _base_scores(self, suite: str) -> dict[str, float]:
+        base, _ = self._measured_from
+        outcomes = self._outcomes(suite)
+        scores = task_scores(outcomes[outcomes["trial"] == base], suite)
+        return dict(zip(scores["task"], scores["score"], strict=True))
+
+    @cached_property
+    def _stored(self) -> dict[str, pd.DataFrame]:
+        return {suite: all_outcomes(self.path, suite) for suite in (SEARCH, HOLDOUT)}
+
+    def _outcomes(self, suite: str) -> pd.DataFrame:
+        """The stored outcomes of finished trials; a file of a trial that is still open is not a point yet."""
+        complete = [number for number, trial in self._frozen.items() if trial.state == TrialState.COMPLETE]
+        stored = self._stored[suite]
+        return stored[stored["trial"].isin(complete)]
+
+    def _scored(self, suite: str) -> bool:
+        return not self._outcomes(suite).empty
+
+    @property
+    def _measured_from(self) -> tuple[int, dict[str, int]]:
+        found = self._measured_from_or_none
+        assert found is not None, "base and experts are scored"
+        return found
+
+    @cached_property
+    def _measured_from_or_none(self) -> tuple[int, dict[str, int]] | None:
+        """The trials that are the base and each expert, or None until all of them are scored."""
+        scored = set(self._outcomes(SEARCH)["trial"])
+        kinds = {_kind(self._frozen[number]): number for number in sorted(scored, reverse=True)}
+        experts = {name: kinds[f"expert:{name}"] for name in self.experts if f"expert:{name}" in kinds}
+        if "base" not in kinds or not experts or len(experts) < len(self.experts):
+            return None
+        return kinds["base"], experts
+
+    @cached_property
+    def _any_recipe(self) -> Recipe | None:
+        return next((self.recipe(n) for n, trial in self._frozen.items() if "recipe" in trial.user_attrs), None)
+
+    def _require_points(self) -> pd.DataFrame:
+        if self._points.empty:
+            raise RunError(f"run {self.name} has no finished trial yet: the base and every expert must be scored first")
+        return self._points
+
+    def _losses(self, prefix: str) -> pd.DataFrame:
+        return _losses(self._points, self.objectives, prefix)
+
+    def _corner(self) -> list[float]:
+        reference = self.reference()
+        return [*(-reference[name] for name in self.objectives[:-1]), reference["forgetting"]]
+
+    def _suite(self) -> str:
+        return HOLDOUT if self._points["holdout_domain"].notna().any() else SEARCH
+
+    def _against(self, trial: int, line: str, suite: str) -> tuple[float, ...] | None:
+        """A trial against one line of anchors: forgetting, domain, the line's domain, difference, low, high."""
+        prefix = _prefix(suite)
+        domain, forgetting = (self._points[f"{prefix}{name}"] for name in ("domain", "forgetting"))
+        base, experts = self._measured_from
+        on_line = self._points["kind"].str.startswith(line) & domain.notna()
+        stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
+        stops = stops[non_dominated(self._losses(prefix).loc[stops].to_numpy())]
+        stops = forgetting[stops].sort_values(kind="stable").index
+        places = mixture_at(forgetting[stops].to_numpy(), forgetting[trial])
+        if not on_line.any() or places is None:
+            return None
+        mixture = {int(stops[place]): share for place, share in places.items()}
+        outcomes = self._outcomes(suite)
+        gap = difference(outcomes, trial, mixture, tasks=self.tasks, suite=suite, base=base, experts=experts)
+        ends = (gap["domain"], gap["domain_low"], gap["domain_high"])
+        return forgetting[trial], domain[trial], domain[trial] - gap["domain"], *ends
+
+
+def _read_trials(database: Path, storage: str | None) -> list[FrozenTrial]:
+    if storage is None and not database.exists():
+        return []
+    try:
+        source = storage if storage is not None else read_storage(database)
+        names = optuna.get_all_study_names(source)
+        if not names:
+            return []
+        name = names[0] if len(names) == 1 else database.parent.resolve().name
+        return optuna.load_study(study_name=name, storage=source).get_trials(deepcopy=False)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RunError(f"the study of {database.parent} cannot be read: {error}") from error
+
+
+def _kind(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get("kind", SEARCHED))
+
+
+def _losses(points: pd.DataFrame, names: tuple[str, ...], prefix: str) -> pd.DataFrame:
+    """The objectives with those to be maximised negated: (n, m), all minimised, forgetting last."""
+    losses = points[[f"{prefix}{name}" for name in names]].astype(float)
+    losses.iloc[:, :-1] *= -1
+    return losses
+
+
+def _prefix(suite: str) -> str:
+    if suite not in (SEARCH, HOLDOUT):
+        raise RunError(f"a suite is {SEARCH} or {HOLDOUT}, not {suite}")
+    return "holdout_" if suite == HOLDOUT else ""
+
+
+def _verdict(gap: Mapping[Hashable, Any]) -> str:
+    line = {"uniform": "one weight for all layers", "slope": "a weight that rises with depth"}[gap["line"]]
+    middle, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
+    if low > 0:
+        meaning = f"the search keeps {middle:.0f} points more [{low:.0f}, {high:.0f}], so here it pays"
+    elif high < 0:
+        meaning = f"the search keeps {-middle:.0f} points less [{-high:.0f}, {-low:.0f}], so take that instead"
+    else:
+        meaning = f"the difference, {middle:+.0f} points [{low:+.0f}, {high:+.0f}], does not show that search pays"
+    return f"At the same forgetting, {line} keeps {percent(gap['line_domain'])} of the gain; {meaning}."
+
+
+def _said(row: pd.Series, name: str) -> str:
+    return percent(row[name], row[f"{name}_low"], row[f"{name}_high"])

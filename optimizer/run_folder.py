@@ -1,0 +1,334 @@
+"""The writing side of a run folder: made whole or not at all, one writer, every file renamed into place.
+
+runs/<name>/: study.yaml  study.db  tasks.json  outcomes/<trial>-<suite>.parquet  front.json  report.html  log.txt  lock
+`optimizer.run` is the reading side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from optuna.storages import RDBStorage
+
+from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
+from optimizer.errors import RunError
+from optimizer.study_db import open_storage
+
+_Read = TypeVar("_Read")
+
+FORMAT = 1
+FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "suite": pa.string(),
+        "item": pa.string(),
+        "value": pa.float64(),
+        "weight": pa.float64(),
+        "loglikelihoods": pa.list_(pa.float64()),
+        "truncated": pa.bool_(),
+    }
+)
+SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run's folder, as its only writer sees it.
+
+    Args:
+        path: the folder; it exists and holds a study.yaml and a tasks.json.
+    """
+
+    path: Path
+
+    @classmethod
+    def create_or_resume(
+        cls, path: Path | str, study_yaml: str, fingerprint: Mapping[str, object], *, tasks: Sequence[TaskInfo]
+    ) -> RunFolder:
+        """Make the folder, or take up one that was made from the same things.
+
+        Args:
+            study_yaml: the resolved study file; on resume it replaces the stored one (the budget may have grown).
+            fingerprint: every setting a score depends on, as (nested) JSON values: checkpoints, items, dtype, space.
+
+        Raises:
+            RunError: the folder is not a run, cannot be written, or its fingerprint differs; each changed key is named.
+        """
+        folder = Path(path)
+        manifest = {
+            "format": FORMAT,
+            "tasks": [dataclasses.asdict(task) for task in tasks],
+            "fingerprint": json.loads(json.dumps(fingerprint)),
+        }
+        if not _holds_something(folder):
+            _create(folder, study_yaml, manifest)
+        _probe(folder)
+        _require_same(folder, read_manifest(folder), manifest)
+        write_atomically(folder / "study.yaml", redacted(study_yaml).encode())
+        return cls(folder)
+
+    @property
+    def database(self) -> Path:
+        return self.path / "study.db"
+
+    def lock(self) -> RunLock:
+        """Become the folder's one writer until the lock is released or this process ends, however it ends.
+
+        Raises:
+            RunError: another process holds the lock; it is named.
+        """
+        return RunLock(self.path / "lock")
+
+    def storage(self) -> RDBStorage:
+        """Open the Optuna storage: checked and copied to study.db.bak first, created where there is none."""
+        return open_storage(self.database)
+
+    def write_outcomes(self, trial: int, suite: str, digest: str, outcomes: Iterable[Outcome]) -> Path:
+        """Write one trial's outcomes; they are on the disk, whole, when this returns.
+
+        Args:
+            digest: the recipe's digest, kept with the rows so that a resumed search can trust them.
+        """
+        rows = list(outcomes)
+        assert all(row.suite == suite for row in rows), f"outcomes of another suite than {suite}"
+        columns = {name: [getattr(row, name) for row in rows] for name in OUTCOME_COLUMNS}
+        metadata = {"recipe": digest, "trial": str(trial), "suite": suite}
+        table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        target = outcomes_path(self.path, trial, suite)
+        write_atomically(target, sink.getvalue())
+        return target
+
+    def outcomes_digest(self, trial: int, suite: str) -> str | None:
+        """The digest of the recipe whose outcomes are stored for this trial, or None where there are none."""
+        path = outcomes_path(self.path, trial, suite)
+        if not path.exists():
+            return None
+        return _reading(path, pq.read_schema).metadata[b"recipe"].decode()
+
+    def read_outcomes(self, trial: int, suite: str) -> pd.DataFrame:
+        """The stored outcomes of one trial: columns trial and OUTCOME_COLUMNS."""
+        return read_outcomes(outcomes_path(self.path, trial, suite))
+
+    def all_outcomes(self, suite: str) -> pd.DataFrame:
+        """The stored outcomes of every trial in one suite: columns trial and OUTCOME_COLUMNS."""
+        return all_outcomes(self.path, suite)
+
+    def log(self, text: str) -> None:
+        """Append a line with the time to log.txt, secrets blacked out."""
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {redacted(text)}\n")
+
+
+class RunLock:
+    """An exclusive flock: the kernel frees it when the process dies, so a leftover file means nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str] = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise RunError(
+                f"one search at a time may write to {path.parent}; it is in use by {holder}. "
+                "Wait for it to end, or name another run folder"
+            ) from None
+        except OSError as error:
+            self._file.close()
+            raise RunError(f"{path} cannot be locked ({error}); put the run folder on a local disk") from error
+        self._file.truncate(0)
+        command = redacted(shlex.join(sys.argv))
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S} ({command})\n"
+        )
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the folder back; releasing twice does nothing."""
+        if not self._file.closed:
+            self._file.truncate(0)
+            self._file.close()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """What tasks.json holds: format, tasks and fingerprint.
+
+    Raises:
+        RunError: the folder is not a run of this format.
+    """
+    path = folder / "tasks.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        made_by = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is not a run folder: its tasks.json cannot be read ({error})") from error
+    if made_by != FORMAT:
+        raise RunError(f"{path} has format {made_by}, this version reads format {FORMAT}; use the version that made it")
+    return manifest
+
+
+def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
+    return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
+
+
+def all_outcomes(folder: Path, suite: str) -> pd.DataFrame:
+    """The stored outcomes of every trial in one suite, by trial number: columns trial and OUTCOME_COLUMNS."""
+    paths = sorted(folder.glob(f"outcomes/*-{suite}.parquet"))
+    if not paths:
+        return pd.DataFrame(columns=list(FRAME_COLUMNS))
+    return pd.concat([read_outcomes(path) for path in paths], ignore_index=True)
+
+
+def read_outcomes(path: Path) -> pd.DataFrame:
+    """One stored outcomes file: columns trial and OUTCOME_COLUMNS."""
+    table = _reading(path, pq.read_table)
+    frame = table.to_pandas()
+    frame.insert(0, "trial", int(table.schema.metadata[b"trial"]))
+    return frame
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, onto the disk, then rename it: readers see the old or the new, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({len(content):,} bytes): {error.strerror}") from error
+    _sync_folder(path.parent)
+
+
+def redacted(text: str) -> str:
+    """The text without access tokens and without user and password in URLs."""
+    return SECRETS.sub("***", text)
+
+
+def _reading(path: Path, reader: Callable[[Path], _Read]) -> _Read:
+    try:
+        return reader(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it and start the search again to score anew"
+        ) from error
+
+
+def _holds_something(folder: Path) -> bool:
+    if not os.path.lexists(folder):
+        return False
+    if not folder.is_dir():
+        raise RunError(f"a run needs a folder, but {folder} is a file; name another run folder")
+    return any(folder.iterdir())
+
+
+def _create(folder: Path, study_yaml: str, manifest: Mapping[str, object]) -> None:
+    """Fill a folder beside the final one and rename it, so that a run folder is whole as soon as it has its name."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:64]}.", suffix=".tmp"))
+    except OSError as error:
+        raise RunError(f"cannot make a run folder in {folder.parent}: {error.strerror}") from error
+    try:
+        draft.chmod(0o755)
+        (draft / "outcomes").mkdir()
+        write_atomically(draft / "study.yaml", redacted(study_yaml).encode())
+        write_atomically(draft / "tasks.json", json.dumps(manifest, indent=1).encode())
+        os.rename(draft, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process made it first: resume that one
+            raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _sync_folder(folder.parent)
+
+
+def _probe(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"a search must write to {folder}: {error.strerror}; `report` and `front` still work") from error
+
+
+def _require_same(folder: Path, stored: Mapping[str, object], given: Mapping[str, object]) -> None:
+    old, new = _flat(stored), _flat(given)
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    if changed:
+        lines = [f"  {key}: {_brief(old.get(key, _ABSENT))} -> {_brief(new.get(key, _ABSENT))}" for key in changed]
+        raise RunError(
+            f"{folder} was made from other settings, and scores from both would not compare:\n"
+            + "\n".join(lines)
+            + "\nrestore these settings to resume it, or name another run folder"
+        )
+
+
+_ABSENT = object()
+
+
+def _flat(manifest: Mapping[str, object]) -> dict[str, object]:
+    """The comparable part of a manifest, nested keys joined with dots and tasks by name."""
+    tasks = manifest["tasks"]
+    fingerprint = manifest["fingerprint"]
+    assert isinstance(tasks, list)
+    assert isinstance(fingerprint, dict)
+    named = {f"tasks.{task['name']}.{key}": value for task in tasks for key, value in task.items()}
+    return {**named, **_joined(fingerprint, "")}
+
+
+def _joined(tree: Mapping[str, object], prefix: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_joined(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _brief(value: object) -> str:
+    if value is _ABSENT:
+        return "(absent)"
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list) and len(text) > 80:
+        return f"{len(value)} entries (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

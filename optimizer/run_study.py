@@ -1,0 +1,150 @@
+"""From a study file to a finished run folder: what `search` does, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals.outcomes import SUITES
+from optimizer.check import Plan, make_plan, require_sound
+from optimizer.errors import RunError
+from optimizer.pool import RayPool, SerialPool
+from optimizer.progress import Progress, event_text
+from optimizer.run import open_run
+from optimizer.run_folder import RunFolder, write_atomically
+from optimizer.search import Event, run_search
+from optimizer.study_file import Study, dump_study, read_study, task_specs
+from optimizer.tables import front_document, front_table
+from optimizer.worker import Worker, WorkerSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from optimizer.run import Run
+
+DISTRIBUTION = "mergefront"
+OWN_NAMES = ("optimizer", "search_spaces", "evals")
+
+
+def run_study(study_path: Path | str, overrides: Sequence[str], console: Console) -> Path:
+    """Run a study, or take it up where it was left, and print its front.
+
+    Args:
+        study_path: the study file.
+        overrides: values set by hand, such as "search.trials=40".
+        console: where progress and the front are written.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        MergefrontError: what is wrong, in words for a person.
+        KeyboardInterrupt: the person stopped the search; the console says how to go on.
+    """
+    require_own_names()
+    study = read_study(study_path, overrides)
+    plan = make_plan(study)
+    require_sound(plan)
+    assert plan.harness is not None
+    assert plan.space is not None
+    tasks = plan.harness.infos
+    run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
+    with run.lock():
+        console.print(f"run folder: {run.path}", highlight=False, markup=False, soft_wrap=True)
+        try:
+            with Progress(console) as progress, make_pool(study) as pool:
+                events = partial(_tell_both, progress, run)
+                run_search(study, run, space=plan.space, pool=pool, tasks=tasks, events=events)
+        except KeyboardInterrupt:
+            go_on = shlex.join([DISTRIBUTION, "search", str(study_path), *(f"--set={o}" for o in overrides)])
+            lines = f"stopped; nothing finished is lost. Go on with:\n  {go_on}"
+            console.print(lines, highlight=False, markup=False, soft_wrap=True)
+            raise
+        finished = open_run(run.path, storage=study.search.storage)
+        finish(finished)
+    console.print(front_table(finished))
+    return run.path
+
+
+def finish(run: Run) -> None:
+    """Write front.json and report.html from what the run folder holds."""
+    from optimizer.report import write_report
+
+    write_atomically(run.path / "front.json", (json.dumps(front_document(run), indent=1) + "\n").encode())
+    write_report(run)
+
+
+def make_pool(study: Study) -> SerialPool | RayPool:
+    """The study's workers: in this process, or Ray actors."""
+    workers = study.workers
+    make_worker = partial(Worker, worker_spec(study))
+    if workers.count == 0:
+        return SerialPool(make_worker)
+    return RayPool(
+        make_worker,
+        workers.count,
+        threads=0 if workers.threads == "auto" else workers.threads,
+        address=workers.ray_address,
+        trial_seconds=study.search.trial_timeout and 60 * study.search.trial_timeout,
+        device=workers.device,
+    )
+
+
+def worker_spec(study: Study) -> WorkerSpec:
+    """What a worker is told of the study."""
+    evals, workers = study.evals, study.workers
+    share = max(1, (os.cpu_count() or 1) // max(1, workers.count))
+    return WorkerSpec(
+        base=study.models.base,
+        experts=tuple(study.models.experts.items()),
+        tasks=task_specs(study),
+        chat_template=evals.chat_template,
+        allow_task_code=evals.allow_task_code,
+        token_budget=evals.token_budget,
+        dtype=evals.dtype,
+        device=workers.device,
+        threads=share if workers.threads == "auto" else workers.threads,
+        seed=evals.seed,
+    )
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """Every setting a score depends on; a run is taken up only where all of them are as they were."""
+    assert plan.base is not None
+    assert plan.harness is not None
+    assert plan.space is not None
+    evals = plan.study.evals
+    return {
+        "base": plan.base.fingerprint,
+        "experts": {name: expert.fingerprint for name, expert in plan.experts.items()},
+        "space": {
+            "method": plan.space.method,
+            "parameters": {name: repr(part) for name, part in plan.space.distributions().items()},
+        },
+        "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
+        "shots": {spec.name: spec.shots for spec in task_specs(plan.study)},
+        "items": {suite: plan.harness.suite_hash(suite) for suite in SUITES},
+    }
+
+
+def require_own_names(owners: Callable[[], Mapping[str, list[str]]] = packages_distributions) -> None:
+    """Raise RunError where another installed distribution owns one of this project's import names."""
+    owned = owners()
+    for name in OWN_NAMES:
+        others = sorted({owner for owner in owned.get(name, []) if owner != DISTRIBUTION})
+        if others:
+            raise RunError(
+                f"{DISTRIBUTION} needs the import name {name!r} for itself; {', '.join(others)} is installed with it "
+                f"too; give {DISTRIBUTION} an environment of its own, or run `pip uninstall {others[0]}`"
+            )
+
+
+def _tell_both(progress: Progress, run: RunFolder, event: Event) -> None:
+    run.log(f"{event.kind} {event_text(event)}")
+    progress(event)

@@ -1,0 +1,47 @@
+"""Which Optuna sampler proposes the next recipe, and with which seed."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+
+GP_DIMENSIONS = 20
+GP_TRIALS = 200
+POPULATION = (8, 16)
+
+
+def make_sampler(name: str, *, dimensions: int, budget: int, seed: int, told: int) -> BaseSampler:
+    """A sampler for a study of several objectives.
+
+    "auto" is the Gaussian process (expected hypervolume improvement) for up to 20 dimensions and 200 trials: it needs
+    the fewest trials, which cost minutes each; its own cost grows with the cube of the trials, and it stops learning
+    in many dimensions, so beyond that "auto" is multivariate TPE, whose cost stays small.
+
+    Args:
+        name: auto, tpe, nsga2, gp or random.
+        dimensions: parameters searched.
+        budget: trials the study may finish.
+        seed: the study's.
+        told: trials in the study so far. It is mixed into the seed, or a resumed study would repeat its first points.
+    """
+    mixed = int(np.random.SeedSequence((seed, told)).generate_state(1)[0])
+    if name == "auto":
+        name = "gp" if dimensions <= GP_DIMENSIONS and budget <= GP_TRIALS else "tpe"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match name:
+            case "tpe":  # weights of neighbouring layers interact, so one joint density; running trials count as bad
+                return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=mixed)
+            case "gp":
+                return optuna.samplers.GPSampler(
+                    deterministic_objective=True, warn_independent_sampling=False, seed=mixed
+                )
+            case "nsga2":  # the default of 50 would make the first 50 trials a random search
+                least, most = POPULATION
+                return optuna.samplers.NSGAIISampler(population_size=min(max(budget // 5, least), most), seed=mixed)
+            case "random":
+                return optuna.samplers.RandomSampler(seed=mixed)
+    raise AssertionError(f"unknown sampler {name}")

@@ -1,0 +1,553 @@
+"""The search: ask Optuna for a recipe, have it scored, tell its objectives, and in the end judge the front.
+
+The driver is the only writer of the study and the run folder, and may be killed at any moment. For each trial the order
+is: outcomes on the disk, told to the study, shown to the person; so what was shown is never lost, and what was scored
+is never scored again. Call it with the run folder's lock held.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from evals.errors import TaskError
+from evals.objectives import carries, objectives
+from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
+from optimizer.errors import MergefrontError, RunError
+from optimizer.front import non_dominated
+from optimizer.pool import Job, Pool, Result
+from optimizer.run_folder import RunFolder
+from optimizer.samplers import make_sampler
+from search_spaces.recipe import Recipe
+from search_spaces.space import Space
+
+if TYPE_CHECKING:
+    from optimizer.study_file import Study
+
+SEARCHED = "search"  # the kind of a trial that is not an anchor; not written to the study
+DRIVER_DIED = "driver_died"
+WORKER_DIED = "worker_died"
+DUPLICATE = "duplicate of"
+NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
+
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 300.0  # how long a first Ctrl-C waits for running trials
+FAILURES_IN_A_ROW = 5
+REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
+REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
+
+
+class SearchError(MergefrontError):
+    """The search cannot go on; what it has found so far is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a person may want to hear.
+
+    Args:
+        kind: "start", "trial", "retry", "failed", "holdout", "done" or "note".
+        trial: its number, where it is about one.
+        done, total: finished trials and the budget; for "holdout" trials judged and to be judged.
+        objectives: of a "trial", in the study's order.
+        label: what the trial is: "base", "expert:<name>", another anchor's name, or "search".
+    """
+
+    kind: str
+    trial: int | None
+    text: str
+    done: int
+    total: int
+    objectives: tuple[float, ...] | None = None
+    label: str = ""
+
+
+def objective_names(experts: Sequence[str]) -> tuple[str, ...]:
+    """The study's objectives in order: domain (one for each of several experts; maximised), forgetting (minimised)."""
+    return (*(["domain"] if len(experts) == 1 else [f"domain_{name}" for name in experts]), "forgetting")
+
+
+def run_search(
+    study: Study,
+    run: RunFolder,
+    *,
+    space: Space,
+    pool: Pool,
+    tasks: Sequence[TaskInfo],
+    events: Callable[[Event], None],
+) -> None:
+    """Search until the budget is used, then score the front and the anchors on the holdout suite.
+
+    Started again on the same run folder it takes up where it was left, however that was.
+
+    Args:
+        run: the caller holds its lock.
+        pool: the caller closes it.
+        events: is told of each step after it is safely stored.
+
+    Raises:
+        SearchError: the base or an expert cannot be scored, the tasks give no scale, or trials keep failing.
+        RunError: the study's database cannot be used.
+        KeyboardInterrupt: the person (or SIGTERM) stopped the search; its state is whole.
+    """
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with interruptible() as interrupt, opened_storage(study, run) as storage:
+            search = _Search(study, run, storage, space, pool, tasks, events, interrupt)
+            search.resume()
+            search.spend_budget()
+            search.judge_front()
+    except optuna.exceptions.StorageInternalError as error:  # its own text blames the data, whatever it was
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise RunError(
+            f"the study's database cannot be written ({cause}); nothing finished is lost. "
+            "Free the disk or close the other program, and start the search again"
+        ) from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def opened_storage(study: Study, run: RunFolder) -> Iterator[RDBStorage]:
+    """The study's Optuna storage, closed at the end.
+
+    Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own that
+    stays open spares every commit that wait.
+    """
+    storage = RDBStorage(study.search.storage) if study.search.storage else run.storage()
+    try:
+        with storage.engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("PRAGMA schema_version").fetchall()  # only a reader has the file open
+                connection.rollback()
+            yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """Whether a person asked to stop, and since when (monotonic seconds)."""
+
+    since: float | None = None
+
+    @property
+    def overdue(self) -> bool:
+        return self.since is not None and time.monotonic() - self.since > GRACE_SECONDS
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Turn a first SIGINT, SIGTERM or SIGHUP into a wish to stop, and a second into KeyboardInterrupt."""
+    interrupt = Interrupt()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupt.since is not None:
+            raise KeyboardInterrupt
+        interrupt.since = time.monotonic()
+        try:  # not print(): the signal may have come in the middle of one
+            os.write(2, b"\nstopping after the running trials (Ctrl-C again to drop them)\n")
+        except OSError:
+            pass  # the terminal is gone
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A job that is out with the pool."""
+
+    job: Job
+    started: float  # monotonic seconds
+    attempts: int = 1
+
+
+@dataclass(slots=True)
+class _Crew:
+    """The pool with second chances: a job whose worker died goes to another worker, up to `max_attempts` times."""
+
+    pool: Pool
+    max_attempts: int
+    retried: Callable[[int, str], None]
+    out: dict[int, _Open] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.out) < self.pool.size
+
+    def submit(self, job: Job) -> None:
+        self.out[job.trial] = _Open(job, time.monotonic())
+        self.pool.submit(job)
+
+    def wait(self) -> list[tuple[Result, float]]:
+        """Final results and the seconds each took."""
+        final = []
+        for result in self.pool.wait(POLL_SECONDS):
+            entry = self.out[result.job.trial]
+            if result.died and entry.attempts < self.max_attempts:
+                self.retried(result.job.trial, f"attempt {entry.attempts} of {self.max_attempts}: {result.error}")
+                entry.attempts += 1
+                self.pool.submit(result.job)
+            else:
+                del self.out[result.job.trial]
+                final.append((result, time.monotonic() - entry.started))
+        return final
+
+
+class _Search:
+    """The state of one driver; everything in it can be rebuilt from the study and the run folder (`resume`)."""
+
+    def __init__(
+        self,
+        study: Study,
+        run: RunFolder,
+        storage: RDBStorage,
+        space: Space,
+        pool: Pool,
+        tasks: Sequence[TaskInfo],
+        events: Callable[[Event], None],
+        interrupt: Interrupt,
+    ) -> None:
+        self.settings, self.run, self.space, self.tasks = study.search, run, space, tasks
+        self.events, self.interrupt = events, interrupt
+        self.crew = _Crew(pool, study.search.max_attempts, self._retried)
+        self.distributions = space.distributions()
+        self.anchors = {anchor.name: anchor.params for anchor in space.anchors()}
+        self.experts = [name for name, _ in space.experts]
+        self.names = objective_names(self.experts)
+        self.reference_kinds = ("base", *(f"expert:{name}" for name in self.experts))
+        self.budget = study.search.trials
+        if self.budget < len(self.reference_kinds):
+            raise SearchError(
+                f"search.trials must leave room for the base and each expert; given {self.budget}, "
+                f"needed {len(self.reference_kinds)} and some to search with"
+            )
+        self.storage = storage
+        self.optuna = optuna.create_study(
+            study_name=run.path.name,
+            storage=self.storage,
+            directions=["maximize"] * len(self.experts) + ["minimize"],
+            load_if_exists=True,
+        )
+        self.study_id = self.storage.get_study_id_from_name(run.path.name)
+        self.samplers: tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler] | None = None
+        self.deadline = time.monotonic() + 60 * (self.settings.timeout or math.inf)
+        self.kinds: dict[int, str] = {}
+        self.digests: dict[int, str] = {}
+        self.seen: dict[str, int] = {}  # digest to the trial that has it
+        self.held: dict[int, float] = {}  # trials scored but not told, and the seconds they took
+        self.references: dict[str, int] = {}  # kind to the scored trial
+        self.scale: pd.DataFrame | None = None  # the references' outcomes, once all are there
+        self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
+        self.finished = 0
+        self.streak: list[str] = []  # reasons of the latest failures in a row
+        self.repeats = 0  # duplicates asked in a row
+
+    # Taking up what is there ----------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Account for every trial in the study; the ones left RUNNING belong to a dead driver, since we hold the lock."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            self._recall(trial)
+        left = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        for trial in left:
+            self._take_up(trial, has_retry=trial.number in retried)
+        self._enqueue_anchors()
+        # The number of trials is read again: a sampler seeded as before would ask for the same points again.
+        told = len(self.optuna.get_trials(deepcopy=False))
+        wanted = {"dimensions": len(self.distributions), "budget": self.budget, "seed": self.settings.seed, "told": told}
+        self.samplers = make_sampler(self.settings.sampler, **wanted), make_sampler("random", **wanted)
+        text = f"{self.finished} of {self.budget} trials are finished" if trials else f"{self.budget} trials"
+        self._emit("start", None, f"{text}; {len(left)} were left open" if left else text)
+        self._tell_held()
+
+    def _recall(self, trial: FrozenTrial) -> None:
+        kind = trial.user_attrs.get("kind", SEARCHED)
+        self.kinds[trial.number] = kind
+        if "recipe" in trial.user_attrs:
+            self.digests[trial.number] = Recipe.from_json(trial.user_attrs["recipe"]).digest
+        if trial.state == TrialState.COMPLETE:
+            self.values[trial.number] = tuple(trial.values)
+            if kind in self.reference_kinds:
+                self.references[kind] = trial.number
+        elif trial.state != TrialState.FAIL or trial.user_attrs.get("reason", "").startswith(NOT_COUNTED):
+            return
+        elif kind in self.reference_kinds:
+            return  # a failed reference is scored again: the person may have mended what broke it
+        self.finished += 1
+        if trial.number in self.digests:
+            self.seen.setdefault(self.digests[trial.number], trial.number)
+
+    def _take_up(self, trial: FrozenTrial, *, has_retry: bool) -> None:
+        """Tell an open trial whose outcomes are on the disk; queue any other again, first, and then fail it."""
+        number, kind = trial.number, self.kinds[trial.number]
+        digest = self.digests.get(number)
+        if digest is not None and digest not in self.seen and self.run.outcomes_digest(number, SEARCH) == digest:
+            self.seen[digest] = number
+            self._hold(number, trial.user_attrs.get("seconds", math.nan))
+            return
+        params = self.anchors.get(kind) or (trial.params if digest else None)
+        if params is not None and not has_retry:
+            self.optuna.enqueue_trial(params, user_attrs={"kind": kind, "retry_of": number})
+            _fault("retry.between")
+        self._tell_failed(number, DRIVER_DIED)
+
+    def _enqueue_anchors(self) -> None:
+        standing = set()
+        for trial in self.optuna.get_trials(deepcopy=False):
+            kind = trial.user_attrs.get("kind", SEARCHED)
+            if trial.state != TrialState.FAIL or kind not in self.reference_kinds:
+                standing.add(kind)
+        for name, params in self.anchors.items():
+            if name not in standing:
+                self.optuna.enqueue_trial(params, user_attrs={"kind": name})
+                _fault("enqueue.after")
+
+    # Spending the budget --------------------------------------------------------------------------------------------
+
+    def spend_budget(self) -> None:
+        """Give every free worker the next recipe until enough trials are finished."""
+        while True:
+            while self.crew.has_room and self._may_ask():
+                self._ask()
+            if not self.crew.out:
+                break
+            self._heed_interrupt()
+            for result, seconds in self.crew.wait():
+                if result.evaluation is None:
+                    self._failed(result.job.trial, f"{WORKER_DIED}: {result.error}" if result.died else result.error)
+                else:
+                    self._scored(result, seconds)
+        if self.interrupt.since is not None:
+            raise KeyboardInterrupt
+        if not self.values:
+            raise SearchError("no trial was finished in the time given (search.timeout); start the search again")
+
+    def _may_ask(self) -> bool:
+        if self.interrupt.since is not None or self.repeats >= REPEATS_BEFORE_END:
+            return False
+        open_kinds = {self.kinds[number] for number in (*self.held, *self.crew.out)}
+        if self.scale is None and not open_kinds.issuperset(self.reference_kinds):
+            return True  # without the base and the experts nothing could be told, whatever the budget
+        room = self.finished + len(self.held) + len(self.crew.out) < self.budget
+        return room and time.monotonic() < self.deadline
+
+    def _heed_interrupt(self) -> None:
+        if self.interrupt.overdue:
+            raise KeyboardInterrupt
+
+    def _ask(self) -> None:
+        assert self.samplers is not None
+        self.optuna.sampler = self.samplers[self.repeats >= REPEATS_BEFORE_RANDOM]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*greenlet")  # optuna's GP sampler: slower without it
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self.optuna.ask(self.distributions)
+        number, recipe = trial.number, self.space.recipe(trial.params)
+        kind = trial.user_attrs.get("kind", SEARCHED)
+        self.kinds[number], self.digests[number] = kind, recipe.digest
+        trial.set_user_attr("recipe", recipe.to_json())
+        _fault("ask.after")
+        twin = self.seen.setdefault(recipe.digest, number)
+        if twin != number and kind not in self.reference_kinds:
+            self.repeats += 1
+            self._tell_failed(number, f"{DUPLICATE} {twin}")
+            if self.repeats == REPEATS_BEFORE_END:
+                self._emit("note", None, f"the last {self.repeats} recipes were known already: the space has no more")
+            return
+        self.repeats = 0
+        self.crew.submit(Job(number, recipe.to_json(), SEARCH))
+
+    def _scored(self, result: Result, seconds: float) -> None:
+        assert result.evaluation is not None
+        number, outcomes = result.job.trial, result.evaluation.outcomes
+        broken = next((row for row in outcomes if not math.isfinite(row.value)), None)
+        if broken is not None:
+            self._failed(number, f"score not finite: task {broken.task}, item {broken.item}")
+            return
+        _fault("outcome.before")
+        self.run.write_outcomes(number, SEARCH, self.digests[number], outcomes)
+        _fault("outcome.after")
+        self._hold(number, seconds)
+        self._tell_held()
+
+    def _hold(self, number: int, seconds: float) -> None:
+        self.held[number] = seconds
+        if self.kinds[number] in self.reference_kinds:
+            self.references[self.kinds[number]] = number
+
+    def _tell_held(self) -> None:
+        """Tell what is scored, in trial order, once the base and every expert are there to measure it by."""
+        if len(self.references) < len(self.reference_kinds):
+            return
+        if self.scale is None:
+            self._find_scale()
+        for number in sorted(self.held):
+            self._tell(number, self.held.pop(number))
+
+    def _find_scale(self) -> None:
+        """Read the references' outcomes, and say what they cannot show."""
+        self.scale = pd.concat([self.run.read_outcomes(n, SEARCH) for n in self.references.values()], ignore_index=True)
+        try:
+            objectives(self.scale, replicates=0, **self._measure(SEARCH))
+        except TaskError as error:
+            raise SearchError(f"these tasks cannot carry a search: {error}") from error
+        for finding in carries(self.scale, **self._measure(SEARCH)):
+            self._emit("note", None, finding)
+
+    def _measure(self, suite: str) -> dict[str, object]:
+        experts = {name: self.references[f"expert:{name}"] for name in self.experts}
+        return {"tasks": self.tasks, "suite": suite, "base": self.references["base"], "experts": experts}
+
+    def _tell(self, number: int, seconds: float) -> None:
+        try:
+            values = self._objectives_of(number)
+        except TaskError as error:
+            self._failed(number, str(error))
+            return
+        if not all(math.isfinite(value) for value in values):
+            self._failed(number, f"objectives must be finite: {dict(zip(self.names, values, strict=True))}")
+            return
+        if math.isfinite(seconds):
+            self._note(number, "seconds", round(seconds, 3))
+        _fault("tell.before")
+        self.optuna.tell(number, values)
+        _fault("tell.after")
+        self.values[number] = values
+        self.finished += 1
+        self.streak.clear()
+        self._emit("trial", number, f"{seconds:.1f} s" if math.isfinite(seconds) else "", values)
+
+    def _objectives_of(self, number: int) -> tuple[float, ...]:
+        assert self.scale is not None
+        frame = self.scale
+        if number not in self.references.values():
+            frame = pd.concat([self.scale, self.run.read_outcomes(number, SEARCH)], ignore_index=True)
+        row = objectives(frame, replicates=0, **self._measure(SEARCH)).loc[number]
+        return tuple(float(row[name]) for name in self.names)
+
+    # Failing --------------------------------------------------------------------------------------------------------
+
+    def _failed(self, number: int, reason: str) -> None:
+        """End a trial that will not be tried again; stop the search where going on makes no sense."""
+        self._tell_failed(number, reason)
+        self.finished += 1
+        kind = self.kinds[number]
+        self._emit("failed", number, reason)
+        if kind in self.reference_kinds:
+            raise SearchError(f"every score is measured by the {kind.replace(':', ' ')}, and it failed: {reason}")
+        self.streak.append(reason)
+        if len(self.streak) >= FAILURES_IN_A_ROW:
+            commonest, times = Counter(self.streak).most_common(1)[0]
+            raise SearchError(
+                f"the last {len(self.streak)} trials failed, {times} of them so: {commonest}. "
+                "Mend the cause and start the search again; finished trials are kept"
+            )
+
+    def _tell_failed(self, number: int, reason: str) -> None:
+        self._note(number, "reason", reason)
+        _fault("fail.before")
+        self.optuna.tell(number, state=TrialState.FAIL)
+
+    def _note(self, number: int, key: str, value: object) -> None:
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+        self.storage.set_trial_user_attr(trial_id, key, value)
+
+    def _retried(self, number: int, text: str) -> None:
+        self._emit("retry", number, text)
+
+    def _emit(
+        self, kind: str, number: int | None, text: str, values: tuple[float, ...] | None = None
+    ) -> None:
+        label = self.kinds.get(number, "") if number is not None else ""
+        self.events(Event(kind, number, text, self.finished, self.budget, values, label))
+
+    # Judging --------------------------------------------------------------------------------------------------------
+
+    def judge_front(self) -> None:
+        """Score the front and the anchors on the holdout items, which the search has not seen."""
+        numbers = self._to_judge()
+        stored = {n for n in numbers if self.run.outcomes_digest(n, HOLDOUT) == self.digests[n]}
+        waiting = [n for n in numbers if n not in stored]
+        recipes = {t.number: t.user_attrs["recipe"] for t in self.optuna.get_trials(deepcopy=False) if t.number in numbers}
+        done = len(stored)
+        while waiting or self.crew.out:
+            while waiting and self.crew.has_room and self.interrupt.since is None:
+                number = waiting.pop(0)
+                self.crew.submit(Job(number, recipes[number], HOLDOUT))
+            if not self.crew.out:
+                break
+            self._heed_interrupt()
+            for result, _ in self.crew.wait():
+                done += self._judged(result)
+                self._report_judged(result, done, len(numbers))
+        if self.interrupt.since is not None:
+            raise KeyboardInterrupt
+        front = sum(1 for n in numbers if n in self._front())
+        self._emit("done", None, f"{self.finished} trials finished, {front} on the front")
+
+    def _to_judge(self) -> list[int]:
+        anchors = [number for number in self.values if self.kinds[number] != SEARCHED]
+        return sorted({*self._front(), *anchors})
+
+    def _front(self) -> set[int]:
+        numbers = list(self.values)
+        signs = np.array([-1.0] * len(self.experts) + [1.0])  # `non_dominated` minimises
+        mask = non_dominated(np.array([self.values[n] for n in numbers]) * signs)
+        return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
+
+    def _judged(self, result: Result) -> bool:
+        number = result.job.trial
+        if result.evaluation is not None:
+            _fault("holdout.before")
+            self.run.write_outcomes(number, HOLDOUT, self.digests[number], result.evaluation.outcomes)
+            return True
+        if self.kinds[number] in self.reference_kinds:
+            raise SearchError(f"the {self.kinds[number]} failed on the holdout suite: {result.error}")
+        return False
+
+    def _report_judged(self, result: Result, done: int, total: int) -> None:
+        number = result.job.trial
+        kind, text = ("holdout", "judged") if result.evaluation else ("failed", f"holdout: {result.error}")
+        self.events(Event(kind, number, text, done, total, None, self.kinds[number]))
+
+
+_PASSES: Counter[str] = Counter()
+
+
+def _fault(point: str) -> None:
+    """Die here, as `kill -9` would, at the n-th pass: MERGEFRONT_FAULT=point:n. For tests of recovery."""
+    wanted, _, nth = os.environ.get("MERGEFRONT_FAULT", "").partition(":")
+    if wanted == point:
+        _PASSES[point] += 1
+        if _PASSES[point] == int(nth):
+            os.kill(os.getpid(), signal.SIGKILL)

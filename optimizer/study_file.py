@@ -1,0 +1,725 @@
+"""The study file: a person's words, checked and frozen. The only module that knows YAML and pydantic.
+
+`read_study` is the first step of every command. Nothing is repaired here: a wrong key or value is an error that says
+where it stands, what was given and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+)
+
+from evals.outcomes import REST, TaskSpec
+from optimizer.errors import StudyFileError
+from search_spaces.parameters import METHODS
+
+if TYPE_CHECKING:
+    from search_spaces.space import Space
+
+LARGEST_FILE = 1_000_000  # bytes; a study file is a page
+SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
+EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
+EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
+Range = tuple[float, float]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML, the part of it that cannot surprise
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, read by YAML 1.2's rules: `no` is a word, `012` is a word, `1e-3` is a number."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            raise StudyFileError(
+                f"line {event.start_mark.line + 1}: anchors and aliases are refused; "
+                f'given "{sign}{event.anchor}"; write the value out, or put it in quotes'
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise StudyFileError(f"line {line}: a key must be a word; given {key!r}; put it in quotes")
+            if key in seen:
+                raise StudyFileError(f"line {line}: the key {key!r} stands twice in one mapping; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Never writes an alias, and quotes every text that `_Loader` would read as a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_FLOAT = re.compile(
+    r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.inf$|^\.nan$"
+)
+for _tag, _pattern, _first in (
+    ("null", re.compile(r"^(~|null|)$"), ["~", "n", ""]),
+    ("bool", re.compile(r"^(true|false)$"), list("tf")),
+    ("int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # it is a SafeLoader
+    except StudyFileError as error:
+        raise StudyFileError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise StudyFileError(f"{where}: {line}not plain YAML: {problem}") from None
+    except RecursionError:
+        raise StudyFileError(f"{where}: nested too deeply to be read") from None
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise StudyFileError(f"{where}: not plain YAML: {error}") from None
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file of ours or of mergekit.
+
+    Raises:
+        StudyFileError: the file is missing, too large, not UTF-8, not plain YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise StudyFileError(f"{path}: a YAML file may hold {LARGEST_FILE:,} bytes; given {size:,}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise StudyFileError(f"{path}: must be UTF-8 text; byte {error.start} is not") from None
+    document = parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        raise StudyFileError(f"{path}: must hold keys and values; given {_shown(document)}")
+    return document
+
+
+def dump_yaml(document: Mapping[str, Any]) -> str:
+    """YAML text that `read_yaml` and any other reader give back unchanged."""
+    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schema
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+def _count_or(word: str) -> tuple[PlainValidator, WithJsonSchema]:
+    """How to read a whole number from 1, or one word instead."""
+
+    def read(value: object) -> object:
+        if value == word or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"must be a whole number, 1 or more, or the word {word}")
+
+    return PlainValidator(read), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": word}]})
+
+
+Count = Annotated[int | Literal["rest"], *_count_or("rest")]
+Threads = Annotated[int | Literal["auto"], *_count_or("auto")]
+
+
+class Models(_Section):
+    """The checkpoints: each a folder, the folder of a LoRA adapter, or a hub id."""
+
+    base: str = Field(min_length=1, description="The checkpoint all experts were trained from.")
+    experts: dict[Annotated[str, Field(pattern=EXPERT_NAME)], Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="Name of each expert and its checkpoint, or a LoRA adapter on the base."
+    )
+
+
+SHAPES = "uniform, slope, layers, {curve: points} or {blocks: count}"
+_SHAPE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["uniform", "slope", "layers"]},
+        *(
+            {
+                "type": "object",
+                "properties": {word: {"type": "integer", "minimum": least, "maximum": 64}},
+                "required": [word],
+                "additionalProperties": False,
+            }
+            for word, least in (("curve", 2), ("blocks", 1))
+        ),
+    ],
+    "default": {"curve": 4},
+    "description": "How the weight may vary with depth: " + SHAPES + ".",
+}
+
+
+class ShapeEntry(_Section):
+    """How weights may vary with depth; typed as a word or as `{curve: 4}`."""
+
+    kind: Literal["uniform", "slope", "curve", "blocks", "layers"]
+    n: int = 0
+
+    @model_serializer(mode="wrap")
+    def _as_typed(self, _: SerializerFunctionWrapHandler) -> str | dict[str, int]:
+        return {self.kind: self.n} if self.n else self.kind
+
+
+def _read_shape(value: object) -> object:
+    if isinstance(value, ShapeEntry):
+        return value
+    if value in ("uniform", "slope", "layers"):
+        return {"kind": value}
+    if isinstance(value, dict) and len(value) == 1:
+        (kind, n), least = next(iter(value.items())), {"curve": 2, "blocks": 1}
+        if kind in least and type(n) is int and least[kind] <= n <= 64:
+            return {"kind": kind, "n": n}
+        if kind in least:
+            raise ValueError(f"{kind} must be a whole number from {least[kind]} to 64")
+    raise ValueError(f"must be {SHAPES}")
+
+
+class SpaceSection(_Section):
+    """What may vary."""
+
+    method: Literal["linear", "task_arithmetic", "slerp", "ties", "dare_ties"] = Field(
+        default="task_arithmetic", description="The merge method."
+    )
+    shape: Annotated[ShapeEntry, BeforeValidator(_read_shape), WithJsonSchema(_SHAPE_SCHEMA)] = ShapeEntry(
+        kind="curve", n=4
+    )
+    modules: tuple[Literal["attn", "mlp", "embed", "head"], ...] = Field(
+        default=("attn", "mlp"), description="Module kinds with weights of their own; the others follow the layers."
+    )
+    weight: Range | None = Field(
+        default=None, description="Range of the weights; holds 0 (base) and 1 (expert). Default: the method's own."
+    )
+    t: Range | None = Field(default=None, description="slerp only: range of the interpolation; holds 0 and 1.")
+    density: Range | None = Field(
+        default=None, description="ties and dare_ties: range of the kept share; holds 1. Default: the method's own."
+    )
+    lambda_: Range | None = Field(
+        default=None, alias="lambda", description="Range of the scale on the summed deltas. Default: fixed at 1."
+    )
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The ranges a person gave, by parameter."""
+        given = {"weight": self.weight, "t": self.t, "density": self.density, "lambda": self.lambda_}
+        return {name: bounds for name, bounds in given.items() if bounds is not None}
+
+
+class TaskEntry(_Section):
+    """One task; a plain name stands for `{task: name}`."""
+
+    task: str = Field(min_length=1, description="An lm-eval task name, or the path of a task folder or YAML file.")
+    expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
+    items: int | None = Field(default=None, ge=1, description="Items the search scores. Default: evals.items.")
+    holdout_items: Count | None = Field(
+        default=None, description="Items that judge the front; rest: all others. Default: evals.holdout_items."
+    )
+    shots: int = Field(default=0, ge=0, le=64, description="Worked examples before each item.")
+    metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
+
+
+def _read_task(value: object) -> object:
+    return {"task": value} if isinstance(value, str) else value
+
+
+Tasks = tuple[Annotated[TaskEntry, BeforeValidator(_read_task, json_schema_input_type=str | TaskEntry)], ...]
+
+
+class EvalsSection(_Section):
+    """How good it is: what the expert should have learned, and what it may have forgotten."""
+
+    domain: Tasks = Field(min_length=1, description="Tasks of the expert's domain.")
+    general: Tasks = Field(min_length=1, description="Tasks of general ability.")
+    items: int = Field(default=100, ge=1, description="Items of each task that the search scores.")
+    holdout_items: Count = Field(default=100, description="Other items that judge the front; rest: all others.")
+    chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
+    allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")
+    token_budget: int = Field(default=2048, ge=16, description="Tokens in one forward pass.")
+    dtype: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="Number format of the scoring; auto: the base's own."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Chooses the items of each suite.")
+
+
+class SearchSection(_Section):
+    """The search."""
+
+    trials: int = Field(default=40, ge=1, description="Distinct finished trials, the anchors among them.")
+    sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
+    timeout: float | None = Field(default=None, gt=0, description="Minutes after which no trial is started.")
+    trial_timeout: float | None = Field(default=None, gt=0, description="Minutes one trial may take (with workers).")
+    max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
+    storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
+
+
+class WorkersSection(_Section):
+    """Who scores."""
+
+    count: int = Field(default=1, ge=0, le=1024, description="Worker processes; 0: in this process, without Ray.")
+    threads: Threads = Field(default="auto", description="CPU threads of each worker.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where a worker's model lives.")
+    ray_address: str | None = Field(default=None, description="A Ray cluster to join. Default: a local one of our own.")
+
+
+class Study(_Section):
+    """A whole study, as typed and checked."""
+
+    name: str = Field(pattern=NAME, description="Name of the run's folder: letters, digits, dot, dash, underscore.")
+    models: Models
+    space: SpaceSection = SpaceSection()
+    evals: EvalsSection
+    search: SearchSection = SearchSection()
+    workers: WorkersSection = WorkersSection()
+    runs: str = Field(default="runs", min_length=1, description="Folder in which the run's folder is made.")
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
+    """The study in a file, with relative paths made absolute from the file's folder.
+
+    Args:
+        path: the YAML file.
+        overrides: values set by hand, such as "search.trials=40".
+
+    Raises:
+        StudyFileError: names every key that is wrong.
+    """
+    path = Path(path)
+    document = read_yaml(path)
+    for override in overrides:
+        _set(document, override)
+    study = _validated(document, path, overrides)
+    return _with_absolute_paths(study, path.resolve().parent)
+
+
+def dump_study(study: Study) -> str:
+    """The resolved study file, every default written out; a password in the storage's URL is masked."""
+    return dump_yaml(study.model_dump(mode="json", by_alias=True) | {"search": _masked_search(study)})
+
+
+def stored_storage(run: Path) -> str | None:
+    """The storage URL in a run folder's study file; None where the study is in the folder itself.
+
+    Raises:
+        StudyFileError: the URL has a password, which is not kept in the folder.
+    """
+    search = read_yaml(run / "study.yaml").get("search") if (run / "study.yaml").is_file() else None
+    storage = search.get("storage") if isinstance(search, dict) else None
+    if storage and "***" in storage:
+        raise StudyFileError(
+            f"{run}: the study is at {storage}; give its whole URL in MERGEFRONT_STORAGE or by --storage"
+        )
+    return storage or None
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON Schema of a study file, for editors."""
+    schema = Study.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mergefront study file"}
+
+
+def schema_text() -> str:
+    """The text of the committed schema file."""
+    return json.dumps(study_schema(), indent=2) + "\n"
+
+
+def task_specs(study: Study) -> tuple[TaskSpec, ...]:
+    """What the study asks of each task, domain tasks first."""
+    evals = study.evals
+    return tuple(
+        TaskSpec(
+            name=entry.task,
+            role=role,
+            expert=entry.expert,
+            search_items=evals.items if entry.items is None else entry.items,
+            holdout_items=_items(evals.holdout_items if entry.holdout_items is None else entry.holdout_items),
+            shots=entry.shots,
+            metric=entry.metric,
+        )
+        for role, entries in (("domain", evals.domain), ("general", evals.general))
+        for entry in entries
+    )
+
+
+def _items(given: int | Literal["rest"]) -> int:
+    return REST if given == "rest" else given
+
+
+def space_of(study: Study, tensors: Iterable[str]) -> Space:
+    """The study's search space on a base with these tensor names."""
+    from search_spaces.space import Shape, Space  # brings optuna
+
+    shape = study.space.shape
+    return Space.build(
+        study.space.method,
+        study.models.base,
+        experts=study.models.experts,
+        tensors=tensors,
+        shape=Shape(shape.kind, shape.n),
+        modules=study.space.modules,
+        ranges=study.space.ranges,
+    )
+
+
+def masked_url(url: str) -> str:
+    """A storage URL without its password."""
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", url)
+
+
+def _masked_search(study: Study) -> dict[str, Any]:
+    storage = study.search.storage
+    return study.search.model_dump(mode="json") | {"storage": storage and masked_url(storage)}
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    """Put one `a.b=value` into a document that has just been read."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip(". "):
+        raise StudyFileError(f'--set: must be key=value, such as "search.trials=40"; given {override!r}')
+    *parents, last = key.strip().split(".")
+    place: Any = document
+    for depth, part in enumerate(parents):
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+            if place is None:
+                raise StudyFileError(f"--set {override}: {'.'.join(parents[: depth + 1])} is empty in the study file")
+        else:
+            place = _entry(place, part, override)
+    value = parse_yaml(text, f"--set {override}")
+    if isinstance(place, dict):
+        place[last] = value
+    else:
+        _entry(place, last, override)
+        place[int(last)] = value
+
+
+def _entry(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+        return place[int(part)]
+    rule = f"has {len(place)} entries, counted from 0" if isinstance(place, list) else f"is the value {_shown(place)}"
+    raise StudyFileError(f"--set {override}: {part!r} cannot be set there: the key before it {rule}")
+
+
+def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
+    try:
+        # JSON is the strict mode in which a list may stand for a tuple.
+        study = Study.model_validate_json(json.dumps(document), by_alias=True, by_name=False)
+        problems = list(_contradictions(study))
+    except ValidationError as error:
+        problems = [_problem(entry) for entry in _own_findings(error)]
+    if not problems:
+        return study
+    lines = [f"{_origin(key, path, overrides)}: {key or 'the file'}: {problem}" for key, problem in problems]
+    raise StudyFileError("\n".join(lines))
+
+
+def _own_findings(error: ValidationError) -> list[Any]:
+    """The findings, without "too short" for a list that is short because its entries are wrong."""
+    found = error.errors(include_url=False)
+    places = [entry["loc"] for entry in found]
+
+    def follows(entry: Any) -> bool:
+        loc = entry["loc"]
+        return entry["type"] == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places)
+
+    return [entry for entry in found if not follows(entry)]
+
+
+def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
+    """Where the value at a key comes from: the override that set it or made its section, or the file."""
+    for override in reversed(overrides):
+        target = override.partition("=")[0].strip()
+        if f"{key}.".startswith(f"{target}.") or (target.startswith(f"{key}.") and key not in read_yaml(path)):
+            return f"--set {override}"
+    return str(path)
+
+
+def _problem(entry: Any) -> tuple[str, str]:
+    """(key path, rule and what was given and the mend) of one pydantic finding."""
+    path = [part for part in entry["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in path)
+    given = _shown(entry["input"])
+    if entry["type"] == "extra_forbidden":
+        return key, f"there is no such key; given {given}; {_did_you_mean(path)}"
+    if entry["type"] == "missing":
+        return key, "must be given"
+    if "[key]" in entry["loc"]:
+        return key, EXPERT_RULE
+    if key == "name" and entry["type"] == "string_pattern_mismatch":
+        return key, f"must be letters, digits, dot, dash or underscore, 64 at most; given {given}"
+    rule = entry["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = re.sub(r"^(Tuple|List|Dictionary) should", "must", rule)
+    return key, f"{rule[:1].lower()}{rule[1:]}; given {given}"
+
+
+def _shown(value: object) -> str:
+    text = masked_url(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _did_you_mean(path: Sequence[str | int]) -> str:
+    *parents, wrong = (str(part) for part in path)
+    here = _keys_at(tuple(parents))
+    close = difflib.get_close_matches(wrong, here, n=1, cutoff=0.6)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    elsewhere = [f"{section}.{wrong}" for section in Study.model_fields if wrong in _keys_at((section,))]
+    if elsewhere:
+        return f'did you mean "{elsewhere[0]}"?'
+    return f"the keys here are {', '.join(here)}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    """The keys a person may write at this place."""
+    model: type[BaseModel] = Study
+    for part in path:
+        if part.isdecimal():
+            continue  # an entry of a list has the list's model
+        found = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        if found is None:
+            return []
+        model = found
+    if model is ShapeEntry:
+        return ["curve", "blocks"]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
+    """(key path, problem) of everything that is well typed and cannot be meant."""
+    yield from _range_problems(study.space)
+    experts = list(study.models.experts)
+    spec = METHODS[study.space.method]
+    if spec.max_experts is not None and len(experts) > spec.max_experts:
+        yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
+    if len(experts) < spec.min_experts:
+        yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {len(experts)}"
+    if len(set(study.space.modules)) < len(study.space.modules):
+        yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
+    yield from _task_problems(study, experts)
+    if study.name.endswith("."):
+        yield "name", f"must not end with a dot; given {study.name!r}"
+    if study.workers.ray_address is not None and study.workers.count == 0:
+        yield "workers.ray_address", "needs workers: workers.count is 0, which means in this process"
+
+
+def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:
+    has = {parameter.name for parameter in METHODS[space.method].parameters}
+    must_hold = {"weight": (0.0, 1.0), "t": (0.0, 1.0), "density": (1.0,), "lambda": (1.0,)}
+    meaning = {0.0: "the base", 1.0: "the expert"}
+    for name, (low, high) in space.ranges.items():
+        key, given = f"space.{name}", f"given [{low:g}, {high:g}]"
+        if name not in has:
+            yield key, f"{space.method} has no {name}; {given}; it has {', '.join(sorted(has))}"
+        elif low > high:
+            yield key, f"must be [low, high]; {given}"
+        elif missing := [value for value in must_hold[name] if not low <= value <= high]:
+            why = f" ({meaning[missing[0]]})" if len(must_hold[name]) == 2 else ""
+            yield key, f"must hold {missing[0]:g}{why}; {given}"
+        elif name == "density" and (low <= 0 or high > 1):
+            yield key, f"must lie above 0 and end at 1; {given}"
+
+
+def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for i, entry in enumerate(study.evals.domain):
+        if entry.expert and entry.expert not in experts:
+            close = difflib.get_close_matches(entry.expert, experts, n=1, cutoff=0.5)
+            mend = f'did you mean "{close[0]}"?' if close else f"the experts are {', '.join(experts)}"
+            yield f"evals.domain.{i}.expert", f"must be an expert of this study; given {entry.expert!r}; {mend}"
+    measured = {entry.expert for entry in study.evals.domain}
+    if "" not in measured and (unmeasured := [name for name in experts if name not in measured]):
+        yield "evals.domain", f"must measure every expert; no task is for {', '.join(unmeasured)}"
+    for i, entry in enumerate(study.evals.general):
+        if entry.expert:
+            yield f"evals.general.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
+    seen: set[str] = set()
+    for role in ("domain", "general"):
+        for i, entry in enumerate(getattr(study.evals, role)):
+            if entry.task in seen:
+                yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
+            seen.add(entry.task)
+
+
+def _with_absolute_paths(study: Study, folder: Path) -> Study:
+    models = study.models.model_copy(
+        update={
+            "base": _model_source(study.models.base, folder),
+            "experts": {name: _model_source(source, folder) for name, source in study.models.experts.items()},
+        }
+    )
+    tasks = {
+        role: tuple(entry.model_copy(update={"task": _task_source(entry.task, folder)}) for entry in entries)
+        for role, entries in (("domain", study.evals.domain), ("general", study.evals.general))
+    }
+    evals = study.evals.model_copy(update=tasks)
+    return study.model_copy(update={"models": models, "evals": evals, "runs": _absolute(study.runs, folder)})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
+
+
+def _model_source(source: str, folder: Path) -> str:
+    """A folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    return _absolute(source, folder) if looks_like_path or (folder / source).is_dir() else source
+
+
+def _task_source(task: str, folder: Path) -> str:
+    """A path has a slash or ends with .yaml; anything else is a task's name in lm-eval."""
+    return _absolute(task, folder) if "/" in task or task.endswith((".yaml", ".yml")) else task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A study file to start from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_study(
+    out: Path, base: str, experts: Sequence[str], *, domain: Sequence[str] = (), general: Sequence[str] = ()
+) -> str:
+    """The text of a study file at `out`, from a command line's words; paths that exist are written from its folder.
+
+    Args:
+        experts: each a checkpoint, or NAME=checkpoint.
+    """
+    folder = out.resolve().parent
+    named: dict[str, str] = {}
+    for given in experts:
+        name, source = _named(given)
+        if name in named:
+            raise StudyFileError(f"experts have different names; given {name!r} twice: write NAME=PATH for one of them")
+        named[name] = _from_folder(source, folder)
+    choices = {"domain": domain, "general": general}
+    tasks = {role: [_from_folder(task, folder) for task in given] for role, given in choices.items() if given}
+    name = out.stem if re.match(NAME, out.stem) and out.stem != "study" else "-".join(named)[:64]
+    return commented_study(_from_folder(base, folder), named, name=name, **tasks)
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, equals, source = given.partition("=")
+    if equals and source and "/" not in name:
+        if not re.match(EXPERT_NAME, name):
+            raise StudyFileError(f"{EXPERT_RULE}; given {name!r}")
+        return name, source
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(given).name).strip("-_")[:32]
+    if not stem:
+        raise StudyFileError(f"an expert without a name of its own needs one: write NAME={given}")
+    return stem, given
+
+
+def _from_folder(source: str, folder: Path) -> str:
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    relative = os.path.relpath(path.resolve(), folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def commented_study(
+    base: str,
+    experts: Mapping[str, str],
+    *,
+    name: str,
+    domain: Sequence[str] = ("path/to/domain_task.yaml",),
+    general: Sequence[str] = ("arc_easy", "hellaswag"),
+) -> str:
+    """The text of a study file with a comment on each thing a person may want to change."""
+    experts_text = "\n".join(f"    {_scalar(key)}: {_scalar(source)}" for key, source in experts.items())
+    domain_text = "\n".join(f"    - {_scalar(task)}" for task in domain)
+    general_text = "\n".join(f"    - {_scalar(task)}" for task in general)
+    return f"""\
+# A mergefront study. Look at it with `mergefront check FILE`, run it with `mergefront search FILE`.
+# Relative paths start at this file's folder.
+name: {_scalar(name)}
+
+models:
+  base: {_scalar(base)}  # the checkpoint all experts were trained from: a folder or a hub id
+  experts:  # a full checkpoint, or a LoRA adapter on the base
+{experts_text}
+
+space:
+  method: task_arithmetic  # linear, task_arithmetic, slerp, ties, dare_ties
+  shape: {{curve: 4}}  # weight over depth: uniform, slope, layers, {{curve: points}} or {{blocks: count}}
+  modules: [attn, mlp]  # kinds with weights of their own; add embed and head to let them differ
+  weight: [0, 1]  # must hold 0 (the base) and 1 (the expert)
+
+evals:
+  domain:  # what the expert should have learned: an lm-eval task name, or the path of a task's YAML file
+{domain_text}
+  general:  # what it may have forgotten
+{general_text}
+  items: 100  # of each task, scored by the search; more items, narrower intervals
+  holdout_items: 100  # other items, which judge the front; rest: all others
+  seed: 0  # chooses the items
+
+search:
+  trials: 40  # the base, the experts and other anchors are among them
+  sampler: auto  # auto, tpe, nsga2, gp, random
+  seed: 0
+
+workers:
+  count: 1  # processes, each with its own model in memory; 0: in this process, without Ray
+  threads: auto
+"""
+
+
+def _scalar(text: str) -> str:
+    """One text as YAML, in quotes only where it needs them."""
+    return yaml.dump(text, Dumper=_Dumper, width=10_000).removesuffix("\n").removesuffix("\n...")

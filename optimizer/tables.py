@@ -1,0 +1,179 @@
+"""What the command line prints about a run: rich tables for people, plain documents for `--json` and front.json."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from evals.outcomes import SUITES
+from optimizer.words import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from optimizer.run import Run
+
+PREFIX = {"search": "", "holdout": "holdout_"}
+ENDS = ("", "_low", "_high")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
+    """A plain table; every cell is shown as it stands, without markup.
+
+    Args:
+        right: columns of numbers, set flush right.
+    """
+    made = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(Text(column), justify="right" if column in right else "left")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+# --- the front -------------------------------------------------------------------------------------------------------
+
+
+def front_table(run: Run) -> Table:
+    """The front from least to most forgetting, the knee marked with a star, on both suites with 95 % intervals."""
+    points, knee = _front(run)
+    figures = [(suite, name) for suite in SUITES for name in run.objectives]
+    rows = (
+        (f"{'*' if row['trial'] == knee else ''}{row['trial']}", row["kind"], *(_interval(row, *f) for f in figures))
+        for row in points
+    )
+    titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
+    return table(f"Front of {run.name} (* knee)", ["trial", "kind", *titles], rows, right=["trial", *titles])
+
+
+def front_document(run: Run) -> dict[str, Any]:
+    """The front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
+    points, knee = _front(run)
+    return {
+        "run": run.name,
+        "objectives": list(run.objectives),
+        "reference": run.reference() if points else None,
+        "points": [
+            {
+                "trial": row["trial"],
+                "kind": row["kind"],
+                "knee": row["trial"] == knee,
+                **{suite: _figures(run, row, suite) for suite in SUITES},
+            }
+            for row in points
+        ],
+    }
+
+
+def _front(run: Run) -> tuple[list[dict[str, Any]], int | None]:
+    """The front's rows and the knee's trial."""
+    rows = _records(run.front().reset_index())
+    return rows, run.knee() if rows else None
+
+
+def _interval(row: Mapping[str, Any], suite: str, name: str) -> str:
+    return _share(*(row[f"{PREFIX[suite]}{name}{end}"] for end in ENDS))
+
+
+def _share(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return ""
+    return percent(value) if low is None or high is None else percent(value, low, high)
+
+
+def _figures(run: Run, row: Mapping[str, Any], suite: str) -> dict[str, float | None]:
+    names = dict.fromkeys(["domain", *run.objectives])
+    return {f"{name}{end}": row[f"{PREFIX[suite]}{name}{end}"] for name in names for end in ENDS}
+
+
+def plain(value: Any) -> Any:
+    """A cell of a frame as a JSON value: NaN is null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- one trial -------------------------------------------------------------------------------------------------------
+
+
+def weights_table(run: Run, trial: int) -> Table:
+    """One row per layer: the weight of each expert and module kind; embed and head on rows of their own."""
+    rows: dict[str, dict[str, str]] = {}
+    titles: dict[str, None] = {}
+    for cell in _records(run.weights(trial)):
+        in_layer = cell["layer"] >= 0
+        title = f"{cell['expert']}\n{cell['kind'] if in_layer else 'outer'}"
+        titles[title] = None
+        rows.setdefault(str(cell["layer"]) if in_layer else cell["kind"], {})[title] = f"{cell['weight']:.3f}"
+    columns = sorted(titles, key=lambda title: title.endswith("\nouter"))  # stable: as they came, the outer last
+    cells = ((place, *(row.get(title, "") for title in columns)) for place, row in rows.items())
+    return table(f"Weights of trial {trial}", ["layer", *columns], cells, right=columns)
+
+
+def retention_table(run: Run, trial: int) -> Table:
+    """What the trial won of each domain task's gain and kept of each general task, with 95 % intervals."""
+    tasks = _records(run.retention(trial))
+    rows = (
+        [
+            *(row[name] for name in ("task", "role", "metric")),
+            *(f"{row[name]:.3f}" for name in ("base_score", "score")),
+            _share(row["share"], row["low"], row["high"]),
+        ]
+        for row in tasks
+    )
+    title = f"Tasks of trial {trial}, {tasks[0]['suite']} items (share: domain gained, general kept)"
+    columns = ["task", "role", "metric", "base", "score", "share"]
+    return table(title, columns, rows, right=["base", "score", "share"])
+
+
+def trial_document(run: Run, trial: int) -> dict[str, Any]:
+    """One trial as plain values: recipe, weights, and tasks where it was scored."""
+    scored = trial in run.points().index
+    about = run.trials().loc[trial]
+    return {
+        "run": run.name,
+        "trial": trial,
+        **{name: plain(about[name]) for name in ("state", "kind", "seconds", "reason")},
+        "digest": run.recipe(trial).digest,
+        "method": run.recipe(trial).method,
+        "weights": _records(run.weights(trial)),
+        "tasks": _records(run.retention(trial)) if scored else [],
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def status_document(run: Run) -> dict[str, Any]:
+    """How far a run is, as plain values."""
+    states = run.trials()["state"].value_counts()
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "running": _is_locked(run.path / "lock"),
+        "trials": {str(state): int(number) for state, number in states.items()},
+        "front": len(run.front()),
+        "findings": run.findings(),
+    }
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a search holds the lock; asking leaves the file as it is."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

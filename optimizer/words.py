@@ -1,0 +1,24 @@
+"""How numbers are said to a person: shares as per cent with their interval, counts with their noun."""
+
+from __future__ import annotations
+
+import math
+
+
+def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """A share in per cent, with its interval where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
+    digits = 0 if abs(value) >= 0.0995 else 1
+    said = f"{_number(value, digits)} %"
+    if math.isnan(low) or math.isnan(high) or low == value == high:
+        return said
+    return f"{said} [{_number(low, digits)}, {_number(high, digits)}]"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _number(share: float, digits: int) -> str:
+    text = f"{100 * share:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text

@@ -1,0 +1,150 @@
+"""One worker: a resident model, the tasks, and the way from a recipe to per-item outcomes.
+
+Built once per process (by `optimizer.pool`); everything heavy is imported here, inside functions, so that a driver
+stays light. Paths in the spec are absolute: a worker has a working directory of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evals.outcomes import Outcome, TaskSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from optimizer.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All a worker needs, in plain types, so that it can cross to another process or machine.
+
+    Args:
+        base: folder or hub id of the base checkpoint.
+        experts: (name, folder or hub id) of each expert.
+        tasks: what to score, both roles.
+        chat_template: wrap prompts in the base's chat template.
+        allow_task_code: let task files run Python.
+        token_budget: tokens per forward pass.
+        dtype: of the resident model: "auto" (the base's own), "bf16" or "float32".
+        device: "auto" (cuda where there is one), "cpu" or "cuda".
+        threads: of torch, at least 1.
+        seed: of the item split and of anything random in a task.
+    """
+
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    tasks: tuple[TaskSpec, ...]
+    chat_template: bool
+    allow_task_code: bool
+    token_budget: int
+    dtype: str
+    device: str
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What became of one recipe on one suite; times in seconds."""
+
+    outcomes: tuple[Outcome, ...]
+    merge_seconds: float
+    score_seconds: float
+
+
+class Worker:
+    """Merges each recipe into one resident model, in place, and scores it.
+
+    Every merge writes every floating tensor from the sources, so the model has no memory of earlier recipes.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import torch
+        from transformers import AutoTokenizer, set_seed
+        from transformers.utils import logging
+
+        from evals.engine import Engine
+        from evals.harness import load_tasks
+        from optimizer.checkpoints import Checkpoint
+        from optimizer.merge import Sources
+
+        torch.set_num_threads(max(1, spec.threads))
+        set_seed(spec.seed)
+        logging.disable_progress_bar()
+        base = Checkpoint.open(spec.base)
+        self._sources = Sources(base, {name: Checkpoint.open(path, base=base) for name, path in spec.experts})
+        self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
+        model = resident_model(base, dtype=spec.dtype, device=spec.device)
+        self._parameters: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+        self._merged = merge_target(self._parameters, base)
+        self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget)
+        self._harness = load_tasks(
+            spec.tasks, seed=spec.seed, chat_template=spec.chat_template, allow_task_code=spec.allow_task_code
+        )
+        self._prepared: set[str] = set()
+
+    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+        """Score one recipe.
+
+        Args:
+            recipe: as `Recipe.to_json` writes it.
+            suite: "search" or "holdout".
+
+        Raises:
+            MergeError: a merged tensor is not finite.
+            TaskError: the candidate gave no usable score.
+        """
+        from optimizer.merge import merge_into
+        from search_spaces.recipe import Recipe
+
+        if suite not in self._prepared:
+            self._harness.prepare(self._tokenizer, suite)
+            self._prepared.add(suite)
+        start = time.perf_counter()
+        merge_into(self._merged, self._sources, Recipe.from_json(recipe))
+        if self._merged is not self._parameters:
+            for name, tensor in self._merged.items():
+                self._parameters[name].copy_(tensor)
+        merged = time.perf_counter()
+        outcomes = tuple(self._harness.score(self._engine, suite))
+        return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
+
+
+def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
+    """The base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
+
+    Args:
+        dtype: "auto", "bf16" or "float32".
+        device: "auto", "cpu" or "cuda".
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    tensors = {}
+    for name in base.names:
+        tensor = base.tensor(name)
+        tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=floating)
+    model.requires_grad_(False)
+    return model.to(place).eval()
+
+
+def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+    """The tensors a merge writes: the model's own, or others in the base's dtype where the model is scored in another.
+
+    A merge is rounded to the base's dtype, whatever it is scored in, since that is what an export will hold.
+    """
+    import torch
+
+    if all(parameters[name].dtype == base.dtype(name) for name in base.names if name in parameters):
+        return parameters
+    return {name: torch.empty(base.shape(name), dtype=base.dtype(name)) for name in base.names}

@@ -1,0 +1,158 @@
+"""Tensor names to layer groups: the sets of tensors that share a weight.
+
+First step of the flow: a checkpoint's names -> `embed`, `layer.07.attn`, `layer.07.mlp`, `head` -> space and recipe.
+A group follows from the tensor's name alone, so driver, workers and exported files agree without seeing a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from search_spaces.errors import SpaceError
+
+GROUP = re.compile(r"embed|head|layer\.(\d{2,})\.(attn|mlp)")
+
+# Matched against the first path component after the layer index, the feed-forward side first:
+# `post_attention_layernorm` feeds the feed-forward in Llama and its kin, and OPT calls the same norm
+# `final_layer_norm`. Gemma 2 and OLMo 2 put `post_attention_layernorm` on the attention's output; it goes by name too.
+_MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|router|^fc\d|post_attention|(ln|norm)_?2$|final_layer_?norm")
+_ATTN = re.compile(r"attn|attention|input_layer_?norm|(ln|norm)_?1$")
+
+# Matched against the whole name of a tensor outside the layers. GPT-NeoX calls its head `embed_out`.
+_OUTPUT = re.compile(r"lm_head|embed_out")
+_INPUT = re.compile(r"emb|\bwte\b|\bwpe\b")
+_LAST_NORM = re.compile(r"norm|\bln_f\b")
+
+
+def group_of(tensor: str) -> str:
+    """Name the group a tensor belongs to.
+
+    Args:
+        tensor: a checkpoint's tensor name such as `model.layers.7.mlp.up_proj.weight`.
+
+    Returns:
+        `embed`, `layer.07.attn`, `layer.07.mlp` (norms with the module they feed) or `head` (last norm and lm_head).
+
+    Raises:
+        SpaceError: no rule places the name.
+    """
+    stack, layer, rest = split_name(tensor)
+    if layer is not None:
+        kind = _layer_kind(rest)
+        group = f"layer.{layer:02d}.{kind}" if kind else ""
+    else:
+        group = _outer_group(stack)
+    if not group:
+        raise SpaceError(
+            "every tensor is part of the embeddings, a layer's attention or feed-forward, or the head",
+            given=repr(tensor),
+            where="the checkpoint's tensor names",
+            mend="only decoder language models with attention and feed-forward layers can be merged by group",
+        )
+    return group
+
+
+def group_tensors(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Partition tensor names into groups, in the order data flows: embed, layers by depth (attn, mlp), head.
+
+    Raises:
+        SpaceError: a name no rule places, two stacks of layers (a vision tower, an encoder), or a gap in the layers.
+    """
+    found: dict[str, list[str]] = {}
+    stacks: dict[str, str] = {}
+    for name in sorted(set(names)):
+        found.setdefault(group_of(name), []).append(name)
+        stack, layer, _ = split_name(name)
+        if layer is not None:
+            stacks.setdefault(stack, name)
+    if len(stacks) != 1:
+        raise SpaceError(
+            "a model has one stack of layers",
+            given=f"{len(stacks)}: {', '.join(sorted(stacks.values())) or 'no tensor with a layer index'}",
+            where="the checkpoint's tensor names",
+        )
+    groups = sorted(found, key=flow_order)
+    layer_count(groups)
+    return {group: tuple(found[group]) for group in groups}
+
+
+def layer_count(groups: Iterable[str]) -> int:
+    """Count the layers that groups name.
+
+    Raises:
+        SpaceError: there are none, or their indices are not 0, 1, 2, …
+    """
+    layers = {layer for group in groups if (layer := layer_of(group)) is not None}
+    if not layers or layers != set(range(len(layers))):
+        raise SpaceError(
+            "layers are numbered from 0 without a gap",
+            given=sorted(layers) or "no layer",
+            where="the checkpoint's tensor names",
+        )
+    return len(layers)
+
+
+def layer_of(group: str) -> int | None:
+    """Give a group's layer index, None for embed and head."""
+    index = _match(group)[1]
+    return int(index) if index else None
+
+
+def kind_of(group: str) -> str:
+    """Give a group's kind: `embed`, `attn`, `mlp` or `head`."""
+    return _match(group)[2] or group
+
+
+def depth_of(group: str, n_layers: int) -> float:
+    """Give a group's depth in [0, 1]: embed 0, layer i of n at i/(n-1), head 1."""
+    layer = layer_of(group)
+    if layer is None:
+        return 0.0 if group == "embed" else 1.0
+    if layer >= n_layers:
+        raise SpaceError("a layer's index is below the number of layers", given=f"{layer} of {n_layers}", where=group)
+    return layer / max(n_layers - 1, 1)
+
+
+def flow_order(group: str) -> tuple[int, str]:
+    """Sort key that puts groups in the order data flows through them."""
+    layer = layer_of(group)
+    if layer is None:
+        return (-1, group) if group == "embed" else (10**9, group)
+    return (layer, kind_of(group))
+
+
+def split_name(tensor: str) -> tuple[str, int | None, str]:
+    """Split a tensor name at its first whole number: (path before, layer index, path after).
+
+    Later numbers are a layer's own, such as `experts.3` of a mixture. Without a number: (name, None, "").
+    """
+    parts = tensor.split(".")
+    for at, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:at]), int(part), ".".join(parts[at + 1 :])
+    return tensor, None, ""
+
+
+def _layer_kind(rest: str) -> str:
+    module = rest.split(".")[0]
+    if _MLP.search(module):
+        return "mlp"
+    return "attn" if _ATTN.search(module) else ""
+
+
+def _outer_group(name: str) -> str:
+    if _OUTPUT.search(name):
+        return "head"
+    if _INPUT.search(name):
+        return "embed"
+    return "head" if _LAST_NORM.search(name) else ""
+
+
+def _match(group: str) -> re.Match[str]:
+    found = GROUP.fullmatch(group)
+    if found is None or (found[1] and group != f"layer.{int(found[1]):02d}.{found[2]}"):
+        raise SpaceError(
+            "a group is embed, head, layer.NN.attn or layer.NN.mlp", given=repr(group), mend="write layer.07.attn"
+        )
+    return found

@@ -1,0 +1,401 @@
+"""Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
+
+What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (dare_ties: up to its randomness).
+Read in: `models:` with scalars, gradients over the layers and substring filters. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from search_spaces.errors import SpaceError
+from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
+from search_spaces.parameters import MethodSpec, Parameter
+from search_spaces.recipe import Recipe, Setting, method_spec
+
+# What mergekit takes and a recipe has no word for: read where it is set to what the recipe does anyway.
+_FIXED: dict[str, dict[str, float]] = {
+    "task_arithmetic": {"normalize": 0.0, "rescale": 0.0},
+    "ties": {"rescale": 0.0},
+}
+_TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def to_mergekit(
+    recipe: Recipe, tensor_names: Iterable[str], *, out_dtype: str, adapters: Collection[str] = ()
+) -> dict[str, object]:
+    """Write a recipe as a mergekit document.
+
+    Args:
+        recipe: any recipe.
+        tensor_names: the base checkpoint's tensor names; they decide the filters.
+        out_dtype: dtype mergekit saves in, such as `bfloat16`; it computes in float32.
+        adapters: names of experts whose source is a LoRA adapter on the base.
+
+    Returns:
+        A dict of plain types, ready for YAML.
+
+    Raises:
+        SpaceError: no substring of their names tells two groups apart.
+    """
+    groups = group_tensors(tensor_names)
+    shared: dict[str, object] = {}
+    for parameter in _parameters_written(recipe):
+        if parameter.scope == "group":
+            shared[parameter.name] = _written({g: recipe.value(parameter.name, group=g) for g in groups}, groups)
+        elif parameter.scope == "recipe":
+            value = recipe.value(parameter.name)
+            shared[parameter.name] = bool(value) if parameter.domain == "switch" else value
+    models = [_model_written(recipe, name, source, groups, name in adapters) for name, source in recipe.experts]
+    if recipe.method == "linear":
+        left = {
+            g: 1.0 - math.fsum(recipe.value("weight", expert=e, group=g) for e, _ in recipe.experts) for g in groups
+        }
+        base = {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
+        models, shared = [base, *models], {"normalize": False}
+    document = {"merge_method": recipe.method, "base_model": _reference(recipe.base), "models": models}
+    return document | ({"parameters": shared} if shared else {}) | {"dtype": "float32", "out_dtype": out_dtype}
+
+
+def from_mergekit(
+    document: Mapping[str, object], tensor_names: Iterable[str], *, expert_names: Mapping[str, str] | None = None
+) -> Recipe:
+    """Read a mergekit document as a recipe.
+
+    `dtype` and `out_dtype` are not kept: a recipe is computed in float32 and stored in the base's dtype.
+
+    Args:
+        document: what the YAML holds.
+        tensor_names: the base checkpoint's tensor names; filters and gradients are resolved on them.
+        expert_names: source -> name; a source not named here is named after its folder.
+
+    Raises:
+        SpaceError: the document asks for something a recipe cannot hold.
+    """
+    return _Reader(document, group_tensors(tensor_names), expert_names or {}).recipe()
+
+
+# --- writing ---
+
+
+def _parameters_written(recipe: Recipe) -> list[Parameter]:
+    """Give what the recipe sets, and the scale, which has no default in mergekit; other defaults are the same there."""
+    spec, named = method_spec(recipe.method), {setting.parameter for setting in recipe.settings}
+    return [parameter for parameter in spec.parameters if parameter.name in named | {spec.scale}]
+
+
+def _model_written(
+    recipe: Recipe, name: str, source: str, groups: Mapping[str, tuple[str, ...]], adapter: bool
+) -> dict[str, object]:
+    reference = {"model": {"path": recipe.base}, "lora": {"path": source}} if adapter else _reference(source)
+    parameters = {
+        parameter.name: _written({g: recipe.value(parameter.name, expert=name, group=g) for g in groups}, groups)
+        for parameter in _parameters_written(recipe)
+        if parameter.scope == "expert"
+    }
+    return {"model": reference} | ({"parameters": parameters} if parameters else {})
+
+
+def _reference(source: str) -> object:
+    """Write a source so that mergekit reads no revision (`@`) and no adapter (`+`) into it."""
+    return {"model": {"path": source}} if "@" in source or "+" in source else source
+
+
+def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> object:
+    """Write values by group as a number, or as filters (outer groups, attention) with a gradient over the layers."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    rules: list[dict[str, object]] = []
+    for group in ("embed", "head"):
+        others = [name for other, names in groups.items() if other != group for name in names]
+        for word in sorted({_outer_filter(name, others) for name in groups.get(group, ())}):
+            rules.append({"filter": word, "value": values[group]})
+    attn, mlp = _gradient(values, "attn"), _gradient(values, "mlp")
+    if attn is not None and mlp is not None and attn != mlp:
+        rules += [{"filter": word, "value": attn} for word in _attn_filters(groups)]
+    return [*rules, {"value": attn if mlp is None else mlp}]
+
+
+def _gradient(values: Mapping[str, float], kind: str) -> float | list[float] | None:
+    """Give a kind's values, first layer to last: a number where they are equal, None where no layer has the kind."""
+    by_layer = {layer_of(group): value for group, value in values.items() if kind_of(group) == kind}
+    if not by_layer:
+        return None
+    spare = next(iter(by_layer.values()))  # a layer without the kind has no tensor that would read it
+    line = [by_layer.get(layer, spare) for layer in range(layer_count(values))]
+    return line[0] if len(set(line)) == 1 else line
+
+
+def _outer_filter(name: str, others: Iterable[str]) -> str:
+    """Find the shortest end of a tensor's name that occurs in no other group: prefixes differ between checkpoints."""
+    parts = name.split(".")
+    ends = [".".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
+    return _apart(ends, list(others), name)
+
+
+def _attn_filters(groups: Mapping[str, tuple[str, ...]]) -> list[str]:
+    def modules(kind: str) -> list[str]:
+        return sorted(
+            {split_name(n)[2].split(".")[0] for g, names in groups.items() if kind_of(g) == kind for n in names}
+        )
+
+    feed_forward = [name for group, names in groups.items() if kind_of(group) == "mlp" for name in names]
+    return [_apart([f".{module}."], feed_forward, module) for module in modules("attn")]
+
+
+def _apart(words: Iterable[str], others: Collection[str], name: str) -> str:
+    for word in words:
+        if not any(word in other for other in others):
+            return word
+    raise SpaceError("mergekit tells groups apart by parts of their names, and here none is its own", given=name)
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """An entry of `models:`: where it stands, its source and its parameters."""
+
+    where: str
+    source: str
+    parameters: Mapping[str, object]
+
+
+class _Reader:
+    """One document on one checkpoint's groups."""
+
+    def __init__(
+        self,
+        document: Mapping[str, object],
+        groups: Mapping[str, tuple[str, ...]],
+        expert_names: Mapping[str, str],
+    ) -> None:
+        _only(_mapping(document, "the document"), _TOP_KEYS, "the document")
+        self.document, self.groups, self.expert_names = document, groups, expert_names
+        self.layers = layer_count(groups)
+        self.spec = _known_method(document.get("merge_method"))
+        self.base = self._source(document.get("base_model"), "base_model")
+        self.shared = _mapping(document.get("parameters") or {}, "parameters")
+        self.models = self._read_models(document.get("models"))
+
+    def recipe(self) -> Recipe:
+        """Resolve every parameter for every tensor, and gather the values that groups share."""
+        self._check_surroundings()
+        experts: dict[str, _Model] = self._experts()
+        settings: list[Setting] = []
+        for parameter in self.spec.parameters:
+            for name, model in experts.items() if parameter.scope == "expert" else [("", None)]:
+                scopes = (self.shared, model.parameters) if model else (self.shared,)
+                if parameter.name == self.spec.scale or any(parameter.name in scope for scope in scopes):
+                    settings += self._compact(parameter, name, self._values(parameter, model))
+        sources = tuple((name, model.source) for name, model in experts.items())
+        return Recipe(self.spec.name, self.base, sources, tuple(settings))
+
+    def _read_models(self, entries: object) -> list[_Model]:
+        if not isinstance(entries, list) or not entries:
+            raise SpaceError("models is a list of model and parameters", given=entries, where="models")
+        models = []
+        for i, entry in enumerate(entries):
+            where = f"models[{i}]"
+            _only(_mapping(entry, where), ("model", "parameters"), where)
+            parameters = _mapping(entry.get("parameters") or {}, f"{where}.parameters")
+            models.append(_Model(where, self._source(entry.get("model"), f"{where}.model"), parameters))
+        sources = [model.source for model in models]
+        if len(set(sources)) != len(sources):
+            raise SpaceError("a model is listed once", given=", ".join(sources), where="models")
+        return models
+
+    def _source(self, reference: object, where: str) -> str:
+        """Read a model reference: a path, a dict with a path, or an adapter on the base (its own path then)."""
+        if isinstance(reference, str) and reference and "@" not in reference:
+            path, plus, lora = reference.partition("+")
+        elif isinstance(reference, Mapping) and set(reference) <= {"model", "lora"}:
+            path, lora = _path(reference.get("model"), where), _path(reference.get("lora") or "", where)
+            plus = lora
+        else:
+            mend = "write the folder of each checkpoint, and the base as base_model"
+            raise SpaceError(
+                "a model is a folder or hub id without a revision", given=reference, where=where, mend=mend
+            )
+        if plus and (where == "base_model" or path != self.base or not lora):
+            raise SpaceError("an adapter stands on the base", given=reference, where=where)
+        return lora or path
+
+    def _experts(self) -> dict[str, _Model]:
+        """Name the models that are not the base."""
+        named: dict[str, _Model] = {}
+        for model in self.models:
+            if model.source != self.base:
+                name = self.expert_names.get(model.source) or _folder_name(model.source)
+                if name in named:
+                    mend = "pass a name for each source"
+                    raise SpaceError("experts have different names", given=name, where=model.where, mend=mend)
+                named[name] = model
+        return named
+
+    def _check_surroundings(self) -> None:
+        """Refuse what would change the model and has no place in a recipe."""
+        for key in ("dtype", "out_dtype"):
+            if self.document.get(key) not in (None, *_DTYPES):
+                raise SpaceError(f"{key} is one of {', '.join(_DTYPES)}", given=self.document[key], where=key)
+        if self.document.get("tokenizer_source") not in (None, "base", self.document["base_model"]):
+            given = self.document["tokenizer_source"]
+            raise SpaceError("a merge keeps the base's tokenizer", given=given, where="tokenizer_source")
+        scopes = {parameter.name: parameter.scope for parameter in self.spec.parameters}
+        extras = {**_FIXED.get(self.spec.name, {}), **({"normalize": 1.0} if self.spec.name == "linear" else {})}
+        masks = () if self.spec.name in ("linear", "slerp") else ("int8_mask",)  # saves memory, changes no number
+        _only(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
+        for model in self.models:
+            own = [name for name, scope in scopes.items() if scope == "expert"]
+            if model.source == self.base and self.spec.name != "linear":
+                own = []  # mergekit reads no parameter of the base
+            _only(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
+        for name, value in _FIXED.get(self.spec.name, {}).items():
+            fixed = Parameter(name, value, value, value, "recipe", "", "switch")
+            if set(self._values(fixed, None).values()) != {value}:
+                raise SpaceError(f"{self.spec.name} has {name} off here", given=self.shared[name], where=name)
+
+    def _values(self, parameter: Parameter, model: _Model | None) -> dict[str, float]:
+        """Resolve a parameter for each group; for linear, as a share of the weights' sum where mergekit divides."""
+        if self.spec.name == "linear" and parameter.name == "weight":
+            return self._by_group(lambda tensor: self._share(model, tensor), "weight")
+        return self._by_group(lambda tensor: self._one(parameter, model, tensor), parameter.name)
+
+    def _by_group(self, value_of: Callable[[str], float], name: str) -> dict[str, float]:
+        found = {}
+        for group, tensors in self.groups.items():
+            values = {tensor: value_of(tensor) for tensor in tensors}
+            if len(set(values.values())) > 1:
+                first, other = tensors[0], next(t for t in tensors if values[t] != values[tensors[0]])
+                raise SpaceError(
+                    f"the tensors of a group have one {name}",
+                    given=f"{values[first]:g} for {first}, {values[other]:g} for {other}",
+                    where=group,
+                    mend="let the filters cover whole groups: attention or feed-forward with the norm before it",
+                )
+            found[group] = next(iter(values.values()))
+        return found
+
+    def _share(self, model: _Model | None, tensor: str) -> float:
+        """Weight of a model in a linear merge, in which base and experts make 1."""
+        weight = self.spec.parameters[0]
+        normalize = Parameter("normalize", 1.0, 0.0, 1.0, "recipe", "", "switch")
+        if all(listed.source != self.base for listed in self.models):
+            raise SpaceError("a linear merge lists its base with a weight", given=self.base, where="models")
+        weights = {listed.source: self._one(weight, listed, tensor) for listed in self.models}
+        total = math.fsum(weights.values())
+        divide = self._one(normalize, None, tensor) == 1.0
+        if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
+            rule = "the weights of a linear merge, the base's included, sum to 1"
+            raise SpaceError(rule, given=total, where=tensor, mend="normalize: true divides by their sum")
+        own = weights[model.source] if model else 0.0
+        return own / total if divide else own
+
+    def _one(self, parameter: Parameter, model: _Model | None, tensor: str) -> float:
+        """Resolve a parameter for one tensor as mergekit does: the model's own, then the shared, then the default."""
+        scopes = [(model.parameters, f"{model.where}.parameters")] if model else []
+        for scope, where in [*scopes, (self.shared, "parameters")]:
+            if parameter.name in scope:
+                value = self._setting(scope[parameter.name], parameter, tensor, f"{where}.{parameter.name}")
+                if value is not None:
+                    return value
+        if parameter.name in ("weight", "t"):
+            where = f"{model.where if model else 'parameters'}, {tensor}"
+            raise SpaceError(f"{self.spec.name} needs {parameter.name} for every tensor", given="none", where=where)
+        return parameter.default
+
+    def _setting(self, setting: object, parameter: Parameter, tensor: str, where: str) -> float | None:
+        """Evaluate a scalar, a gradient, a filter or a list of filters; None where no filter fits the tensor."""
+        if isinstance(setting, Mapping):
+            setting = [setting]
+        if not isinstance(setting, list):
+            return _number(setting, parameter, where)
+        if setting and all(isinstance(entry, Mapping) for entry in setting):
+            for i, entry in enumerate(setting):
+                _only(entry, ("filter", "value"), f"{where}[{i}]")
+                word = entry.get("filter")
+                if word is None or word == "*" or _text(word, f"{where}[{i}].filter") in tensor:
+                    return self._setting(entry.get("value"), parameter, tensor, f"{where}[{i}].value")
+            return None
+        return self._along([_number(entry, parameter, where) for entry in setting], tensor, where)
+
+    def _along(self, gradient: list[float], tensor: str, where: str) -> float:
+        """Read a gradient at a tensor's layer; tensors outside the layers read its first entry."""
+        if not gradient:
+            raise SpaceError("a gradient has at least one number", given="[]", where=where)
+        layer = split_name(tensor)[1]
+        if layer is None:
+            return gradient[0]
+        if self.layers == 1:
+            return gradient[-1]
+        if len(gradient) == self.layers:
+            return gradient[layer]  # what mergekit's interpolation gives but for its rounding
+        place = layer / (self.layers - 1) * (len(gradient) - 1)
+        left = int(place)
+        right = min(left + 1, len(gradient) - 1)
+        return (1 - (place - left)) * gradient[left] + (place - left) * gradient[right]
+
+    def _compact(self, parameter: Parameter, expert: str, values: Mapping[str, float]) -> list[Setting]:
+        """Turn values by group into settings: one for all groups where a parameter other than the scale allows it."""
+        if parameter.name == self.spec.scale:
+            return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+        if len(set(values.values())) == 1:
+            return [Setting(parameter.name, expert, "", next(iter(values.values())))]
+        if parameter.scope == "recipe":
+            rule = f"{parameter.name} has one value for all groups"
+            raise SpaceError(rule, given=self.shared[parameter.name], where=f"parameters.{parameter.name}")
+        return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+
+
+def _known_method(name: object) -> MethodSpec:
+    return method_spec(_text(name, "merge_method"))
+
+
+def _mapping(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise SpaceError("a mapping of keys stands here", given=value, where=where)
+    return value
+
+
+def _only(value: Mapping[str, object], known: Collection[str], where: str, *, method: str = "") -> None:
+    for key in value:
+        if key not in known:
+            rule = f"a recipe of {method} has no place for this" if method else "a recipe has no place for this"
+            mend = f"only {', '.join(known)} are read here" if known else "nothing is read here"
+            raise SpaceError(rule, given=repr(key), where=where, mend=mend)
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise SpaceError("a word stands here", given=value, where=where)
+    return value
+
+
+def _path(value: object, where: str) -> str:
+    if isinstance(value, Mapping):
+        _only(value, ("path",), where)
+        value = value.get("path")
+    return _text(value, where)
+
+
+def _number(value: object, parameter: Parameter, where: str) -> float:
+    """Read a number; YAML leaves `1e-3` a string, and mergekit reads it as a number too."""
+    if isinstance(value, bool) and parameter.domain != "switch":
+        raise SpaceError(f"{parameter.name} is a number", given=value, where=where)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise SpaceError(f"{parameter.name} is a number", given=repr(value), where=where) from error
+    if not parameter.allows(number):
+        raise SpaceError(f"{parameter.name} takes no such value", given=number, where=where)
+    return number
+
+
+def _folder_name(source: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(source).name).strip("-_") or "expert"

@@ -1,0 +1,210 @@
+"""A recipe: checkpoints, merge method and numbers; enough to rebuild a merge.
+
+A frozen value of plain types: a space makes it, JSON carries it to a worker, its digest is its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from search_spaces.errors import SpaceError
+from search_spaces.groups import layer_of
+from search_spaces.parameters import DOMAINS, METHODS, MethodSpec, Parameter
+
+EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_KEYS = ("method", "base", "experts", "settings")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Setting:
+    """One number. An empty expert means every expert, an empty group every group."""
+
+    parameter: str
+    expert: str
+    group: str
+    value: float
+
+    @property
+    def where(self) -> str:
+        """Say in words what the number is for."""
+        return f"{self.parameter} of {self.expert or 'every expert'} in {self.group or 'every group'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge in numbers. Experts are held sorted by name, settings by (parameter, expert, group).
+
+    Args:
+        method: a key of METHODS.
+        base: source of the base checkpoint.
+        experts: (name, source) of each expert; names are letters, digits, `_` and `-`.
+        settings: at most one for each (parameter, expert, group).
+
+    Raises:
+        SpaceError: an unknown method, parameter, expert or group, a value outside the parameter's domain, a duplicate.
+    """
+
+    method: str
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    settings: tuple[Setting, ...]
+    _values: dict[tuple[str, str, str], float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        spec = method_spec(self.method)
+        check_experts(spec, self.experts)
+        object.__setattr__(self, "experts", tuple(sorted(self.experts)))
+        settings = tuple(sorted(_checked(setting, spec, dict(self.experts)) for setting in self.settings))
+        object.__setattr__(self, "settings", settings)
+        for one, other in pairwise(settings):
+            if _key(one) == _key(other):
+                raise SpaceError("a recipe sets a number once", given=f"{one.value} and {other.value}", where=one.where)
+        object.__setattr__(self, "_values", {_key(setting): setting.value for setting in settings})
+
+    def value(self, parameter: str, *, expert: str = "", group: str = "") -> float:
+        """Give a number: the most specific setting wins, then the method's default.
+
+        Args:
+            parameter: one of the method's parameters.
+            expert: an expert's name; empty for a parameter that has no value per expert.
+            group: a layer group; empty for a parameter of the whole recipe.
+        """
+        known = _parameter(self.method, parameter)
+        if expert and all(expert != name for name, _ in self.experts):
+            names = ", ".join(name for name, _ in self.experts)
+            raise SpaceError(f"the recipe's experts are {names}", given=repr(expert), where=parameter)
+        for key in ((parameter, expert, group), (parameter, expert, ""), (parameter, "", group), (parameter, "", "")):
+            if key in self._values:
+                return self._values[key]
+        return known.default
+
+    @property
+    def digest(self) -> str:
+        """Name the numbers: 12 hex digits over method, expert names and settings, whatever the checkpoints' paths."""
+        names = [name for name, _ in self.experts]
+        text = _canonical([self.method, names, [_row(setting) for setting in self.settings]])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        """Write the recipe on one line; a setting is [parameter, expert, group, value]."""
+        settings = [_row(setting) for setting in self.settings]
+        return _canonical({"method": self.method, "base": self.base, "experts": self.experts, "settings": settings})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpaceError: not such a text, or not a valid recipe.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpaceError("a recipe is JSON", given=str(error), where="the recipe's text") from error
+        if not isinstance(document, dict) or sorted(document) != sorted(_KEYS):
+            given = sorted(document) if isinstance(document, dict) else type(document).__name__
+            raise SpaceError(f"a recipe has the keys {', '.join(_KEYS)}", given=given, where="the recipe's text")
+        experts = [_strings(row, count=2, where="experts") for row in _rows(document, "experts")]
+        settings = [_setting(row) for row in _rows(document, "settings")]
+        method, base = _strings([document["method"], document["base"]], count=2, where="method and base")
+        return cls(method, base, tuple((name, source) for name, source in experts), tuple(settings))
+
+    def short(self) -> str:
+        """Describe the recipe on one line for people."""
+        words = [f"{self.method} {self.digest}"]
+        for parameter in METHODS[self.method].parameters:
+            experts = [name for name, _ in self.experts] if parameter.scope == "expert" else [""]
+            words += [text for expert in experts if (text := self._span(parameter.name, expert))]
+        return ", ".join(words)
+
+    def _span(self, parameter: str, expert: str) -> str:
+        values = [s.value for s in self.settings if s.parameter == parameter and s.expert in ("", expert)]
+        if not values:
+            return ""
+        low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+        return " ".join(filter(None, [expert, parameter, low if low == high else f"{low} to {high}"]))
+
+
+def method_spec(method: str) -> MethodSpec:
+    """Find a merge method, or say which there are."""
+    if method not in METHODS:
+        raise SpaceError("the merge method is not known", given=repr(method), mend=f"one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def check_experts(spec: MethodSpec, experts: Sequence[tuple[str, str]]) -> None:
+    """Refuse expert names that repeat or cannot stand in a parameter's name, and too few or too many experts."""
+    names = [name for name, _ in experts]
+    for name in names:
+        if not EXPERT_NAME.fullmatch(name):
+            raise SpaceError("an expert's name is made of letters, digits, _ and -", given=repr(name), where="experts")
+    if len(set(names)) != len(names):
+        raise SpaceError("experts have different names", given=", ".join(names), where="experts")
+    most = spec.max_experts or len(names)
+    if not spec.min_experts <= len(names) <= most:
+        rule = f"{spec.name} merges {spec.min_experts} expert" + ("" if spec.max_experts == 1 else " or more")
+        raise SpaceError(rule, given=f"{len(names)}: {', '.join(names)}", where="experts")
+
+
+def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str]) -> Setting:
+    parameter = _parameter(spec.name, setting.parameter)
+    if setting.expert and (setting.expert not in experts or parameter.scope != "expert"):
+        given = repr(setting.expert)
+        if parameter.scope != "expert":
+            raise SpaceError(f"{parameter.name} has one value for all experts", given=given, where=setting.where)
+        raise SpaceError(f"the recipe's experts are {', '.join(experts)}", given=given, where=setting.where)
+    if setting.group:
+        layer_of(setting.group)  # raises where the group is misspelt
+        if parameter.scope == "recipe":
+            raise SpaceError(f"{parameter.name} has one value for all groups", given=setting.group, where=setting.where)
+    value = float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
+    if not parameter.allows(value):
+        raise SpaceError(f"{parameter.name} is {DOMAINS[parameter.domain]}", given=value, where=setting.where)
+    return Setting(setting.parameter, setting.expert, setting.group, value)
+
+
+def _parameter(method: str, name: str) -> Parameter:
+    spec = METHODS[method]
+    found = spec.parameter(name)
+    if found is None:
+        known = ", ".join(parameter.name for parameter in spec.parameters)
+        raise SpaceError(f"{method} has no such parameter", given=repr(name), mend=f"one of {known}")
+    return found
+
+
+def _key(setting: Setting) -> tuple[str, str, str]:
+    return setting.parameter, setting.expert, setting.group
+
+
+def _row(setting: Setting) -> list[str | float]:
+    return [setting.parameter, setting.expert, setting.group, setting.value]
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _rows(document: dict[str, object], key: str) -> list[object]:
+    rows = document[key]
+    if not isinstance(rows, list):
+        raise SpaceError(f"{key} is a list", given=type(rows).__name__, where="the recipe's text")
+    return rows
+
+
+def _strings(row: object, *, count: int, where: str) -> list[str]:
+    if not isinstance(row, list) or len(row) != count or not all(isinstance(word, str) for word in row):
+        raise SpaceError(f"{where} are strings, {count} in a row", given=row, where="the recipe's text")
+    return row
+
+
+def _setting(row: object) -> Setting:
+    value = row[-1] if isinstance(row, list) and len(row) == 4 else None
+    if not isinstance(row, list) or isinstance(value, bool) or not isinstance(value, int | float):
+        raise SpaceError("a setting is [parameter, expert, group, number]", given=row, where="settings")
+    parameter, expert, group = _strings(row[:3], count=3, where="a setting's words")
+    return Setting(parameter, expert, group, value)

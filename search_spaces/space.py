@@ -1,0 +1,360 @@
+"""A search space: which weights may vary, and the map from sampled parameters to a recipe.
+
+Tensor groups -> Space -> Optuna distributions -> sampled parameters -> Recipe. Everything between parameters and
+weights is linear: a weight is the interpolation of at most two sampled numbers (knots) along the model's depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Literal, get_args
+
+from optuna.distributions import BaseDistribution, FloatDistribution
+
+from search_spaces.errors import SpaceError
+from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of
+from search_spaces.parameters import DOMAINS, MethodSpec, Parameter
+from search_spaces.recipe import Recipe, Setting, check_experts, method_spec
+
+Kind = Literal["uniform", "slope", "curve", "blocks", "layers"]
+Profile = Callable[[float], float]
+Range = tuple[float, float]
+
+MODULES = ("embed", "attn", "mlp", "head")
+ALPHAS = (0.25, 0.5, 0.75)
+SLOPES = ((0.0, 1.0), (0.5, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How weights run along the layers.
+
+    uniform: one weight; slope: a straight line, two weights; curve: n knots joined by lines; blocks: n runs of layers
+    with a weight each; layers: a weight for every layer. `n` is 0 except for curve and blocks.
+    """
+
+    kind: Kind
+    n: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise SpaceError(
+                "the shape is not known", given=repr(self.kind), mend=f"one of {', '.join(get_args(Kind))}"
+            )
+        least = {"curve": 2, "blocks": 1}.get(self.kind, 0)
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < least or (not least and self.n):
+            rule = f"{self.kind} takes a whole number, at least {least}" if least else f"{self.kind} takes no number"
+            raise SpaceError(
+                rule, given=self.n, where="shape", mend="write uniform, slope, layers, curve: 4, blocks: 4"
+            )
+
+    @classmethod
+    def read(cls, plain: str | Mapping[str, int]) -> Shape:
+        """Read a shape as a study file writes it: `uniform`, `slope`, `layers`, `{curve: 4}` or `{blocks: 4}`."""
+        if isinstance(plain, str):
+            return cls(plain)  # type: ignore[arg-type]  # checked in __post_init__
+        if not isinstance(plain, Mapping) or len(plain) != 1:
+            raise SpaceError("a shape is a word or one word with a number", given=plain, mend="write curve: 4")
+        ((kind, n),) = plain.items()
+        return cls(kind, n)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A point every study scores first, with the name it goes by in reports."""
+
+    name: str
+    params: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Knot:
+    """A sampled number of a layer profile: its name's last part and the depth in [0, 1] it stands for."""
+
+    suffix: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may vary in a merge.
+
+    Args:
+        method: a key of METHODS.
+        base: source of the base checkpoint.
+        experts: (name, source) of each expert.
+        groups: all layer groups of the checkpoint, as group_tensors names them.
+        shape: how weights run along the layers.
+        modules: kinds of groups (attn, mlp, embed, head) with weights of their own. Of those not listed, attn and mlp
+            share a profile along the layers; embed follows the first layer, head the last (the mean of attn and mlp).
+        ranges: (low, high) of each searched parameter; low = high fixes it. Weights run from the base's 0 to the
+            expert's 1, so their range holds both; any other parameter's range holds its default.
+
+    Raises:
+        SpaceError: a name, range or shape that does not fit the method or the model.
+    """
+
+    method: str
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    groups: tuple[str, ...]
+    shape: Shape
+    modules: tuple[str, ...]
+    ranges: Mapping[str, Range]
+
+    def __post_init__(self) -> None:
+        check_experts(self.spec, self.experts)
+        if self.shape.n > self._layers:
+            rule = f"a shape has no more numbers than the model has layers, {self._layers}"
+            raise SpaceError(rule, given=self.shape.n, where="shape")
+        kinds = {kind_of(group) for group in self.groups}
+        for module in self.modules:
+            if module not in MODULES or module not in kinds or self.modules.count(module) > 1:
+                known = ", ".join(kind for kind in MODULES if kind in kinds)
+                raise SpaceError(f"modules are different ones of {known}", given=repr(module), where="space.modules")
+        if self.spec.scale not in self.ranges:
+            raise SpaceError(f"{self.method} searches {self.spec.scale}", given=", ".join(self.ranges) or "no range")
+        for name, given in self.ranges.items():
+            _check_range(self.spec, name, given)
+
+    @classmethod
+    def build(
+        cls,
+        method: str,
+        base: str,
+        *,
+        experts: Mapping[str, str],
+        tensors: Iterable[str],
+        shape: Shape | str | Mapping[str, int],
+        modules: Iterable[str],
+        ranges: Mapping[str, Iterable[float]],
+    ) -> Space:
+        """Build a space from plain values, as a study file and a checkpoint's header give them.
+
+        Args:
+            experts: name -> source.
+            tensors: the base checkpoint's tensor names.
+            ranges: overrides; what the method searches by itself and is not named here gets its own range.
+        """
+        own = {p.name: (p.low, p.high) for p in method_spec(method).parameters if p.searched}
+        given = {name: _pair(name, span) for name, span in ranges.items()}
+        return cls(
+            method,
+            base,
+            tuple(experts.items()),
+            tuple(group_tensors(tensors)),
+            shape if isinstance(shape, Shape) else Shape.read(shape),
+            tuple(modules),
+            {**own, **given},
+        )
+
+    @property
+    def spec(self) -> MethodSpec:
+        """What the merge method takes."""
+        return method_spec(self.method)
+
+    @property
+    def size(self) -> int:
+        """Number of dimensions."""
+        return len(self._dimensions)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Give the distributions Optuna samples, by parameter name such as `clinical.weight.attn.block.0`."""
+        return {name: FloatDistribution(low, high) for name, (low, high) in self._dimensions.items()}
+
+    def recipe(self, params: Mapping[str, float]) -> Recipe:
+        """Turn sampled parameters into a recipe with an explicit weight for every expert and group.
+
+        Raises:
+            SpaceError: a parameter is missing, unknown or outside its range.
+        """
+        self._check(params)
+        settings = [
+            Setting(self.spec.scale, self._owner(expert), group, self._scale_value(expert, group, params))
+            for expert in self._names
+            for group in self.groups
+        ]
+        for name, parameter in self._others():
+            expert = name.split(".")[0] if parameter.scope == "expert" else ""
+            value = params[name] if self._varies(parameter) else self.ranges[parameter.name][0]
+            settings.append(Setting(parameter.name, expert, "", value))
+        if self.spec.parameter("normalize"):  # else the weight of a single expert would cancel out
+            settings.append(Setting("normalize", "", "", 0.0))
+        return Recipe(self.method, self.base, self.experts, tuple(settings))
+
+    def profile_params(self, profile: Profile | Mapping[str, Profile]) -> dict[str, float]:
+        """Give the parameters whose weights follow a function of depth; all others stay at what changes nothing.
+
+        Args:
+            profile: depth in [0, 1] -> weight, for all experts or by expert's name. Knots take the profile's value at
+                their depth (a block at its middle), so a straight profile is met exactly by slope, curve and layers.
+
+        Raises:
+            SpaceError: the profile leaves the weight's range, or an expert has none.
+        """
+        profiles = profile if isinstance(profile, Mapping) else dict.fromkeys(self._names, profile)
+        if set(profiles) != set(self._names):
+            raise SpaceError("every expert has a profile", given=", ".join(profiles), where=", ".join(self._names))
+        params = {
+            name: float(profiles[expert](depth))
+            for expert in self._names
+            for name, depth in self._scale_depths(expert).items()
+        }
+        params |= {name: parameter.default for name, parameter in self._others() if self._varies(parameter)}
+        self._check(params)
+        return params
+
+    def anchors(self, alphas: Iterable[float] = ALPHAS, slopes: Iterable[tuple[float, float]] = SLOPES) -> list[Anchor]:
+        """Give the points every study scores first; a point this space cannot tell from an earlier one is left out.
+
+        Args:
+            alphas: weights of the uniform line, shared evenly by the experts (WiSE-FT, arXiv 2109.01903).
+            slopes: weights of the first and the last layer, shared evenly by the experts: lambda_l = alpha +
+                beta (l - 1)/(L - 1) of LiNeS, arXiv 2410.17146. None where the shape has a single weight.
+        """
+        share = 1.0 / len(self._names)
+        anchors = [Anchor("base", self.profile_params(_straight(0.0, 0.0)))]
+        for chosen in self._names:
+            profiles = {name: _straight(*(2 * [float(name == chosen)])) for name in self._names}
+            anchors.append(Anchor(f"expert:{chosen}", self.profile_params(profiles)))
+        for a in alphas:
+            anchors.append(Anchor(f"uniform a={a:.2f}", self.profile_params(_straight(a * share, a * share))))
+        for a, b in slopes if len(self._knots) > 1 else ():
+            name = f"slope {a:.2f}->{b:.2f}"
+            anchors.append(Anchor(name, self.profile_params(_straight(a * share, b * share))))
+        return [anchor for i, anchor in enumerate(anchors) if all(anchor.params != a.params for a in anchors[:i])]
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.experts]
+
+    @cached_property
+    def _layers(self) -> int:
+        return layer_count(self.groups)
+
+    @cached_property
+    def _dimensions(self) -> dict[str, Range]:
+        """Range of every sampled parameter."""
+        scales = {name: self.ranges[self.spec.scale] for expert in self._names for name in self._scale_depths(expert)}
+        others = {name: self.ranges[parameter.name] for name, parameter in self._others() if self._varies(parameter)}
+        return scales | others
+
+    @cached_property
+    def _profiles(self) -> list[str]:
+        """Kinds that have a profile along the layers of their own; "" is one that all layers share."""
+        own = [kind for kind in ("attn", "mlp") if any(kind_of(group) == kind for group in self.groups)]
+        return own if set(own) & set(self.modules) else [""]
+
+    @cached_property
+    def _knots(self) -> list[_Knot]:
+        """Knots of one profile, first layer to last."""
+        kind, n, last = self.shape.kind, self.shape.n, max(self._layers - 1, 1)
+        if kind == "uniform":
+            return [_Knot("", 0.5)]
+        if kind == "slope":
+            return [_Knot("slope.0", 0.0), _Knot("slope.1", 1.0)]
+        if kind == "curve":
+            return [_Knot(f"curve.{i}", i / (n - 1)) for i in range(n)]
+        if kind == "layers":
+            return [_Knot(f"layer.{i:02d}", i / last) for i in range(self._layers)]
+        blocks = [[i for i in range(self._layers) if i * n // self._layers == block] for block in range(n)]
+        return [_Knot(f"block.{i}", (block[0] + block[-1]) / (2 * last)) for i, block in enumerate(blocks)]
+
+    def _owner(self, expert: str) -> str:
+        """Give the expert a weight belongs to: none where the method has one weight for its only expert."""
+        scale = self.spec.parameter(self.spec.scale)
+        return expert if scale and scale.scope == "expert" else ""
+
+    def _name(self, expert: str, *, module: str, suffix: str) -> str:
+        """Join a parameter's name: `clinical.weight.attn.block.0`; a layer's own is `clinical.weight.layer.07.attn`."""
+        parts = [suffix, module] if suffix.startswith("layer.") else [module, suffix]
+        return ".".join(filter(None, [self._owner(expert), self.spec.scale, *parts]))
+
+    def _scale_depths(self, expert: str) -> dict[str, float]:
+        """Name an expert's weights and the depth each stands for."""
+        inner = [(profile, knot.suffix, knot.depth) for profile in self._profiles for knot in self._knots]
+        outer = [(kind, "", depth) for kind, depth in (("embed", 0.0), ("head", 1.0)) if kind in self.modules]
+        return {self._name(expert, module=module, suffix=suffix): depth for module, suffix, depth in inner + outer}
+
+    def _scale_value(self, expert: str, group: str, params: Mapping[str, float]) -> float:
+        kind, layer = kind_of(group), layer_of(group)
+        if layer is not None:
+            return self._at(expert, kind if kind in self._profiles else "", layer, params)
+        if kind in self.modules:
+            return params[self._name(expert, module=kind, suffix="")]
+        edge = 0 if kind == "embed" else self._layers - 1
+        return fmean(self._at(expert, profile, edge, params) for profile in self._profiles)
+
+    def _at(self, expert: str, profile: str, layer: int, params: Mapping[str, float]) -> float:
+        """Value of a profile at a layer: its block's, or on the line between two knots."""
+
+        def value(knot: int) -> float:
+            return params[self._name(expert, module=profile, suffix=self._knots[knot].suffix)]
+
+        n = len(self._knots)
+        if self.shape.kind not in ("slope", "curve"):
+            return value(layer * n // self._layers)
+        place = layer * (n - 1) / max(self._layers - 1, 1)
+        left = min(int(place), n - 2)
+        return _between(value(left), value(left + 1), place - left)
+
+    def _others(self) -> Iterator[tuple[str, Parameter]]:
+        """Name the parameters with a range that are not the scale: one value per expert, or one in all."""
+        for parameter in self.spec.parameters:
+            if parameter.name in self.ranges and parameter.name != self.spec.scale:
+                owners = [f"{name}." for name in self._names] if parameter.scope == "expert" else [""]
+                yield from ((owner + parameter.name, parameter) for owner in owners)
+
+    def _varies(self, parameter: Parameter) -> bool:
+        low, high = self.ranges[parameter.name]
+        return low < high
+
+    def _check(self, params: Mapping[str, float]) -> None:
+        known = self._dimensions
+        for name in sorted(set(known) ^ set(params)):
+            rule = "a parameter of the space is missing" if name in known else "the space has no such parameter"
+            raise SpaceError(rule, given=repr(name), mend=f"the parameters are {', '.join(known)}")
+        for name, (low, high) in known.items():
+            if not low <= params[name] <= high:
+                raise SpaceError(
+                    "a parameter lies in its range", given=params[name], where=f"{name} in [{low}, {high}]"
+                )
+
+
+def _straight(first: float, last: float) -> Profile:
+    return lambda depth: _between(first, last, depth)
+
+
+def _between(first: float, last: float, share: float) -> float:
+    return last if share == 1.0 else first + share * (last - first)
+
+
+def _pair(name: str, span: Iterable[float]) -> Range:
+    ends = tuple(span) if not isinstance(span, str) else ()
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
+        raise SpaceError("a range is two numbers, low and high", given=span, where=f"space.{name}")
+    return float(ends[0]), float(ends[1])
+
+
+def _check_range(spec: MethodSpec, name: str, span: Range) -> None:
+    where = f"space.{name}"
+    parameter = spec.parameter(name)
+    if parameter is None:
+        known = ", ".join(p.name for p in spec.parameters if p.domain != "switch")
+        raise SpaceError(
+            f"{spec.name} has no such parameter to search", given=name, where=where, mend=f"one of {known}"
+        )
+    if parameter.domain == "switch":
+        raise SpaceError(f"{name} is a switch and is not searched", given=span, where=where)
+    low, high = _pair(name, span)
+    if not (parameter.allows(low) and parameter.allows(high) and low <= high):
+        rule = f"a range runs from low to high and {name} is {DOMAINS[parameter.domain]}"
+        raise SpaceError(rule, given=[low, high], where=where)
+    needed = (0.0, 1.0) if name == spec.scale else (parameter.default,)
+    if not all(low <= value <= high for value in needed):
+        rule = f"the range of {name} holds {' and '.join(f'{value:g}' for value in needed)}"
+        mend = "base and experts are points of every space" if name == spec.scale else "one point leaves a delta whole"
+        raise SpaceError(rule, given=[low, high], where=where, mend=mend)

@@ -1,0 +1,161 @@
+"""Workers and pools made from one function: a score for each recipe, without a model. Importable in a Ray worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from evals.outcomes import Outcome, TaskInfo
+from optimizer.errors import MergeError
+from optimizer.pool import SerialPool
+from optimizer.run_folder import RunFolder
+from optimizer.search import Event, run_search
+from optimizer.study_file import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
+from optimizer.worker import Evaluation
+from search_spaces.recipe import Recipe
+from search_spaces.space import Shape, Space
+
+ITEMS = 20
+GROUPS = ("embed", *(f"layer.{i:02d}.{kind}" for i in range(8) for kind in ("attn", "mlp")), "head")
+
+
+def task(name: str, role: str, expert: str = "") -> TaskInfo:
+    return TaskInfo(name, role, expert, "multiple_choice", "acc", True, 0.25, ITEMS, ITEMS)
+
+
+def tasks_of(experts: Sequence[str]) -> list[TaskInfo]:
+    return [*(task(f"skill_{name}", "domain", name) for name in experts), task("general", "general")]
+
+
+def space_of(experts: Sequence[str], shape: Shape) -> Space:
+    sources = tuple((name, f"/models/{name}") for name in experts)
+    return Space("task_arithmetic", "/models/base", sources, GROUPS, shape, ("attn", "mlp"), {"weight": (0.0, 1.0)})
+
+
+def study_of(name: str, experts: Sequence[str], **search: object) -> Study:
+    return Study(
+        name=name,
+        models=Models(base="/models/base", experts={expert: f"/models/{expert}" for expert in experts}),
+        evals=EvalsSection(
+            domain=tuple(TaskEntry(task=f"skill_{expert}", expert=expert) for expert in experts),
+            general=(TaskEntry(task="general"),),
+        ),
+        search=SearchSection(**{"sampler": "random", **search}),
+        workers=WorkersSection(count=0),
+    )
+
+
+@dataclass
+class FakeWorker:
+    """Skill grows with the mean weight, general ability falls with the weight of the first layers.
+
+    Args:
+        before: called with each recipe before it is scored; may raise, sleep or kill.
+    """
+
+    before: Callable[[Recipe], None] | None = None
+
+    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+        known = Recipe.from_json(recipe)
+        if self.before is not None:
+            self.before(known)
+        weights = {
+            name: [known.value("weight", expert=name, group=group) for group in GROUPS] for name, _ in known.experts
+        }
+        scores = {f"skill_{name}": 0.3 + 0.5 * fmean(weights[name]) for name in weights}
+        scores["general"] = 0.9 - 0.3 * fmean(w * w for values in weights.values() for w in values[:6])
+        outcomes = tuple(
+            Outcome(name, suite, f"{item:016x}", score + 0.01 * (item % 3), 1.0, (), False)
+            for name, score in scores.items()
+            for item in range(ITEMS)
+        )
+        return Evaluation(outcomes, 0.0, 0.0)
+
+
+def mean_weight(recipe: Recipe) -> float:
+    return fmean(recipe.value("weight", expert=name, group=group) for name, _ in recipe.experts for group in GROUPS)
+
+
+def is_anchor(recipe: Recipe) -> bool:
+    """Anchors of these tests have straight profiles; a searched recipe has none to the last bit."""
+    (name, _), *_ = recipe.experts
+    values = [recipe.value("weight", expert=name, group=group) for group in GROUPS]
+    return values[1:] == values[:-1]
+
+
+@dataclass(frozen=True)
+class KillOnce:
+    """Kill this process at the first searched recipe; a file remembers that it was done."""
+
+    marker: Path
+
+    def __call__(self, recipe: Recipe) -> None:
+        if is_anchor(recipe):
+            return
+        try:
+            self.marker.open("x").close()
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Kill this process at every recipe of a certain digest, or hang there."""
+
+    digest: str
+    hang: bool = False
+
+    def __call__(self, recipe: Recipe) -> None:
+        if recipe.digest == self.digest:
+            if self.hang:
+                time.sleep(3600)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Fail searched recipes, or a certain mean weight only."""
+
+    weight: float | None = None
+
+    def __call__(self, recipe: Recipe) -> None:
+        if (mean_weight(recipe) == self.weight) if self.weight is not None else not is_anchor(recipe):
+            raise MergeError("nonfinite: tensor model.norm.weight")
+
+
+@dataclass
+class Bench:
+    """A study in a folder that can be searched again and again."""
+
+    folder: Path
+    experts: Sequence[str] = ("clinical",)
+    shape: Shape = field(default_factory=lambda: Shape("curve", 4))
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def space(self) -> Space:
+        return space_of(self.experts, self.shape)
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder.create_or_resume(
+            self.folder, "name: toy\n", {"shape": self.shape.kind}, tasks=tasks_of(self.experts)
+        )
+
+    def search(self, *, pool: object = None, before: Callable[[Recipe], None] | None = None, **search: object) -> None:
+        run = self.run
+        with run.lock():
+            run_search(
+                study_of(self.folder.name, self.experts, **search),
+                run,
+                space=self.space,
+                pool=pool or SerialPool(lambda: FakeWorker(before)),  # type: ignore[arg-type]
+                tasks=tasks_of(self.experts),
+                events=self.events.append,
+            )

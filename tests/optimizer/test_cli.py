@@ -1,0 +1,204 @@
+"""The command line over a made-up run: tables fit, JSON is alone on stdout, errors are one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from optimizer.cli import app
+from optimizer.errors import MergeError, RunError
+from optimizer.run_folder import RunFolder
+from optimizer.study_file import read_study
+from tests.toy_run import toy_run
+
+WIDTH = 100
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": str(WIDTH), "CI": "1"}).invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return toy_run(tmp_path / "toy")
+
+
+# --- help, version, errors ---
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from optimizer.cli import app; from typer.testing import CliRunner; "
+        "assert CliRunner().invoke(app, ['search', '--help']).exit_code == 0; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'torch', 'ray', 'optuna', 'pandas', 'numpy', 'lm_eval', 'transformers', 'plotly', 'yaml', 'pydantic'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_command_says_what_it_does() -> None:
+    listed = call("--help").stdout
+    for command in ("init", "check", "search", "status", "front", "show", "export", "report", "merge", "demo"):
+        (line,) = (line for line in listed.splitlines() if line.startswith(f"  {command} "))
+        assert line.endswith("."), line
+        assert not line.endswith("..."), line
+
+
+def test_an_error_of_ours_is_one_line_on_stderr(tmp_path: Path) -> None:
+    result = call("check", tmp_path / "none.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory\n"
+    assert result.stdout == ""
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    result = call("--debug", "check", tmp_path / "none.yaml")
+    assert result.exit_code == 1
+    assert "cannot be read" in str(result.exception)
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    result = call("check", tmp_path / "a\x1b[31m.yaml")
+    assert "\\x1b[31m" in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RunError("locked"), 2), (MergeError("not finite"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_each_kind_of_failure_has_its_exit_code(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("optimizer.run.open_run", fail)
+    assert call("front", run).exit_code == code
+
+
+# --- init ---
+
+
+def test_init_writes_a_study_that_can_be_read(tmp_path: Path) -> None:
+    out = tmp_path / "study.yaml"
+    result = call("init", "org/base", "clinical=org/expert", "--out", out, "--domain", "pubmedqa")
+    assert result.exit_code == 0
+    study = read_study(out)
+    assert study.models.experts == {"clinical": "org/expert"}
+    assert study.evals.domain[0].task == "pubmedqa"
+    assert f"mergefront check {out}" in result.stdout
+
+
+def test_init_does_not_replace_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "study.yaml"
+    out.write_text("mine")
+    assert call("init", "a/b", "c/d", "--out", out).exit_code == 2
+    assert out.read_text() == "mine"
+    assert call("init", "a/b", "c/d", "--out", out, "--force").exit_code == 0
+
+
+# --- reading a run ---
+
+
+def test_status_counts_and_names_failures(run: Path) -> None:
+    result = call("status", run)
+    assert result.exit_code == 0
+    assert "finished" in result.stdout
+    assert "1 trial failed" in result.stdout
+    document = json.loads(call("status", run, "--json").stdout)
+    assert document["trials"]["fail"] == 1
+    assert document["running"] is False
+
+
+def test_status_knows_a_running_search(run: Path) -> None:
+    with RunFolder(run).lock():
+        assert json.loads(call("status", run, "--json").stdout)["running"] is True
+
+
+def test_the_front_fits_and_marks_the_knee(run: Path) -> None:
+    result = call("front", run)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert max(len(line) for line in lines) <= WIDTH
+    assert sum("*" in line for line in lines[1:]) == 1
+    assert any("%" in line and "[" in line for line in lines)
+
+
+def test_front_json_is_alone_on_stdout_and_whole(run: Path) -> None:
+    document = json.loads(call("front", run, "--json").stdout)
+    points = document["points"]
+    assert sum(point["knee"] for point in points) == 1
+    assert {"base", "search"} <= {point["kind"] for point in points}
+    forgetting = [point["search"]["forgetting"] for point in points]
+    assert forgetting == sorted(forgetting)
+    for point in points:
+        for suite in ("search", "holdout"):
+            assert point[suite]["domain_low"] <= point[suite]["domain"] <= point[suite]["domain_high"]
+
+
+def test_a_front_of_two_experts_fits_and_has_an_objective_for_each(tmp_path: Path) -> None:
+    run = toy_run(tmp_path / "two", trials=6, experts=("clinical", "legal"))
+    result = call("front", run)
+    assert max(len(line) for line in result.stdout.splitlines()) <= WIDTH
+    document = json.loads(call("front", run, "--json").stdout)
+    assert document["objectives"] == ["domain_clinical", "domain_legal", "forgetting"]
+    assert {"domain", "domain_clinical", "domain_legal", "forgetting"} <= set(document["points"][0]["holdout"])
+
+
+def test_a_front_without_holdout_has_nulls(tmp_path: Path) -> None:
+    run = toy_run(tmp_path / "early", trials=4, holdout=False)
+    assert call("front", run).exit_code == 0
+    assert json.loads(call("front", run, "--json").stdout)["points"][0]["holdout"]["domain"] is None
+
+
+def test_show_gives_weights_and_tasks(run: Path) -> None:
+    knee = next(p["trial"] for p in json.loads(call("front", run, "--json").stdout)["points"] if p["knee"])
+    result = call("show", run, knee)
+    assert result.exit_code == 0
+    assert max(len(line) for line in result.stdout.splitlines()) <= WIDTH
+    for word in ("embed", "attn", "mlp", "clinical_questions", "grammar", "holdout"):
+        assert word in result.stdout
+    document = json.loads(call("show", run, knee, "--json").stdout)
+    assert document["trial"] == knee
+    assert len(document["tasks"]) == 5
+
+
+def test_show_of_a_failed_trial_says_why_and_of_none_says_so(run: Path) -> None:
+    failed = next(n for n in range(60) if "not scored" in call("show", run, n).stdout)
+    assert "not finite" in call("show", run, failed).stdout
+    assert json.loads(call("show", run, failed, "--json").stdout)["tasks"] == []
+    result = call("show", run, 999)
+    assert result.exit_code == 2
+    assert "no recipe for trial 999" in result.stderr
+
+
+def test_what_is_no_run_is_said_so(tmp_path: Path) -> None:
+    for command in ("status", "front", "report"):
+        result = call(command, tmp_path)
+        assert result.exit_code == 2
+        assert "is not a run folder" in result.stderr
+
+
+def test_report_writes_both_files(run: Path) -> None:
+    assert call("report", run).exit_code == 0
+    assert (run / "report.html").stat().st_size > 1000
+    assert json.loads((run / "front.json").read_text())["run"] == "toy"
+
+
+def test_an_export_needs_exactly_one_point(run: Path) -> None:
+    for choice in ([], ["--knee", "--trial", "3"]):
+        result = call("export", run, *choice)
+        assert result.exit_code == 2
+        assert "name one point" in result.stderr
+
+
+def test_an_export_of_nothing_feasible_exits_with_3(run: Path) -> None:
+    result = call("export", run, "--max-forgetting", "-9")
+    assert result.exit_code == 3
+    assert "forgets at most" in result.stderr

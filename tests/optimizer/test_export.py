@@ -1,0 +1,160 @@
+"""An exported folder loads, is the merge bit for bit, and can be made again from what it says."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimizer import export
+from optimizer.checkpoints import Checkpoint
+from optimizer.errors import MergeError
+from optimizer.export import export_model, model_card, public_name
+from optimizer.merge import Sources, merged_tensor
+from search_spaces import Recipe, Setting
+from search_spaces.mergekit import from_mergekit
+from tests.pico import pico_expert, pico_llama
+
+MERGEKIT = "mergekit-yaml"
+
+
+def weighted(method: str, experts: dict[str, str], base: Path, *values: tuple[str, str, str, float]) -> Recipe:
+    return Recipe(method, str(base), tuple(experts.items()), tuple(Setting(*value) for value in values))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    base = pico_llama(tmp_path / "models" / "Base model")
+    return base, {name: str(pico_expert(base, tmp_path / "models" / name, seed=i)) for i, name in enumerate("ab", 1)}
+
+
+def test_an_export_loads_and_is_the_merge(models: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    base, experts = models
+    recipe = weighted("linear", experts, base, ("weight", "a", "", 0.25), ("weight", "b", "layer.01.mlp", 0.5))
+    sources = Sources.open(base, experts)
+    out = export_model(recipe, sources, tmp_path / "out", scores={"law": {"candidate": 0.5}}, card="By hand.")
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, merged_tensor(name, sources, recipe)), name
+    assert AutoTokenizer.from_pretrained(out)("ab").input_ids == AutoTokenizer.from_pretrained(base)("ab").input_ids
+
+
+def test_an_export_copies_the_bases_files_byte_for_byte(models: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    base, experts = models
+    (base / "LICENSE.txt").write_text("free")
+    (base / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n")
+    (base / "README.md").write_text("the base's own card")
+    (base / "training_args.bin").write_bytes(b"pickle")
+    out = export_model(weighted("linear", experts, base), Sources.open(base, experts), tmp_path / "out")
+    written = {path.name for path in out.iterdir()}
+    ours = {"README.md", "recipe.json", "mergekit.yaml", "model.safetensors"}
+    assert written - ours == {path.name for path in base.iterdir()} - ours - {"training_args.bin"}
+    assert all((out / name).read_bytes() == (base / name).read_bytes() for name in written - ours)
+    assert (out.stat().st_mode & 0o777) == 0o755
+
+
+def test_an_export_says_how_to_make_it_again(models: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    base, experts = models
+    recipe = weighted("ties", experts, base, ("weight", "a", "", 0.25), ("density", "b", "", 0.5))
+    out = export_model(recipe, Sources.open(base, experts), tmp_path / "out")
+    assert Recipe.from_json((out / "recipe.json").read_text()) == recipe
+    names = Checkpoint.open(base).names
+    again = from_mergekit(yaml.safe_load((out / "mergekit.yaml").read_text()), names)
+    for expert in experts:
+        assert again.value("weight", expert=expert, group="embed") == recipe.value("weight", expert=expert)
+        assert again.value("density", expert=expert, group="embed") == recipe.value("density", expert=expert)
+    rebuilt = export_model(recipe, Sources.open(base, experts), tmp_path / "again")
+    assert (rebuilt / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(
+    models: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    base, experts = models
+    recipe = weighted("linear", experts, base, ("weight", "a", "embed", 0.125))
+    scores = {"law|<b>": {"candidate": 0.5, "base": 1 / 3}, "facts": {"base": 0.25}}
+    card = model_card(recipe, Sources.open(base, experts), title="x`\n<script>", scores=scores, card="By *hand*.")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == ["Base-model", "a", "b"]
+    assert str(tmp_path) not in card
+    assert "<script>" not in card
+    assert "<b>" not in card
+    for line in ("By *hand*.", "| embed | 0.125 |", "| law&#124;&lt;b&gt; | 0.5 | 0.3333 |", "| facts |  | 0.25 |"):
+        assert line in card
+    assert "In every group: b weight 1." in card
+
+
+def test_a_hub_id_is_named_in_full_and_a_folder_by_its_last_part(models: tuple[Path, dict[str, str]]) -> None:
+    checkpoint = Checkpoint.open(models[0])
+    assert public_name(checkpoint) == "Base-model"
+    object.__setattr__(checkpoint, "source", "org/model-1.0")
+    assert public_name(checkpoint) == "org/model-1.0"
+
+
+def test_a_failing_export_leaves_nothing(
+    models: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_copy_files", fail)
+    with pytest.raises(MergeError, match="No space left"):
+        export_model(weighted("linear", models[1], models[0]), Sources.open(*models), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+# Parity with mergekit, run as its users run it
+
+
+def mergekit_command() -> str:
+    """The mergekit-yaml of this environment, or of the folder that MERGEKIT_BIN names; else the test is skipped."""
+    import os
+    import sys
+
+    folder = os.environ.get("MERGEKIT_BIN")
+    if not folder:
+        pytest.importorskip("mergekit")
+        folder = str(Path(sys.executable).parent)
+    return str(Path(folder) / MERGEKIT)
+
+
+LAYERED = [("weight", "a", f"layer.{i:02d}.{kind}", w) for i, k in enumerate((0.2, 0.9)) for kind, w in
+           (("attn", k), ("mlp", k / 2))]  # fmt: skip
+PARITY = {
+    "linear": [("weight", "b", "", 0.3), *LAYERED],
+    "task_arithmetic": [("weight", "b", "", -0.3), ("lambda", "", "", 0.8), *LAYERED],
+    "slerp": [("t", "", "", 0.4), ("t", "", "layer.01.attn", 0.9), ("t", "", "embed", 0.1)],
+    "ties": [("density", "a", "", 0.4), ("density", "b", "", 0.7), ("weight", "b", "", 0.5), *LAYERED],
+    "ties, not normalised": [("normalize", "", "", 0.0), ("density", "a", "", 0.4), *LAYERED],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scale", [0.02, 0.5])
+def test_mergekit_makes_the_same_model_from_our_yaml(case: str, tied: bool, scale: float, tmp_path: Path) -> None:
+    command = mergekit_command()
+    # float32 sources have no equal magnitudes, of which mergekit may keep any; at scale 0.5 slerp leaves the line
+    base = pico_llama(tmp_path / "base", dtype="float32", tied=tied)
+    experts = {name: str(pico_expert(base, tmp_path / name, seed=i, scale=scale)) for i, name in enumerate("ab", 1)}
+    method = case.split(",")[0]
+    if method == "slerp":
+        del experts["b"]
+    recipe = weighted(method, experts, base, *PARITY[case])
+    out = export_model(recipe, Sources.open(base, experts), tmp_path / "ours")
+    document = yaml.safe_load((out / "mergekit.yaml").read_text())
+    (tmp_path / "bf16.yaml").write_text(yaml.safe_dump({**document, "out_dtype": "bfloat16"}))
+    subprocess.run([command, str(tmp_path / "bf16.yaml"), str(tmp_path / "theirs"), "--quiet"], check=True, timeout=300)
+    ours, theirs = Checkpoint.open(out), Checkpoint.open(tmp_path / "theirs")
+    assert ours.names == theirs.names
+    for name in ours.names:
+        one, other = ours.tensor(name).bfloat16().double(), theirs.tensor(name).double()
+        step = torch.maximum(one.abs(), other.abs()) * 2**-7 + 1e-7  # the gap between neighbours in bfloat16
+        assert ((one - other).abs() <= step).all(), name
+        assert (one == other).double().mean() > 0.98, name

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from search_spaces.errors import SpaceError
+from search_spaces.groups import depth_of, flow_order, group_of, group_tensors, kind_of, layer_count, layer_of
+from tests.search_spaces.names import ALL, gpt2, llama
+
+Names = Callable[[int], dict[str, str]]
+
+
+@pytest.mark.parametrize("names", ALL.values(), ids=ALL.keys())
+def test_every_tensor_of_a_known_architecture_has_its_group(names: Names) -> None:
+    for name, group in names(12).items():
+        assert group_of(name) == group, name
+
+
+@pytest.mark.parametrize("names", ALL.values(), ids=ALL.keys())
+def test_groups_partition_the_names_in_the_order_data_flows(names: Names) -> None:
+    given = names(12)
+    groups = group_tensors(reversed(list(given)))
+    assert sorted(name for tensors in groups.values() for name in tensors) == sorted(given)
+    inner = [f"layer.{i:02d}.{kind}" for i in range(12) for kind in ("attn", "mlp")]
+    assert list(groups) == ["embed", *inner, "head"]
+
+
+def test_a_prefix_of_the_whole_model_changes_no_group() -> None:
+    bare = {name.removeprefix("transformer."): group for name, group in gpt2().items()}
+    assert {name: group_of(name) for name in bare} == bare
+
+
+def test_depth_runs_from_embed_to_head() -> None:
+    groups = list(group_tensors(llama(5)))
+    depths = [depth_of(group, 5) for group in groups]
+    assert depths == sorted(depths)
+    assert depths[0] == depths[1] == 0.0
+    assert depths[-1] == depths[-2] == 1.0
+    assert depth_of("layer.02.mlp", 5) == 0.5
+    assert depth_of("layer.00.attn", 1) == 0.0
+
+
+def test_a_group_says_its_kind_and_layer() -> None:
+    assert (kind_of("layer.07.mlp"), layer_of("layer.07.mlp")) == ("mlp", 7)
+    assert (kind_of("head"), layer_of("head")) == ("head", None)
+    assert group_of("model.layers.117.mlp.up_proj.weight") == "layer.117.mlp"
+    assert sorted(["layer.117.mlp", "head", "layer.20.attn", "embed"], key=flow_order)[1] == "layer.20.attn"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mamba.in_proj.weight", "score.weight", "projector.linear.weight", ""])
+def test_a_tensor_no_rule_places_is_named(name: str) -> None:
+    with pytest.raises(SpaceError, match=name or "''"):
+        group_tensors([*llama(), name])
+
+
+@pytest.mark.parametrize("group", ["layer.7.attn", "layer.007.attn", "layer.07", "layers.07.attn", "Head", ""])
+def test_a_misspelt_group_is_refused(group: str) -> None:
+    with pytest.raises(SpaceError, match=r"layer\.NN\.attn"):
+        kind_of(group)
+
+
+def test_two_stacks_and_gaps_are_refused() -> None:
+    tower = "vision_tower.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(SpaceError, match=r"one stack of layers.*vision_tower"):
+        group_tensors([*llama(), tower])
+    with pytest.raises(SpaceError, match="no tensor with a layer index"):
+        group_tensors(["model.norm.weight"])
+    with pytest.raises(SpaceError, match=r"without a gap.*\[0, 2\]"):
+        group_tensors(name for name in llama() if ".1." not in name)
+    with pytest.raises(SpaceError, match="no layer"):
+        layer_count(["embed", "head"])
+    with pytest.raises(SpaceError, match="5 of 5"):
+        depth_of("layer.05.mlp", 5)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+
+import pytest
+from hypothesis import given
+
+from search_spaces import METHODS, Recipe, Setting, SpaceError, group_tensors
+from search_spaces.mergekit import from_mergekit, to_mergekit
+from search_spaces.space import Space
+from tests.search_spaces.names import ALL, llama
+from tests.search_spaces.strategies import GROUPS, TENSORS, recipes, spaces
+
+NAMES = {"runs/clinical": "clinical", "org/law": "law"}
+TIES = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": "runs/clinical", "parameters": {"weight": 0.5, "density": 0.25}}],
+    "parameters": {"normalize": False, "lambda": 1.0},
+    "dtype": "float32",
+}
+
+
+def read(document: Mapping[str, object], names: Mapping[str, object] = llama(4)) -> Recipe:
+    return from_mergekit(document, names, expert_names=NAMES)
+
+
+def with_weight(weight: object) -> dict[str, object]:
+    document = copy.deepcopy(TIES)
+    document["models"][0]["parameters"]["weight"] = weight  # type: ignore[index]
+    return document
+
+
+def weight_of(recipe: Recipe, group: str) -> float:
+    return recipe.value("weight", expert="clinical", group=group)
+
+
+def assert_same_numbers(one: Recipe, other: Recipe, groups: tuple[str, ...] = GROUPS) -> None:
+    assert (one.method, one.base, one.experts) == (other.method, other.base, other.experts)
+    for parameter in METHODS[one.method].parameters:
+        experts = [name for name, _ in one.experts] if parameter.scope == "expert" else [""]
+        for expert in experts:
+            for group in groups if parameter.scope != "recipe" else [""]:
+                key = {"expert": expert, "group": group}
+                assert one.value(parameter.name, **key) == other.value(parameter.name, **key), (parameter.name, key)
+
+
+@given(recipes())
+def test_a_recipe_comes_back_from_mergekit(recipe: Recipe) -> None:
+    document = json.loads(json.dumps(to_mergekit(recipe, TENSORS, out_dtype="bfloat16")))
+    assert_same_numbers(recipe, read(document, TENSORS))
+
+
+@given(spaces())
+def test_recipes_of_a_space_keep_their_digest(space: Space) -> None:
+    for anchor in space.anchors():
+        recipe = space.recipe(anchor.params)
+        again = read(to_mergekit(recipe, TENSORS, out_dtype="bfloat16"))
+        assert again == recipe
+        assert again.digest == recipe.digest
+
+
+@pytest.mark.parametrize("names", ALL.values(), ids=ALL.keys())
+def test_filters_fit_every_architecture(names: Callable[[int], dict[str, str]]) -> None:
+    tensors = names(12)
+    groups = tuple(group_tensors(tensors))
+    settings = tuple(Setting("weight", "clinical", group, i / 100) for i, group in enumerate(groups))
+    recipe = Recipe("task_arithmetic", "base", (("clinical", "runs/clinical"),), settings)
+    assert_same_numbers(recipe, read(to_mergekit(recipe, tensors, out_dtype="float32"), tensors), groups)
+
+
+def test_what_is_exported_is_what_a_person_would_write() -> None:
+    settings = [Setting("weight", "clinical", group, 0.5) for group in GROUPS]
+    recipe = Recipe("ties", "base", (("clinical", "runs/clinical"),), (*settings, Setting("density", "", "", 0.25)))
+    expected = {key: value for key, value in TIES.items() if key != "parameters"} | {"out_dtype": "bfloat16"}
+    assert to_mergekit(recipe, TENSORS, out_dtype="bfloat16") == expected
+    steep = [Setting("weight", "clinical", f"layer.{i:02d}.attn", i / 4) for i in range(4)]
+    shape = [Setting("weight", "clinical", "embed", 0.5), *steep, Setting("weight", "clinical", "", 1.0)]
+    models = to_mergekit(Recipe("linear", "base", recipe.experts, tuple(shape)), TENSORS, out_dtype="bfloat16")[
+        "models"
+    ]
+    assert models[1]["parameters"]["weight"] == [  # type: ignore[index]
+        {"filter": "embed_tokens.weight", "value": 0.5},
+        {"filter": "model.norm.weight", "value": 1.0},
+        {"filter": ".input_layernorm.", "value": [0.0, 0.25, 0.5, 0.75]},
+        {"filter": ".self_attn.", "value": [0.0, 0.25, 0.5, 0.75]},
+        {"value": 1.0},
+    ]
+    assert models[0]["model"] == "base"  # type: ignore[index]
+    assert models[0]["parameters"]["weight"][-1] == {"value": 0.0}  # type: ignore[index]
+
+
+def test_scalars_gradients_and_filters_are_read() -> None:
+    assert weight_of(read(with_weight("1e-1")), "embed") == 0.1
+    level = read(TIES)
+    assert [weight_of(level, group) for group in GROUPS] == [0.5] * len(GROUPS)
+    assert level.value("density", expert="clinical", group="head") == 0.25
+    assert level.value("normalize") == 0.0
+    slope = read(with_weight([0, 1]))
+    assert [weight_of(slope, f"layer.{i:02d}.mlp") for i in range(4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert weight_of(slope, "embed") == weight_of(slope, "head") == 0.0  # as mergekit reads it
+    filters = [{"filter": "mlp", "value": [1, 2]}, {"filter": "post_attention", "value": [1, 2]}, {"value": 0.3}]
+    split = read(with_weight(filters))
+    assert (weight_of(split, "layer.03.mlp"), weight_of(split, "layer.03.attn")) == (2.0, 0.3)
+    starred = read(with_weight([{"filter": "*", "value": 0.7}, {"value": 0.3}]))
+    assert weight_of(starred, "head") == 0.7
+    assert weight_of(read(with_weight({"value": 0.2})), "head") == 0.2
+
+
+def test_a_models_own_number_comes_before_the_shared_and_the_shared_before_the_default() -> None:
+    own = with_weight([{"filter": "layers", "value": 0.9}])
+    own["parameters"] = {"weight": 0.1}
+    recipe = read(own)
+    assert (weight_of(recipe, "layer.00.mlp"), weight_of(recipe, "head")) == (0.9, 0.1)
+    assert recipe.value("normalize") == 1.0
+
+
+def test_one_layer_reads_the_last_entry() -> None:
+    recipe = read(with_weight([0.2, 0.8]), llama(1))
+    assert (weight_of(recipe, "layer.00.mlp"), weight_of(recipe, "embed")) == (0.8, 0.2)
+
+
+def test_linear_weights_are_shares() -> None:
+    models = [{"model": "base", "parameters": {"weight": 3}}, {"model": "runs/clinical", "parameters": {"weight": 1}}]
+    document: dict[str, object] = {"merge_method": "linear", "base_model": "base", "models": models}
+    assert weight_of(read(document), "head") == 0.25
+    with pytest.raises(SpaceError, match=r"sum to 1.*4\.0.*normalize: true"):
+        read(document | {"parameters": {"normalize": False}})
+    with pytest.raises(SpaceError, match="lists its base with a weight"):
+        read(document | {"models": models[1:]})
+    with pytest.raises(SpaceError, match=r"linear needs weight for every tensor.*model"):
+        read(document | {"models": [{"model": "base"}, models[1]]})
+
+
+def test_slerp_reads_t_from_the_top() -> None:
+    document = {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "models": [{"model": "base"}, {"model": "runs/clinical"}],
+    }
+    assert read(document | {"parameters": {"t": [0, 1]}}).value("t", group="layer.03.attn") == 1.0
+    with pytest.raises(SpaceError, match="slerp needs t"):
+        read(document)
+    inner = [{"model": "runs/clinical", "parameters": {"t": 0.5}}]
+    with pytest.raises(SpaceError, match=r"'t'.*models\[0\].parameters.*nothing is read here"):
+        read(document | {"models": inner, "parameters": {"t": 0.5}})
+
+
+def test_what_changes_no_number_may_stand() -> None:
+    extra = {"int8_mask": True, "rescale": False, "normalize": False}
+    assert read(TIES | {"parameters": extra, "out_dtype": "bfloat16", "tokenizer_source": "base"}) == read(
+        TIES | {"parameters": {"normalize": 0}}
+    )
+
+
+def test_sources_with_mergekits_own_signs_are_written_apart() -> None:
+    recipe = Recipe("linear", "a+b", (("clinical", "c@d"),), ())
+    document = to_mergekit(recipe, TENSORS, out_dtype="float32")
+    assert document["base_model"] == {"model": {"path": "a+b"}}
+    assert from_mergekit(document, TENSORS).base == "a+b"
+    assert from_mergekit(document, TENSORS).experts == (("c-d", "c@d"),)
+
+
+def test_an_adapter_stands_on_the_base() -> None:
+    recipe = Recipe("task_arithmetic", "base", (("clinical", "runs/clinical"),), (Setting("weight", "", "", 0.5),))
+    document = to_mergekit(recipe, TENSORS, out_dtype="float32", adapters={"clinical"})
+    assert document["models"][0]["model"] == {"model": {"path": "base"}, "lora": {"path": "runs/clinical"}}  # type: ignore[index]
+    assert_same_numbers(recipe, read(document))
+    written = [{"model": "base+runs/clinical", "parameters": {"weight": 0.5}}]
+    assert_same_numbers(recipe, read(document | {"models": written}))
+    with pytest.raises(SpaceError, match=r"an adapter stands on the base.*other"):
+        read(document | {"models": [{"model": "other+runs/clinical"}]})
+
+
+def test_experts_are_named_after_their_folders() -> None:
+    models = [{"model": "/a/Clinical v1.5/", "parameters": {"weight": 1}}]
+    assert from_mergekit(TIES | {"models": models}, TENSORS).experts == (("Clinical-v1-5", "/a/Clinical v1.5/"),)
+    two = [{"model": f"{folder}/final", "parameters": {"weight": 1}} for folder in "ab"]
+    with pytest.raises(SpaceError, match=r"different names.*final.*models\[1\]"):
+        from_mergekit(TIES | {"models": two}, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge_method": "breadcrumbs"}, "breadcrumbs.*one of linear"),
+        ({"merge_method": None}, "merge_method"),
+        ({"base_model": None}, "base_model"),
+        ({"slices": []}, "'slices'"),
+        ({"modules": {}}, "'modules'"),
+        ({"tokenizer": {"source": "union"}}, "'tokenizer'"),
+        ({"chat_template": "auto"}, "'chat_template'"),
+        ({"tokenizer_source": "union"}, "base's tokenizer.*union"),
+        ({"dtype": "int8"}, "dtype is one of.*int8"),
+        ({"models": None}, "models is a list"),
+        ({"models": [7]}, r"models\[0\]"),
+        ({"models": [{"model": "a", "layer_range": [0, 2]}]}, r"'layer_range'.*models\[0\]"),
+        ({"models": [{"model": "a@main"}]}, r"without a revision.*a@main.*models\[0\].model"),
+        ({"models": [{"model": {"model": {"path": "a", "revision": "b"}}}]}, "'revision'"),
+        ({"models": [{"model": {"model": {"path": "a"}, "override_architecture": "x"}}]}, "override_architecture"),
+        ({"models": [{"model": "a"}, {"model": "a"}]}, "listed once"),
+        ({"models": [{"model": "base", "parameters": {"weight": 1}}]}, "'weight'.*nothing is read here"),
+        ({"models": [{"model": "a", "parameters": {"weight": 1, "gamma": 1}}]}, r"'gamma'.*models\[0\].parameters"),
+        ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "ties needs weight for every tensor"),
+        ({"models": [{"model": "a", "parameters": [1]}]}, r"mapping of keys.*models\[0\].parameters"),
+        ({"parameters": {"epsilon": 0.1}}, "recipe of ties.*'epsilon'"),
+        ({"parameters": {"rescale": True}}, "ties has rescale off here.*True"),
+        ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "one normalize"),
+        ({"parameters": {"lambda": [0, 1]}}, "lambda has one value for all groups"),
+    ],
+)
+def test_what_a_recipe_cannot_hold_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        read(TIES | change)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("half", r"weight is a number.*half.*models\[0\].parameters.weight"),
+        (True, "weight is a number.*True"),
+        (None, "weight is a number"),
+        (float("nan"), "weight takes no such value.*nan"),
+        ([], "at least one number"),
+        ([{"filter": "mlp", "value": 1}, 2], "weight is a number"),
+        ([{"filter": 3, "value": 1}], "a word stands here.*filter"),
+        ([{"filter": "mlp", "value": 1, "t": 2}], "'t'"),
+        ([{"filter": "mlp", "value": 1}], "ties needs weight for every tensor"),
+        ([{"filter": "self_attn", "value": 1}, {"value": 0}], "tensors of a group have one weight.*layer.00.attn"),
+        ([{"filter": "layers.1.", "value": 1}, {"filter": "up_proj", "value": 0.5}, {"value": 0}], "layer.00.mlp"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_place(weight: object, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        read(with_weight(weight))
+
+
+def test_groups_no_substring_tells_apart_are_refused() -> None:
+    recipe = Recipe("linear", "b", (("a", "x"),), (Setting("weight", "", "head", 0.5),))
+    shadowed = ["norm.weight", "layers.0.attn.norm.weight", "layers.0.mlp.w"]
+    with pytest.raises(SpaceError, match=r"none is its own.*norm.weight"):
+        to_mergekit(recipe, shadowed, out_dtype="float32")
