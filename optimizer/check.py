@@ -10,28 +10,31 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evals.errors import TaskError
 from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskSpec
-from optimizer.errors import MergefrontError, StudyFileError
+from optimizer.errors import MergefrontError, RunError, StudyFileError
 from optimizer.study_file import Study, space_of, task_specs
 from search_spaces.errors import SpaceError
 
 if TYPE_CHECKING:
-    from evals.harness import Harness
     from rich.console import Console
 
+    from evals.harness import Harness
     from optimizer.checkpoints import Checkpoint
     from search_spaces.space import Space
 
 T = TypeVar("T")
 
+DISTRIBUTION = "mergefront"
+OWN_NAMES = ("optimizer", "search_spaces", "evals")
+
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors
-CHARACTERS_PER_TOKEN = 4.0
 ADAPTER = "adapter_config.json"
 
 
@@ -55,6 +58,18 @@ class Plan:
             return None
 
 
+def require_own_names(owners: Callable[[], Mapping[str, list[str]]] = packages_distributions) -> None:
+    """Raise RunError where another installed distribution owns one of this project's import names."""
+    owned = owners()
+    for name in OWN_NAMES:
+        others = sorted({owner for owner in owned.get(name, []) if owner != DISTRIBUTION})
+        if others:
+            raise RunError(
+                f"{DISTRIBUTION} needs the import name {name!r} for itself; {', '.join(others)} is installed with it "
+                f"too; give {DISTRIBUTION} an environment of its own, or run `pip uninstall {others[0]}`"
+            )
+
+
 def make_plan(study: Study) -> Plan:
     """Open everything a study names, and gather all that is wrong."""
     plan = Plan(study)
@@ -63,6 +78,25 @@ def make_plan(study: Study) -> Plan:
         plan.space = plan.attempt("space", partial(space_of, study, plan.base.names))
     _open_tasks(plan)
     return plan
+
+
+def count_tokens(plan: Plan) -> None:
+    """Build and tokenise all requests, for the estimate, and since some tasks fail only here."""
+    if plan.base is None or plan.harness is None:
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = plan.attempt("models.base", partial(_tokenizer, AutoTokenizer, plan.base.folder))
+    if tokenizer is not None:
+        for suite in SUITES:
+            plan.attempt("evals", partial(plan.harness.prepare, tokenizer, suite))
+
+
+def _tokenizer(loader: Any, folder: Path) -> Any:
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StudyFileError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
 def require_sound(plan: Plan) -> None:
@@ -136,7 +170,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.harness is not None:
         numbers = ["chance", "shots", "search items", "holdout items"]
         columns = ["task", "role", "type", "metric", *numbers]
-        console.print(table("Tasks", columns, _task_rows(plan), right=numbers))
+        console.print(table("Tasks", columns, _task_rows(plan.harness), right=numbers))
     cost = _cost(plan)
     if cost is not None:
         console.print(table("Cost", ["", ""], _cost_rows(plan, cost)))
@@ -166,21 +200,11 @@ def _space_rows(space: Space) -> Iterator[tuple[str, str]]:
     yield "anchors", f"{len(anchors)}: {', '.join(anchors)}"
 
 
-def _task_rows(plan: Plan) -> Iterator[tuple[object, ...]]:
-    assert plan.harness is not None
-    shots = [spec.shots for spec in task_specs(plan.study)]
-    for info, n in zip(plan.harness.infos, shots, strict=True):
-        role = f"{info.role} ({info.expert})" if info.expert else info.role
-        yield (
-            info.name,
-            role,
-            info.output_type,
-            info.metric,
-            f"{info.chance:.2f}",
-            n,
-            info.search_items,
-            info.holdout_items,
-        )
+def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
+    for row in harness.describe():
+        role = f"{row['role']} ({row['expert']})" if row["expert"] else row["role"]
+        numbers = f"{row['chance']:.2f}", row["shots"], *(row[f"{suite}_items"] for suite in SUITES)
+        yield row["task"], role, row["kind"], row["metric"], *numbers
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
@@ -204,7 +228,8 @@ def _cost(plan: Plan) -> Cost | None:
         return None
     numbers = _numbers(plan.base)
     width = {"float32": 4.0, "bf16": 2.0, "auto": plan.base.bytes / numbers}[plan.study.evals.dtype]
-    tokens = {suite: _tokens(plan, suite) for suite in SUITES}
+    rows = plan.harness.describe()
+    tokens = {suite: sum(row[f"{suite}_tokens"] or 0 for row in rows) for suite in SUITES}
     trials = {SEARCH: plan.study.search.trials, HOLDOUT: JUDGED}
     work = sum(2 * numbers * tokens[suite] * trials[suite] for suite in SUITES)
     return Cost(

@@ -120,12 +120,12 @@ def init(
 @app.command()
 def check(study: StudyPath, sets: Sets = []) -> None:  # noqa: B006  # typer makes a new list
     """Say what a study would run, and all that does not fit."""
-    from optimizer.check import make_plan, print_plan
-    from optimizer.run_study import require_own_names
+    from optimizer.check import count_tokens, make_plan, print_plan, require_own_names
     from optimizer.study_file import read_study
 
     require_own_names()
     plan = make_plan(read_study(study, sets))
+    count_tokens(plan)
     print_plan(plan, _console())
     if plan.problems:
         raise typer.Exit(WRONG)
@@ -218,18 +218,19 @@ def export(
     max_forgetting: Annotated[
         float | None, typer.Option(help="The most domain gain that forgets at most so much, 0.05 for 5 %.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The new model folder.", show_default="RUN/models/trial-N")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new model folder.", show_default="RUN/exports/trial-N")] = None,
     storage: Storage = None,
 ) -> None:
     """Write one point as a model folder, with card and recipe."""
-    from optimizer.run_study import export_trial
-
     if sum((trial is not None, knee, max_forgetting is not None)) != 1:
         _fail("name one point: --trial N, --knee or --max-forgetting SHARE", WRONG)
     opened = _opened(run, storage)
     number = trial if trial is not None else _chosen(opened, max_forgetting)
-    folder = export_trial(opened, number, out)
-    typer.echo(f"wrote {folder}\n{opened.describe(number)}")
+    from optimizer.ship import export_trial  # brings torch
+
+    typer.echo(f"wrote {export_trial(opened, number, out)}")
+    if number in opened.points().index:
+        typer.echo(opened.describe(number))
 
 
 @app.command()
@@ -247,7 +248,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The new model folder.", show_default=False)],
 ) -> None:
     """Merge checkpoints by a recipe, without a search."""
-    from optimizer.run_study import merge_recipe
+    from optimizer.ship import merge_recipe
 
     typer.echo(f"wrote {merge_recipe(recipe, out)}")
 

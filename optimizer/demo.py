@@ -43,7 +43,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
         The folder of the exported model.
     """
     from optimizer.run import open_run
-    from optimizer.run_study import run_study
+    from optimizer.run_study import export_trial, run_study
     from optimizer.study_file import dump_yaml
 
     begun = time.monotonic()
@@ -58,7 +58,9 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
     console.rule("4  Export")
     run = open_run(out)
     knee = run.knee()
-    model = _export(run, knee, out / "exports" / f"trial-{knee}")
+    model = out / "models" / f"trial-{knee}"
+    if not model.exists():  # the same trial of the same run has the same bytes
+        export_trial(run, knee, model)
     console.print(run.describe(knee), markup=False)
     for what, path in (("model", model), ("report", out / "report.html"), ("study file", study_file)):
         console.print(f"{what:>11}  {path}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,10 @@ Each figure is defined once, in plotly; this draws the few kinds of traces they 
 from __future__ import annotations
 
 import html
+import io
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,32 @@ import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-DPI = 100  # plotly's pixels per inch of picture
+from optimizer.plots import GREY, INK
+
+DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
-ANCHORS = {"left": "left", "right": "right", "center": "center", "auto": "center"}
 
 
-def picture(figure: go.Figure) -> Figure:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawn figure: a notebook shows it as a PNG, `save` writes it; both are sharper than the figure's own pixels."""
+
+    figure: Figure
+
+    def save(self, path: Path | str) -> None:
+        """Write the picture; the name's ending says as what (.png, .svg, .pdf)."""
+        self.figure.savefig(path, dpi=2 * DPI)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        sink = io.BytesIO()
+        self.figure.savefig(sink, format="png", dpi=1.5 * DPI)
+        width, height = (round(inches * DPI) for inches in self.figure.get_size_inches())
+        return sink.getvalue(), {"width": width, "height": height}
+
+
+def picture(figure: go.Figure) -> Picture:
     """Draw a figure of `optimizer.plots` with matplotlib, at the same size."""
     layout = figure.layout
     still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI, layout="constrained")
@@ -31,35 +52,36 @@ def picture(figure: go.Figure) -> Figure:
     for ax, (x_name, y_name) in zip(axes, panels, strict=True):
         _style(ax, layout[x_name], layout[y_name])
         for trace in sorted(figure.data, key=lambda trace: trace.legendrank or 1000):
-            if (trace.yaxis or "y").replace("y", "yaxis") == y_name:
+            if _axis_name(trace.yaxis, "y") == y_name:
                 _draw(ax, trace)
-        _legend(ax)
+    _legend(axes[0])
     for shape in layout.shapes:
         _line(axes[0], shape)
     for note in layout.annotations:
-        _note(axes, panels, note)
+        _note(axes, note)
     titles = {"x": 0.012, "ha": "left", "va": "top"}
     inch = 1 / still.get_figheight()
-    still.text(y=1 - 0.12 * inch, s=_plain(layout.title.text), fontsize=15, color=layout.font.color, **titles)
-    still.text(y=1 - 0.42 * inch, s=_plain(layout.title.subtitle.text), fontsize=11, color="#6b7785", **titles)
-    still.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.66 * inch))
-    return still
+    still.text(y=1 - 0.12 * inch, s=_plain(layout.title.text), fontsize=15, color=INK, **titles)
+    still.text(y=1 - 0.42 * inch, s=_plain(layout.title.subtitle.text), fontsize=11, color=GREY, **titles)
+    engine = still.get_layout_engine()
+    assert engine is not None
+    engine.set(rect=(0, 0, 1, 1 - 0.66 * inch))
+    return Picture(still)
 
 
-def save_png(figure: go.Figure, path: Path | str) -> None:
-    """Write a figure of `optimizer.plots` as a PNG, at twice its size in pixels."""
-    picture(figure).savefig(path, dpi=2 * DPI)
+def _axis_name(axis: str | None, letter: str) -> str:
+    return (axis or letter).replace(letter, f"{letter}axis")
 
 
 def _panels(figure: go.Figure) -> list[tuple[str, str]]:
     """The axes' names of each panel, from top to bottom."""
-    pairs = dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data) or {("x", "y"): None}
-    return [(x.replace("x", "xaxis"), y.replace("y", "yaxis")) for x, y in pairs]
+    pairs = dict.fromkeys((_axis_name(trace.xaxis, "x"), _axis_name(trace.yaxis, "y")) for trace in figure.data)
+    return list(pairs) or [("xaxis", "yaxis")]
 
 
 def _style(ax: Axes, x: Any, y: Any) -> None:
     ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, labelsize=12, labelcolor="#1f2933")
+    ax.tick_params(length=0, labelsize=12, labelcolor=INK)
     ax.set_axisbelow(True)
     for name, spec in (("x", x), ("y", y)):
         axis = ax.xaxis if name == "x" else ax.yaxis
@@ -70,7 +92,7 @@ def _style(ax: Axes, x: Any, y: Any) -> None:
             ax.set(**{f"{name}lim": spec.range})
         if spec.tickvals is not None:
             axis.set_ticks(list(spec.tickvals), [html.unescape(text) for text in spec.ticktext or spec.tickvals])
-        axis.set_label_text(_plain(spec.title.text), fontsize=13, color="#1f2933")
+        axis.set_label_text(_plain(spec.title.text), fontsize=13, color=INK)
 
 
 def _draw(ax: Axes, trace: Any) -> None:
@@ -122,28 +144,35 @@ def _line(ax: Axes, shape: Any) -> None:
                linestyle=DASHES[shape.line.dash], zorder=1 if shape.layer == "below" else 4)  # fmt: skip
 
 
-def _note(axes: Any, panels: list[tuple[str, str]], note: Any) -> None:
-    ax = axes[0]
-    if note.xref == note.yref == "paper" and len(panels) > 1:
-        _panel_title(axes, note)
+def _note(axes: Sequence[Axes], note: Any) -> None:
+    if note.yref == "paper" and len(axes) > 1:  # the title of a panel: make_subplots places it above the panel
+        panel = min(len(axes) - 1, int((1 - note.y) * len(axes) + 0.5))
+        axes[panel].set_title(_plain(note.text), fontsize=13, loc="right", color=INK)
         return
-    across = {("x", "y"): "data", ("paper", "paper"): "axes fraction", ("paper", "y"): ax.get_yaxis_transform(),
-              ("x", "paper"): ax.get_xaxis_transform()}[note.xref or "x", note.yref or "y"]  # fmt: skip
+    ax, paper = axes[0], {"paper": True, "x": False, "y": False, None: False}
+    place: Any = {
+        (False, False): "data",
+        (True, True): "axes fraction",
+        (True, False): ax.get_yaxis_transform(),
+        (False, True): ax.get_xaxis_transform(),
+    }[paper[note.xref], paper[note.yref]]
     arrow = bool(note.showarrow)
-    shift = (note.ax, -note.ay) if arrow else (note.xshift or 0, note.yshift or 0)
+    right, up = (note.ax, -note.ay) if arrow else (note.xshift or 0, note.yshift or 0)
     ax.annotate(
-        _plain(note.text), (note.x, note.y), xycoords=across, xytext=[v * POINTS for v in shift],
-        textcoords="offset points", fontsize=12, color=note.font.color or "#1f2933", zorder=5,
-        fontweight="bold" if "<b>" in note.text else "normal",
-        ha=ANCHORS[note.xanchor or "center"], va={"bottom": "bottom", None: "center"}[note.yanchor],
+        _plain(note.text),
+        (note.x, note.y),
+        xycoords=place,
+        xytext=(right * POINTS, up * POINTS),
+        textcoords="offset points",
         arrowprops={"arrowstyle": "-", "color": note.arrowcolor, "shrinkB": 6} if arrow else None,
+        ha=note.xanchor or "center",
+        va=note.yanchor or "center",
+        fontsize=12,
+        color=note.font.color or INK,
+        fontweight="bold" if note.text.startswith("<b>") and "<br>" not in note.text else "normal",
+        zorder=5,
         annotation_clip=False,
-    )  # fmt: skip
-
-
-def _panel_title(axes: Any, note: Any) -> None:
-    ax = min(axes, key=lambda candidate: 0 if candidate.get_title() == "" else 1)
-    ax.set_title(_plain(note.text), fontsize=13, loc="right")
+    )
 
 
 def _label(trace: Any) -> str:

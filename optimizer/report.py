@@ -158,7 +158,7 @@ def _table(run: Run) -> str:
         figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
         cells = _cells([trial, _what(row["kind"]), *figures, digests[trial]])
         rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
-    export = f"mergefront export {run.name} --trial {knee}"
+    export = f"mergefront export {run.path.name} --trial {knee}"
     return (
         '<section><h2>The front, from least to most forgetting</h2><div class="scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -306,6 +306,9 @@ class Run:
 
         return plots.retention(self.retention(trial), title=f"Trial {trial}: what it won and what it kept")
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         front = self.front()
         columns = ["kind", *self.objectives, *(f"holdout_{name}" for name in self.objectives)]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import SUITES
-from optimizer.check import Plan, make_plan, require_sound
-from optimizer.errors import RunError
+from optimizer.check import Plan, make_plan, require_own_names, require_sound
 from optimizer.pool import RayPool, SerialPool
 from optimizer.progress import Progress, event_text
 from optimizer.run import open_run
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from optimizer.run import Run
-
-DISTRIBUTION = "mergefront"
-OWN_NAMES = ("optimizer", "search_spaces", "evals")
 
 
 def run_study(study_path: Path | str, overrides: Sequence[str], console: Console) -> Path:
@@ -62,7 +57,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
                 events = partial(_tell_both, progress, run)
                 run_search(study, run, space=plan.space, pool=pool, tasks=tasks, events=events)
         except KeyboardInterrupt:
-            go_on = shlex.join([DISTRIBUTION, "search", str(study_path), *(f"--set={o}" for o in overrides)])
+            go_on = shlex.join(["mergefront", "search", str(study_path), *(f"--set={o}" for o in overrides)])
             lines = f"stopped; nothing finished is lost. Go on with:\n  {go_on}"
             console.print(lines, highlight=False, markup=False, soft_wrap=True)
             raise
@@ -128,21 +123,9 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
             "parameters": {name: repr(part) for name, part in plan.space.distributions().items()},
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
-        "shots": {spec.name: spec.shots for spec in task_specs(plan.study)},
+        "shots": {row["task"]: row["shots"] for row in plan.harness.describe()},
         "items": {suite: plan.harness.suite_hash(suite) for suite in SUITES},
     }
-
-
-def require_own_names(owners: Callable[[], Mapping[str, list[str]]] = packages_distributions) -> None:
-    """Raise RunError where another installed distribution owns one of this project's import names."""
-    owned = owners()
-    for name in OWN_NAMES:
-        others = sorted({owner for owner in owned.get(name, []) if owner != DISTRIBUTION})
-        if others:
-            raise RunError(
-                f"{DISTRIBUTION} needs the import name {name!r} for itself; {', '.join(others)} is installed with it "
-                f"too; give {DISTRIBUTION} an environment of its own, or run `pip uninstall {others[0]}`"
-            )
 
 
 def _tell_both(progress: Progress, run: RunFolder, event: Event) -> None:

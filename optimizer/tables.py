@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -135,13 +136,13 @@ def retention_table(run: Run, trial: int) -> Table:
 def trial_document(run: Run, trial: int) -> dict[str, Any]:
     """One trial as plain values: recipe, weights, and tasks where it was scored."""
     scored = trial in run.points().index
-    about = run.trials().loc[trial]
+    recipe, about = run.recipe(trial), run.trials().loc[trial]
     return {
         "run": run.name,
         "trial": trial,
         **{name: plain(about[name]) for name in ("state", "kind", "seconds", "reason")},
-        "digest": run.recipe(trial).digest,
-        "method": run.recipe(trial).method,
+        "digest": recipe.digest,
+        "recipe": json.loads(recipe.to_json()),
         "weights": _records(run.weights(trial)),
         "tasks": _records(run.retention(trial)) if scored else [],
     }

@@ -1,0 +1,102 @@
+"""From a point or a recipe to a model folder: what `export` and `merge` do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import RunError, StudyFileError
+from optimizer.export import export_model
+from optimizer.merge import Sources
+from optimizer.run_folder import read_manifest
+from optimizer.study_file import LARGEST_FILE, read_yaml
+from search_spaces.mergekit import from_mergekit
+from search_spaces.recipe import Recipe
+
+if TYPE_CHECKING:
+    from optimizer.run import Run
+
+
+def export_trial(run: Run, trial: int, out: Path | None = None) -> Path:
+    """Write one trial of a run as a model folder whose card has its scores, and return the folder.
+
+    Args:
+        out: the new folder; None is exports/trial-N in the run's folder.
+
+    Raises:
+        RunError: there is no such trial, or a checkpoint has changed since it was scored.
+        CheckpointError, MergeError: as `export_model`.
+    """
+    recipe = run.recipe(trial)
+    sources = Sources.open(recipe.base, dict(recipe.experts))
+    _require_as_scored(run, sources)
+    scored = trial in run.points().index
+    card = f"{run.describe(trial)} Intervals hold 95 %." if scored else f"Trial {trial} was not scored."
+    return export_model(
+        recipe, sources, out or run.path / "exports" / f"trial-{trial}", scores=_scores(run, trial, scored), card=card
+    )
+
+
+def merge_recipe(path: Path, out: Path) -> Path:
+    """Write the merge that a recipe.json or a mergekit YAML file asks for as a new model folder, and return it.
+
+    Raises:
+        SpaceError, StudyFileError: the file holds something no recipe can hold.
+        CheckpointError, MergeError: as `export_model`.
+    """
+    if path.suffix == ".json":
+        recipe = Recipe.from_json(_read(path))
+        return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
+    from optimizer.checkpoints import Checkpoint
+
+    document = read_yaml(path)
+    base = Checkpoint.open(_base_of(document, path))
+    recipe = from_mergekit(document, base.names)
+    return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(LARGEST_FILE).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError(f"{path}: cannot be read: {error}") from None
+
+
+def _base_of(document: Mapping[str, Any], path: Path) -> str:
+    """The base's path: `base_model: path` or `base_model: {model: {path: path}}`."""
+    base = document.get("base_model")
+    if isinstance(base, dict):
+        inner = base.get("model")
+        base = inner.get("path") if isinstance(inner, dict) else inner
+    if not isinstance(base, str):
+        raise StudyFileError(f"{path}: base_model: must name the base's folder; given {document.get('base_model')!r}")
+    return base
+
+
+def _require_as_scored(run: Run, sources: Sources) -> None:
+    stored = read_manifest(run.path)["fingerprint"]
+    assert isinstance(stored, dict)
+    known = {"base": stored.get("base"), **stored.get("experts", {})}
+    for name, model in {"base": sources.base, **sources.experts}.items():
+        if known.get(name) not in (None, model.fingerprint):
+            raise RunError(
+                f"{model.folder} ({name}) has changed since run {run.name} scored it; restore it, or merge what is "
+                "there now by a recipe: mergefront merge"
+            )
+
+
+def _scores(run: Run, trial: int, scored: bool) -> dict[str, dict[str, float]]:
+    """For the card: each task's score of the base and of the merge, and what was gained or kept."""
+    if not scored:
+        return {}
+    columns = {"base_score": "base", "score": "merge", "share": "share gained (domain) or kept (general)"}
+    rows = run.retention(trial).to_dict("records")
+    return {
+        f"{row['task']} ({row['role']}, {row['metric']})": {
+            title: float(row[name]) for name, title in columns.items() if math.isfinite(row[name])
+        }
+        for row in rows
+    }
