@@ -12,6 +12,7 @@ import json
 import random
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from evals.errors import TaskError
 
 OWN_TASKS = Path(__file__).with_name("tasks")  # general_knowledge, minimal_pairs: written for this project
 SHORTEST_DEFINITION = 60  # characters; shorter ones repeat the term
+SHORTEST_CONTEXT = 25  # characters of a definition before the word that is asked for
 HELD_OUT = 5  # one term in five is held out of the training
+KNOWN, FREQUENT = 5, 25  # training definitions that hold a word asked for, and a word beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +78,8 @@ def _parse_stanza(stanza: str) -> ClinicalTerm | None:
 
 
 def clinical_training_texts(terms: Sequence[ClinicalTerm]) -> list[str]:
-    """One text for each training term, shuffled: half give the term first, half the definition."""
-    texts = [
-        f"{term.name}: {term.definition}"
-        if _hash("order " + term.identifier) % 2
-        else f"Definition: {term.definition}\nTerm: {term.name}"
-        for term in terms
-        if not term.held_out
-    ]
+    """One text for each training term, shuffled."""
+    texts = [f"{term.name}: {term.definition}" for term in terms if not term.held_out]
     random.Random(0).shuffle(texts)
     return texts
 
@@ -93,28 +90,43 @@ def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
     return _write_text_task(folder / "clinical_text", texts)
 
 
-def write_clinical_terms(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
-    """Held-out definitions, each with its term among three sisters of the same parent."""
-    sisters: dict[str, list[ClinicalTerm]] = {}
-    for term in terms:
-        for parent in term.parents:
-            sisters.setdefault(parent, []).append(term)
-    rows = []
-    for term in terms:
-        others = sorted({sister.name for parent in term.parents for sister in sisters[parent]} - {term.name})
-        asked = term.held_out and term.asked and term.name.lower() not in term.definition.lower()
-        if asked and len(others) >= 3:
-            choices = [term.name, *random.Random(term.identifier).sample(others, 3)]
-            random.Random("order " + term.identifier).shuffle(choices)
-            rows.append({"definition": term.definition, "choices": choices, "gold": choices.index(term.name)})
+def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
+    """Held-out definitions broken off before a word, which stands among three others that are about as frequent."""
+    counts = Counter(word for term in terms if not term.held_out for word in set(_plain_words(term.definition)))
+    frequent = sorted(word for word, count in counts.items() if count >= FREQUENT)
+    asked = (_cloze(term, counts, frequent) for term in terms if term.held_out and term.asked)
     config = {
         "output_type": "multiple_choice",
-        "doc_to_text": "Definition: {{definition}}\nTerm:",
+        "doc_to_text": "{{text}}",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    return _write_task(folder / "clinical_terms", rows, config)
+    return _write_task(folder / "clinical_words", [row for row in asked if row], config)
+
+
+def _cloze(term: ClinicalTerm, counts: Mapping[str, int], frequent: Sequence[str]) -> dict[str, object] | None:
+    draw, text = random.Random(term.identifier), term.definition
+    places = [
+        place
+        for place in re.finditer(r"(?<= )[a-z]{5,}(?=[ ,.;])", text)
+        if place.start() > SHORTEST_CONTEXT
+        and counts[place.group()] >= KNOWN
+        and place.group() not in text[: place.start()] + term.name.lower()
+    ]
+    if not places:
+        return None
+    place = draw.choice(places)
+    word = place.group()
+    others = [other for other in frequent if other not in text]
+    near = sorted(others, key=lambda other: (abs(counts[other] - counts[word]), other))[:12]
+    choices = [word, *draw.sample(near, 3)]
+    draw.shuffle(choices)
+    return {"text": f"{term.name}: {text[: place.start() - 1]}", "choices": choices, "gold": choices.index(word)}
+
+
+def _plain_words(text: str) -> list[str]:
+    return re.findall(r"\b[a-z]{5,}\b", text)
 
 
 def write_python_prose(folder: Path) -> Path:

@@ -45,6 +45,9 @@ NOT_A_NUMBER = ("likelihood",)  # lm-eval averages it, but each item's is a pair
 GREEDY_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})  # last three: unused
 
 
+Chances = dict[tuple[int, str], float]  # of guessing right, by member of a group and item hash
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One item of a task: its content hash, the member of the group it is from, and lm-eval's document."""
@@ -374,9 +377,7 @@ def _require_pooled(name: str, groups: Iterable[Any]) -> None:
 # --- items -----------------------------------------------------------------------------------------------------------
 
 
-def _items(
-    name: str, members: Sequence[ConfigurableTask]
-) -> tuple[dict[str, list[Item]], dict[tuple[int, str], float]]:
+def _items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, list[Item]], Chances]:
     """Items by content (one for each member that has it), and the chance of guessing each right."""
     items: dict[str, list[Item]] = {}
     chances: Chances = {}

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from evals.tokens import Pair
 
-ROW_TOKENS = 256  # attention costs the square of a row: measured best of 128, 256, 512 on two cores
+ROW_TOKENS = 256  # attention costs the square of a row; 128 and 256 measured alike on a CPU, 512 slower
 BATCH_ROWS_ALIKE = 0.9  # the shortest row of a batch is at least this share of its longest
 
 

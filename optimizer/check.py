@@ -169,7 +169,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(table("Search space", ["", ""], _space_rows(plan.space)))
     if plan.harness is not None:
         numbers = ["chance", "shots", "search items", "holdout items"]
-        columns = ["task", "role", "type", "metric", *numbers]
+        columns = ["task", "role", "metric", *numbers]
         console.print(table("Tasks", columns, _task_rows(plan.harness), right=numbers))
     cost = _cost(plan)
     if cost is not None:
@@ -187,7 +187,7 @@ def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     for name, model in {"base": plan.base, **plan.experts}.items():
         dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})
         kind = " (adapter)" if (model.folder / ADAPTER).is_file() else ""
-        yield name, model.source + kind, f"{_numbers(model) / 1e6:,.1f} M", _size(model.bytes), ", ".join(dtypes)
+        yield name, model.source + kind, _millions(_numbers(model)), _size(model.bytes), ", ".join(dtypes)
 
 
 def _space_rows(space: Space) -> Iterator[tuple[str, str]]:
@@ -204,7 +204,7 @@ def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
     for row in harness.describe():
         role = f"{row['role']} ({row['expert']})" if row["expert"] else row["role"]
         numbers = f"{row['chance']:.2f}", row["shots"], *(row[f"{suite}_items"] for suite in SUITES)
-        yield row["task"], role, row["kind"], row["metric"], *numbers
+        yield row["task"], role, row["metric"], *numbers
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
@@ -268,6 +268,10 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
     return f"{count / 1e3:,.0f} kB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _hours(hours: float) -> str:

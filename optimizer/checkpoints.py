@@ -214,7 +214,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, str]]:
     """Return all tensors of a folder, and the header digest of each of its files."""
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
-        file = _inside(folder, WEIGHTS_FILE, "it")
+        file = _inside(folder, WEIGHTS_FILE, str(folder))
         header = read_header(file)
         return dict(header.entries), {file: header.digest}
     if not (folder / INDEX_FILE).is_file():
@@ -229,12 +229,10 @@ def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Ent
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_file} must have a weight_map from tensor names to file names")
+    files = {shard: _inside(folder, shard, f"{index_file}, key {name}") for name, shard in weight_map.items()}
     entries: dict[str, Entry] = {}
     digests: dict[Path, str] = {}
-    for shard in sorted(set(weight_map.values())):
-        file = _inside(
-            folder, shard, f"index {index_file}, key {next(k for k in weight_map if weight_map[k] == shard)}"
-        )
+    for shard, file in sorted(files.items()):
         header = read_header(file)
         mapped = {name for name in weight_map if weight_map[name] == shard}
         if mapped != set(header.entries):
@@ -251,7 +249,7 @@ def _inside(folder: Path, name: str, what: str) -> Path:
     roots = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     plain = PurePath(name).name == name and name.endswith(".safetensors") and "\\" not in name
     if not plain or not any(file.resolve().is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{what} points outside the folder: {name!r} in {folder}; refused")
+        raise CheckpointError(f"{what}: {name!r} is not a safetensors file inside the folder; refused")
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; download or copy it again")
     return file

@@ -172,15 +172,13 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
 @app.command()
 def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> None:
     """Print the front: each gain and what it costs."""
-    from optimizer.tables import front_document, front_table
+    from optimizer.tables import front_document, print_front
 
     opened = _opened(run, storage)
     if as_json:
         _print_json(front_document(opened))
-    elif opened.front().empty:
-        typer.echo(opened.summary())
     else:
-        _console().print(front_table(opened))
+        print_front(opened, _console())
 
 
 @app.command()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from evals.objectives import objectives
 from evals.outcomes import TaskInfo
+from optimizer.frames import Row, rows_of
 
 
 def mixture_at(forgetting: NDArray[np.float64], target: float) -> dict[int, float] | None:
@@ -35,7 +36,7 @@ def difference(
     suite: str,
     base: int,
     experts: Mapping[str, int],
-) -> pd.Series:
+) -> Row:
     """The objectives of a trial less those of a mixture of trials, with intervals that are paired by item.
 
     Gains and losses are linear in an item's values. So a made-up trial, whose values are the base's plus the trial's
@@ -56,4 +57,4 @@ def difference(
     gap = gap.assign(trial=number, value=values[base] + values[trial] - mixed).reset_index()
     ends = needed[needed["trial"].isin([base, *experts.values()])]
     made_up = pd.concat([ends, gap], ignore_index=True)
-    return objectives(made_up, tasks=tasks, suite=suite, base=base, experts=experts).loc[number]
+    return rows_of(objectives(made_up, tasks=tasks, suite=suite, base=base, experts=experts))[number]

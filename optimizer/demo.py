@@ -43,7 +43,8 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
         The folder of the exported model.
     """
     from optimizer.run import open_run
-    from optimizer.run_study import export_trial, run_study
+    from optimizer.run_study import run_study
+    from optimizer.ship import export_trial
     from optimizer.study_file import dump_yaml
 
     begun = time.monotonic()
@@ -74,7 +75,7 @@ def _build_models(inputs: Path, tiny: bool, console: Console) -> tuple[Path, Pat
     terms = demo_tasks.clinical_terms()
     clinical = demo_tasks.clinical_training_texts(terms)
     demo_tasks.write_clinical_text(inputs / "tasks", terms)
-    demo_tasks.write_clinical_terms(inputs / "tasks", terms)
+    demo_tasks.write_clinical_words(inputs / "tasks", terms)
     demo_tasks.write_python_prose(inputs / "tasks")
     demo_tasks.write_python_source(inputs / "tasks")
     console.rule("1  Base")
@@ -103,11 +104,11 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
     else:
-        domain = [task("clinical_text", 60, 120), task("clinical_terms", 100, 200)]
+        domain = [task("clinical_text", 40, 60), task("clinical_words", 160, 240)]
         general = [
-            task("general_knowledge", 150, 300, OWN_TASKS),
-            task("minimal_pairs", 150, 300, OWN_TASKS),
-            task("python_prose", 10, 20),
+            task("general_knowledge", 120, 200, OWN_TASKS),
+            task("minimal_pairs", 120, 200, OWN_TASKS),
+            task("python_prose", 8, 12),
         ]
     return {
         "name": out.name,

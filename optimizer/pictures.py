@@ -46,9 +46,9 @@ class Picture:
 def picture(figure: go.Figure) -> Picture:
     """Draw a figure of `optimizer.plots` with matplotlib, at the same size."""
     layout = figure.layout
-    still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI, layout="constrained")
+    still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
     panels = _panels(figure)
-    axes = still.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    axes: list[Axes] = list(still.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0])
     for ax, (x_name, y_name) in zip(axes, panels, strict=True):
         _style(ax, layout[x_name], layout[y_name])
         for trace in sorted(figure.data, key=lambda trace: trace.legendrank or 1000):
@@ -59,13 +59,11 @@ def picture(figure: go.Figure) -> Picture:
         _line(axes[0], shape)
     for note in layout.annotations:
         _note(axes, note)
-    titles = {"x": 0.012, "ha": "left", "va": "top"}
+    titles: dict[str, Any] = {"x": 0.012, "ha": "left", "va": "top"}
     inch = 1 / still.get_figheight()
     still.text(y=1 - 0.12 * inch, s=_plain(layout.title.text), fontsize=15, color=INK, **titles)
     still.text(y=1 - 0.42 * inch, s=_plain(layout.title.subtitle.text), fontsize=11, color=GREY, **titles)
-    engine = still.get_layout_engine()
-    assert engine is not None
-    engine.set(rect=(0, 0, 1, 1 - 0.66 * inch))
+    still.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.66 * inch))
     return Picture(still)
 
 
@@ -104,7 +102,7 @@ def _draw(ax: Axes, trace: Any) -> None:
     for axis in ("x", "y"):
         bars = trace[f"error_{axis}"]
         if bars.array is not None:
-            ends = {f"{axis}err": [list(bars.arrayminus), list(bars.array)]}
+            ends: dict[str, Any] = {f"{axis}err": [list(bars.arrayminus), list(bars.array)]}
             width = bars.thickness * POINTS
             ax.errorbar(trace.x, trace.y, **ends, fmt="none", ecolor=_colour(bars.color), elinewidth=width, zorder=3)
 
@@ -125,9 +123,11 @@ def _scatter(ax: Axes, trace: Any) -> None:
     ax.plot(*values, label=_label(trace), **look)
 
 
-def _colour(css: str) -> tuple[float, ...] | str:
-    numbers = re.findall(r"[\d.]+", css) if css.startswith("rgba") else []
-    return (*(float(part) / 255 for part in numbers[:3]), float(numbers[3])) if numbers else css
+def _colour(css: str) -> tuple[float, float, float, float] | str:
+    if not css.startswith("rgba"):
+        return css
+    red, green, blue, alpha = (float(part) for part in re.findall(r"[\d.]+", css))
+    return red / 255, green / 255, blue / 255, alpha
 
 
 def _legend(ax: Axes) -> None:

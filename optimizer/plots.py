@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
+from optimizer.frames import Row, rows_of
 from optimizer.words import percent
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
@@ -41,51 +42,22 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     figure = _figure("What each gain in the domain costs", f"one mark is one merge; bars are 95 % intervals on {judge}")
     if points.empty:
         return _nothing_yet(figure)
-    kind = points["kind"]
-    uniform, experts, base = points[kind.str.startswith("uniform")], kind.str.startswith("expert:"), kind == "base"
-    chosen = points[points["front"]].sort_values(["forgetting", "domain"])
-    found = chosen[chosen["kind"] == "search"]
-    ends = points[base | experts]
-    several = experts.sum() > 1  # then the front is a surface, and has no edge to draw
-    line = pd.concat([ends, uniform]).sort_values("forgetting") if len(ends) == 2 else uniform
-
-    figure.add_traces(
-        [
-            _marks(points[(kind == "search") & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
-            _curve(line, ORANGE, dash="dot"),
-            *([_curve(chosen, BLUE, shape="hv")] if not several else []),
-            *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
-            _marks(uniform, "uniform line", "triangle-up", ORANGE, 12, rank=4),
-            _marks(points[kind.str.startswith("slope")], "depth slope", "triangle-down", GREEN, 12, rank=5),
-            _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
-            _marks(points[base], "base", "square", INK, 13),
-            _marks(points[experts], "expert", "diamond", RED, 14),
-        ]
-    )
+    figure.add_traces(_front_traces(points, unseen=unseen))
     _axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
-    low, high = min(0.0, 100 * points["domain"].min()), 100 * points["domain"].max()
-    figure.update_yaxes(range=[low - 0.08 * (high - low), high + 0.16 * (high - low)])
-    left, right = min(0.0, 100 * points["forgetting"].min()), max(1.0, 100 * points["forgetting"].max())
-    left, right = left - 0.04 * (right - left), right + 0.12 * (right - left)
+    left, right = _span(points["forgetting"], below=0.04, above=0.12)
     figure.update_xaxes(range=[left, right])
-    for _, row in ends.iterrows():
-        y = 24 if row["kind"] == "base" else -26
-        _point_at(figure, row, _escaped(row["kind"].replace("expert:", "expert ")), x=34, y=y)
+    figure.update_yaxes(range=_span(points["domain"], below=0.08, above=0.16))
+    rows = rows_of(points)
+    for row in rows.values():
+        if row["kind"] == "base" or row["kind"].startswith("expert:"):
+            up_or_down = 24 if row["kind"] == "base" else -26
+            _point_at(figure, row, _escaped(row["kind"].replace("expert:", "expert ")), x=34, y=up_or_down)
     if knee is not None:
-        row = points.loc[knee]
-        prefix = "holdout_" if math.isfinite(row["holdout_domain"]) else ""
-        said = f"keeps {percent(row[f'{prefix}domain'])}, forgets {percent(row[f'{prefix}forgetting'])}"
         figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
-        from_left = PLOT_WIDTH * (100 * row["forgetting"] - left) / (right - left)
-        label = f"<b>trial {knee}, the knee</b><br>{said}"
+        from_left = PLOT_WIDTH * (100 * rows[knee]["forgetting"] - left) / (right - left)
         # Above and left of the front there is nothing to cover; near the axis the label stays right of it.
-        _point_at(figure, row, label, x=max(-60, round(130 - from_left)), y=-52)
+        _point_at(figure, rows[knee], _knee_label(knee, rows[knee]), x=max(-60, round(130 - from_left)), y=-52)
     return figure
-
-
-def library_script() -> str:
-    """plotly's own JavaScript, to be put into a page once."""
-    return get_plotlyjs()
 
 
 def weights(frame: pd.DataFrame, *, title: str) -> go.Figure:
@@ -173,48 +145,71 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
     Args:
         frame: `Run.retention(trial)`.
     """
-    rows = pd.concat([frame[frame["role"] == "general"].iloc[::-1], frame[frame["role"] == "domain"].iloc[::-1]])
-    judge = "items the search never saw" if (rows["suite"] == HOLDOUT).all() else "the items the search used"
+    upwards = pd.concat([frame[frame["role"] == role].iloc[::-1] for role in ("general", "domain")], ignore_index=True)
+    rows = rows_of(upwards)
+    unseen = (upwards["suite"] == HOLDOUT).all()
+    judge = "items the search never saw" if unseen else "the items the search used"
     figure = _figure(title, f"with 95 % intervals, on {judge}", height=215 + 50 * len(rows))
     figure.update_layout(margin={"l": 40, "r": 150})
-    several = rows.loc[rows["role"] == "domain", "expert"].nunique() > 1
-    labels = [
-        _escaped(f"{row.task} ({row.expert})" if several and row.role == "domain" else row.task)
-        for row in rows.itertuples()
-    ]
-    for role, name, color in (
-        ("domain", "domain: % of the expert's gain", BLUE),
-        ("general", "general: % of the base's ability kept", GREEN),
-    ):
-        mask = (rows["role"] == role).to_numpy()
-        part = rows[mask]
-        figure.add_trace(
-            go.Bar(
-                orientation="h", name=name, x=100 * part["share"], width=0.62,
-                y=[i for i, is_role in enumerate(mask) if is_role], marker={"color": color, "opacity": 0.85},
-                error_x=_bar(part["share"], part["low"], part["high"], INK, 2),
-                customdata=[
-                    [_escaped(row.metric), f"{row.base_score:.3f}", f"{row.score:.3f}"] for row in part.itertuples()
-                ],
-                hovertemplate="%{customdata[0]}: base %{customdata[1]}, here %{customdata[2]}<extra></extra>",
-            )
-        )  # fmt: skip
-    for place, row in enumerate(rows.itertuples()):
+    figure.add_traces(
+        [
+            _task_bars(upwards[upwards["role"] == "domain"], "domain: % of the expert's gain", BLUE),
+            _task_bars(upwards[upwards["role"] == "general"], "general: % of the base's ability kept", GREEN),
+        ]
+    )
+    for place, row in rows.items():
         figure.add_annotation(
-            text=percent(row.share, row.low, row.high), x=1.01, xref="paper", y=place, yref="y", xanchor="left",
-            showarrow=False, font={"size": 15, "color": INK},
+            text=percent(row["share"], row["low"], row["high"]), x=1.01, xref="paper", y=place, yref="y",
+            xanchor="left", showarrow=False, font={"size": 15, "color": INK},
         )  # fmt: skip
+    several = upwards["expert"].nunique() > 2  # general tasks have no expert
+    labels = [f"{row['task']} ({row['expert']})" if several and row["expert"] else row["task"] for row in rows.values()]
     _axes(figure, "%, where 100 is as good as the expert (domain) or the base (general)", "")
-    figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=labels, range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False,
-        ticklabelstandoff=8,
-    )  # fmt: skip
+    figure.update_yaxes(tickvals=list(rows), ticktext=[_escaped(label) for label in labels], ticklabelstandoff=8)
+    figure.update_yaxes(range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False)
     figure.add_shape(
         type="line", x0=100, x1=100, y0=0, y1=1, yref="paper", line={"color": INK, "width": 1.5, "dash": "dash"}
     )
-    low, high = 100 * min(0.0, rows["low"].min()), 100 * max(1.0, rows["high"].max())
+    low, high = 100 * min(0.0, upwards["low"].min()), 100 * max(1.0, upwards["high"].max())
     figure.update_xaxes(range=[low - 2 if low < 0 else 0, high + 4])
     return figure
+
+
+def library_script() -> str:
+    """plotly's own JavaScript, to be put into a page once."""
+    return get_plotlyjs()
+
+
+def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
+    kind = points["kind"]
+    base, experts, uniform = kind == "base", kind.str.startswith("expert:"), kind.str.startswith("uniform")
+    chosen = points[points["front"]].sort_values(["forgetting", "domain"])
+    found = chosen[chosen["kind"] == "search"]
+    several = experts.sum() > 1  # then the front is a surface and has no edge, and the uniform line meets no expert
+    line = points[uniform if several else uniform | base | experts].sort_values("forgetting")
+    return [
+        _marks(points[(kind == "search") & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
+        _curve(line, ORANGE, dash="dot"),
+        *([] if several else [_curve(chosen, BLUE, shape="hv")]),
+        *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
+        _marks(points[uniform], "uniform line", "triangle-up", ORANGE, 12, rank=4),
+        _marks(points[kind.str.startswith("slope")], "depth slope", "triangle-down", GREEN, 12, rank=5),
+        _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
+        _marks(points[base], "base", "square", INK, 13),
+        _marks(points[experts], "expert", "diamond", RED, 14),
+    ]
+
+
+def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, float]:
+    """An axis range in per cent that holds 0 and the values, with room around them."""
+    low, high = min(0.0, 100 * float(shares.min())), max(1.0, 100 * float(shares.max()))
+    return low - below * (high - low), high + above * (high - low)
+
+
+def _knee_label(knee: int, row: Row) -> str:
+    prefix = "holdout_" if math.isfinite(row["holdout_domain"]) else ""
+    gain, loss = (percent(row[f"{prefix}{name}"]) for name in ("domain", "forgetting"))
+    return f"<b>trial {knee}, the knee</b><br>keeps {gain}, forgets {loss}"
 
 
 def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
@@ -263,8 +258,19 @@ def _judged(found: pd.DataFrame, name: str, *, rank: int) -> go.Scatter:
     )  # fmt: skip
 
 
+def _task_bars(rows: pd.DataFrame, name: str, color: str) -> go.Bar:
+    scores = [
+        [_escaped(row["metric"]), f"{row['base_score']:.3f}", f"{row['score']:.3f}"] for row in rows_of(rows).values()
+    ]
+    return go.Bar(
+        orientation="h", name=name, x=100 * rows["share"], y=list(rows.index), width=0.62, customdata=scores,
+        marker={"color": color, "opacity": 0.85}, error_x=_bar(rows["share"], rows["low"], rows["high"], INK, 2),
+        hovertemplate="%{customdata[0]}: base %{customdata[1]}, here %{customdata[2]}<extra></extra>",
+    )  # fmt: skip
+
+
 def _bars(rows: pd.DataFrame, prefix: str) -> dict[str, object]:
-    bars = {}
+    bars: dict[str, object] = {}
     for axis, name in (("x", "forgetting"), ("y", "domain")):
         middle, low, high = (rows[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
         bars[f"error_{axis}"] = _bar(middle, low, high, "rgba(0,114,178,0.4)", 1.2)
@@ -288,10 +294,12 @@ def _curve(rows: pd.DataFrame, color: str, *, shape: str = "linear", dash: str =
 
 def _links(judged: pd.DataFrame) -> go.Scatter:
     """From each point's search figures to its holdout figures, a gap between pairs."""
-    x = [v for row in judged.itertuples() for v in (100 * row.forgetting, 100 * row.holdout_forgetting, None)]
-    y = [v for row in judged.itertuples() for v in (100 * row.domain, 100 * row.holdout_domain, None)]
+    pairs = {
+        name: [v for row in rows_of(judged).values() for v in (100 * row[name], 100 * row[f"holdout_{name}"], None)]
+        for name in ("forgetting", "domain")
+    }
     return go.Scatter(
-        x=x, y=y, name="search to holdout", mode="lines", line={"color": PALE, "width": 1.2}, showlegend=False,
+        x=pairs["forgetting"], y=pairs["domain"], mode="lines", line={"color": PALE, "width": 1.2}, showlegend=False,
         hoverinfo="skip",
     )  # fmt: skip
 
@@ -315,11 +323,11 @@ def _module_traces(rows: pd.DataFrame, last: int, *, legend: bool) -> list[go.Sc
 
 
 def _hover(rows: pd.DataFrame) -> dict[str, object]:
-    text = [_told(trial, row) for trial, row in rows.iterrows()]
+    text = [_told(trial, row) for trial, row in rows_of(rows).items()]
     return {"text": text, "customdata": list(rows.index), "hovertemplate": "%{text}<extra></extra>"}
 
 
-def _told(trial: object, row: pd.Series) -> str:
+def _told(trial: object, row: Row) -> str:
     lines = [f"<b>trial {trial}</b> {'' if row['kind'] == 'search' else _escaped(row['kind'])}"]
     for prefix, items in (("", "search items"), ("holdout_", "unseen items")):
         if math.isfinite(row[f"{prefix}domain"]):
@@ -331,7 +339,7 @@ def _told(trial: object, row: pd.Series) -> str:
     return "<br>".join(lines)
 
 
-def _point_at(figure: go.Figure, row: pd.Series, text: str, *, x: int, y: int) -> None:
+def _point_at(figure: go.Figure, row: Row, text: str, *, x: int, y: int) -> None:
     figure.add_annotation(
         x=100 * row["forgetting"], y=100 * row["domain"], text=text, ax=x, ay=y, showarrow=True, arrowhead=0,
         arrowwidth=1.2, arrowcolor=GREY, standoff=9, font={"size": 15, "color": INK}, bgcolor="rgba(255,255,255,0.85)",

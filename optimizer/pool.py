@@ -263,8 +263,8 @@ class RayPool(_Closing):
 
     def _bury(self, slot: _Slot, job: Job | None, error: Exception) -> Result | None:
         """Replace a dead worker, and give its job back."""
-        cause = f"worker process {slot.pid} died ({type(error).__name__})" if slot.pid else "a worker died as it started"
-        words = cause + self._cluster.tail(slot.pid)
+        who = f"worker process {slot.pid} died" if slot.pid else "a worker died as it started"
+        words = f"{who} ({type(error).__name__}){self._cluster.tail(slot.pid)}"
         if job is None and slot.started >= STARTS:
             raise WorkerError(f"{words}: {' '.join(str(error).split())[:300]}")
         self._replace(slot, started=1 if job else slot.started + 1)

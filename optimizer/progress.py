@@ -64,9 +64,10 @@ class Progress:
             self._bar.console.print(event_text(event), highlight=False, markup=False)
 
     def _plain(self, event: Event) -> str:
-        if event.kind != "trial":
-            return f"{time.strftime('%H:%M:%S')} {event_text(event)}"
-        return f"{time.strftime('%H:%M:%S')} {event.done}/{event.total} {event_text(event)} ({self._tally.news()})"
+        now = time.strftime("%H:%M:%S")
+        count = f"{event.done}/{event.total} " if event.kind in ("trial", "holdout") else ""
+        news = f" ({self._tally.news()})" if event.kind == "trial" else ""
+        return f"{now} {count}{event_text(event)}{news}"
 
 
 class _Tally:

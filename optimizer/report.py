@@ -10,15 +10,15 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.frames import Row, rows_of
 from optimizer.plots import library_script
 from optimizer.run_folder import redacted, write_atomically
 from optimizer.words import count, percent
@@ -109,14 +109,14 @@ def _lead(run: Run) -> list[str]:
 
 def _cards(run: Run) -> str:
     knee = run.knee()
-    judged = run.points().loc[knee].add_prefix("" if run.suite_of(knee) == HOLDOUT else "holdout_")
+    row, prefix = rows_of(run.points())[knee], "holdout_" if run.suite_of(knee) == HOLDOUT else ""
     shown = [
-        (_interval(judged, "holdout_domain"), f"of the domain gain kept by trial {knee}, the knee"),
-        (_interval(judged, "holdout_forgetting"), "of the base's general ability forgotten by it"),
+        (_interval(row, f"{prefix}domain"), f"of the domain gain kept by trial {knee}, the knee"),
+        (_interval(row, f"{prefix}forgetting"), "of the base's general ability forgotten by it"),
     ]
-    for gap in run.does_search_pay().itertuples():
-        points = f"{100 * gap.difference:+.0f} [{100 * gap.low:+.0f}, {100 * gap.high:+.0f}]"
-        line = "the uniform line" if gap.line == "uniform" else "the depth slope"
+    for gap in rows_of(run.does_search_pay()).values():
+        points = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * gap[name] for name in ("difference", "low", "high")))
+        line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
         shown.append((points, f"points of domain gain over {line} at equal forgetting"))
     return f'<div class="cards">{"".join(_card(figure, of) for figure, of in shown)}</div>'
 
@@ -137,7 +137,7 @@ def _figures(run: Run) -> str:
     knee = run.knee()
     options = "".join(
         f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(_named(trial, row["kind"]))}</option>'
-        for trial, row in run.front().iterrows()
+        for trial, row in rows_of(run.front()).items()
     )
     choice = f'<p><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
     return (
@@ -152,9 +152,9 @@ def _table(run: Run) -> str:
     knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
     titles = [f"{_title(name)},<br>{items}" for items in ("search items", "unseen items") for name in names]
     head = "".join(f"<th>{title}</th>" for title in ("trial", "what", *titles, "recipe"))
-    digests = run.trials()["recipe"]
+    digests = run.trials()["recipe"].to_dict()
     rows = []
-    for trial, row in run.front().iterrows():
+    for trial, row in rows_of(run.front()).items():
         figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
         cells = _cells([trial, _what(row["kind"]), *figures, digests[trial]])
         rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
@@ -178,8 +178,8 @@ def _named(trial: object, kind: str) -> str:
     return f"trial {trial}" if kind == SEARCH else f"trial {trial} ({_what(kind)})"
 
 
-def _interval(row: pd.Series, name: str) -> str:
-    return "" if pd.isna(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
+def _interval(row: Row, name: str) -> str:
+    return "" if math.isnan(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def _cells(values: Iterable[object]) -> str:

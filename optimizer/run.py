@@ -6,23 +6,25 @@ Needs neither torch nor ray nor lm-eval, and changes nothing. What is read is ke
 from __future__ import annotations
 
 import html
-from collections.abc import Hashable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
 from evals.objectives import carries, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
 from optimizer.comparison import difference, mixture_at
 from optimizer.errors import RunError
+from optimizer.frames import Row, rows_of
 from optimizer.front import best_under, hypervolume, knee, non_dominated
-from optimizer.run_folder import all_outcomes, read_manifest
+from optimizer.run_folder import all_outcomes, read_manifest, redacted
 from optimizer.study_db import read_storage
 from optimizer.words import count, percent
 from search_spaces.errors import SpaceError
@@ -168,13 +170,13 @@ class Run:
 
     def suite_of(self, trial: int) -> str:
         """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
-        scored = trial in self._points.index and np.isfinite(self._points.at[trial, "holdout_domain"])
+        scored = trial in self._points.index and bool(self._points["holdout_domain"].notna()[trial])
         return HOLDOUT if scored else SEARCH
 
     def describe(self, trial: int) -> str:
         """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
         prefix = _prefix(self.suite_of(trial))
-        row = self._require_points().loc[trial]
+        row = rows_of(self._require_points())[trial]
         gain, loss = (_said(row, f"{prefix}{name}") for name in ("domain", "forgetting"))
         items = "items the search never saw" if prefix else "the items the search used"
         return f"Trial {trial} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
@@ -249,7 +251,7 @@ class Run:
 
     def verdict(self) -> list[str]:
         """What `does_search_pay` says of the knee, a sentence for each line of anchors."""
-        return [_verdict(gap) for gap in self.does_search_pay().to_dict("records")]
+        return [_verdict(gap) for gap in rows_of(self.does_search_pay()).values()]
 
     def findings(self) -> list[str]:
         """What a reader should know first, in plain words: tasks that cannot carry a measurement, failed trials."""
@@ -434,18 +436,21 @@ class Run:
         return forgetting[trial], domain[trial], domain[trial] - gap["domain"], *ends
 
 
-def _read_trials(database: Path, storage: str | None) -> list[FrozenTrial]:
-    if storage is None and not database.exists():
+def _read_trials(database: Path, url: str | None) -> list[FrozenTrial]:
+    if url is None and not database.exists():
         return []
     try:
-        source = storage if storage is not None else read_storage(database)
-        names = optuna.get_all_study_names(source)
+        storage = RDBStorage(url) if url is not None else read_storage(database)
+        names = optuna.get_all_study_names(storage)
         if not names:
             return []
         name = names[0] if len(names) == 1 else database.parent.resolve().name
-        return optuna.load_study(study_name=name, storage=source).get_trials(deepcopy=False)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise RunError(f"the study of {database.parent} cannot be read: {error}") from error
+        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+        storage.remove_session()
+        storage.engine.dispose()
+        return trials
+    except (KeyError, ValueError, RuntimeError, SQLAlchemyError) as error:
+        raise RunError(f"the study of {database.parent} cannot be read: {redacted(str(error))}") from error
 
 
 def _kind(trial: FrozenTrial) -> str:
@@ -465,7 +470,7 @@ def _prefix(suite: str) -> str:
     return "holdout_" if suite == HOLDOUT else ""
 
 
-def _verdict(gap: Mapping[Hashable, Any]) -> str:
+def _verdict(gap: Row) -> str:
     line = {"uniform": "one weight for all layers", "slope": "a weight that rises with depth"}[gap["line"]]
     middle, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
     if low > 0:
@@ -477,5 +482,5 @@ def _verdict(gap: Mapping[Hashable, Any]) -> str:
     return f"At the same forgetting, {line} keeps {percent(gap['line_domain'])} of the gain; {meaning}."
 
 
-def _said(row: pd.Series, name: str) -> str:
+def _said(row: Row, name: str) -> str:
     return percent(row[name], row[f"{name}_low"], row[f"{name}_high"])

@@ -18,7 +18,7 @@ from optimizer.run import open_run
 from optimizer.run_folder import RunFolder, write_atomically
 from optimizer.search import Event, run_search
 from optimizer.study_file import Study, dump_study, read_study, task_specs
-from optimizer.tables import front_document, front_table
+from optimizer.tables import front_document, print_front
 from optimizer.worker import Worker, WorkerSpec
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
             raise
         finished = open_run(run.path, storage=study.search.storage)
         finish(finished)
-    console.print(front_table(finished))
+    print_front(finished, console)
     return run.path
 
 

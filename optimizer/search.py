@@ -10,27 +10,27 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
 import pandas as pd
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.errors import TaskError
 from evals.objectives import carries, objectives
-from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
+from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
 from optimizer.errors import MergefrontError, RunError
 from optimizer.front import non_dominated
+from optimizer.interrupt import Interrupt, interruptible
 from optimizer.pool import Job, Pool, Result
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler
@@ -47,7 +47,6 @@ DUPLICATE = "duplicate of"
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 300.0  # how long a first Ctrl-C waits for running trials
 FAILURES_IN_A_ROW = 5
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
@@ -128,8 +127,8 @@ def run_search(
 def opened_storage(study: Study, run: RunFolder) -> Iterator[RDBStorage]:
     """The study's Optuna storage, closed at the end.
 
-    Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own that
-    stays open spares every commit that wait.
+    Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own
+    that stays open spares every commit that wait.
     """
     storage = RDBStorage(study.search.storage) if study.search.storage else run.storage()
     try:
@@ -141,43 +140,6 @@ def opened_storage(study: Study, run: RunFolder) -> Iterator[RDBStorage]:
     finally:
         storage.remove_session()
         storage.engine.dispose()
-
-
-@dataclass(slots=True)
-class Interrupt:
-    """Whether a person asked to stop, and since when (monotonic seconds)."""
-
-    since: float | None = None
-
-    @property
-    def overdue(self) -> bool:
-        return self.since is not None and time.monotonic() - self.since > GRACE_SECONDS
-
-
-@contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Turn a first SIGINT, SIGTERM or SIGHUP into a wish to stop, and a second into KeyboardInterrupt."""
-    interrupt = Interrupt()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if interrupt.since is not None:
-            raise KeyboardInterrupt
-        interrupt.since = time.monotonic()
-        try:  # not print(): the signal may have come in the middle of one
-            os.write(2, b"\nstopping after the running trials (Ctrl-C again to drop them)\n")
-        except OSError:
-            pass  # the terminal is gone
-
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(slots=True)
@@ -221,6 +183,29 @@ class _Crew:
         return final
 
 
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What every trial is measured by: the outcomes of the base and the experts on the search suite."""
+
+    tasks: Sequence[TaskInfo]
+    base: int
+    experts: Mapping[str, int]
+    outcomes: pd.DataFrame
+
+    def objectives(self, trial: int, run: RunFolder | None = None) -> tuple[float, ...]:
+        """A trial's objectives, in the study's order; its outcomes are in the run folder, or it is a reference."""
+        frame = self.outcomes
+        if run is not None and trial not in (self.base, *self.experts.values()):
+            frame = pd.concat([frame, run.read_outcomes(trial, SEARCH)], ignore_index=True)
+        measured = objectives(frame, tasks=self.tasks, suite=SEARCH, base=self.base, experts=self.experts, replicates=0)
+        names = list(objective_names(list(self.experts)))
+        return tuple(measured.loc[[trial], names].to_numpy(dtype=float)[0].tolist())
+
+    def findings(self) -> list[str]:
+        """What these tasks cannot show, in words."""
+        return carries(self.outcomes, tasks=self.tasks, suite=SEARCH, base=self.base, experts=self.experts)
+
+
 class _Search:
     """The state of one driver; everything in it can be rebuilt from the study and the run folder (`resume`)."""
 
@@ -239,7 +224,7 @@ class _Search:
         self.events, self.interrupt = events, interrupt
         self.crew = _Crew(pool, study.search.max_attempts, self._retried)
         self.distributions = space.distributions()
-        self.anchors = {anchor.name: anchor.params for anchor in space.anchors()}
+        self.anchors = {anchor.name: dict(anchor.params) for anchor in space.anchors()}
         self.experts = [name for name, _ in space.experts]
         self.names = objective_names(self.experts)
         self.reference_kinds = ("base", *(f"expert:{name}" for name in self.experts))
@@ -253,7 +238,7 @@ class _Search:
         self.optuna = optuna.create_study(
             study_name=run.path.name,
             storage=self.storage,
-            directions=["maximize"] * len(self.experts) + ["minimize"],
+            directions=[StudyDirection.MAXIMIZE] * len(self.experts) + [StudyDirection.MINIMIZE],
             load_if_exists=True,
         )
         self.study_id = self.storage.get_study_id_from_name(run.path.name)
@@ -264,7 +249,7 @@ class _Search:
         self.seen: dict[str, int] = {}  # digest to the trial that has it
         self.held: dict[int, float] = {}  # trials scored but not told, and the seconds they took
         self.references: dict[str, int] = {}  # kind to the scored trial
-        self.scale: pd.DataFrame | None = None  # the references' outcomes, once all are there
+        self.scale: _Scale | None = None  # once all references are scored
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
         self.streak: list[str] = []  # reasons of the latest failures in a row
@@ -273,7 +258,7 @@ class _Search:
     # Taking up what is there ----------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Account for every trial in the study; the ones left RUNNING belong to a dead driver, since we hold the lock."""
+        """Account for every trial in the study; those left RUNNING belong to a dead driver, since we hold the lock."""
         trials = self.optuna.get_trials(deepcopy=False)
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
         for trial in trials:
@@ -282,13 +267,19 @@ class _Search:
         for trial in left:
             self._take_up(trial, has_retry=trial.number in retried)
         self._enqueue_anchors()
-        # The number of trials is read again: a sampler seeded as before would ask for the same points again.
-        told = len(self.optuna.get_trials(deepcopy=False))
-        wanted = {"dimensions": len(self.distributions), "budget": self.budget, "seed": self.settings.seed, "told": told}
-        self.samplers = make_sampler(self.settings.sampler, **wanted), make_sampler("random", **wanted)
+        self.samplers = self._make_sampler(self.settings.sampler), self._make_sampler("random")
         text = f"{self.finished} of {self.budget} trials are finished" if trials else f"{self.budget} trials"
         self._emit("start", None, f"{text}; {len(left)} were left open" if left else text)
         self._tell_held()
+
+    def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:
+        return make_sampler(
+            name,
+            dimensions=len(self.distributions),
+            budget=self.budget,
+            seed=self.settings.seed,
+            told=len(self.optuna.get_trials(deepcopy=False)),
+        )
 
     def _recall(self, trial: FrozenTrial) -> None:
         kind = trial.user_attrs.get("kind", SEARCHED)
@@ -349,8 +340,6 @@ class _Search:
                     self._scored(result, seconds)
         if self.interrupt.since is not None:
             raise KeyboardInterrupt
-        if not self.values:
-            raise SearchError("no trial was finished in the time given (search.timeout); start the search again")
 
     def _may_ask(self) -> bool:
         if self.interrupt.since is not None or self.repeats >= REPEATS_BEFORE_END:
@@ -390,9 +379,8 @@ class _Search:
     def _scored(self, result: Result, seconds: float) -> None:
         assert result.evaluation is not None
         number, outcomes = result.job.trial, result.evaluation.outcomes
-        broken = next((row for row in outcomes if not math.isfinite(row.value)), None)
-        if broken is not None:
-            self._failed(number, f"score not finite: task {broken.task}, item {broken.item}")
+        if broken := _not_finite(outcomes):
+            self._failed(number, broken)
             return
         _fault("outcome.before")
         self.run.write_outcomes(number, SEARCH, self.digests[number], outcomes)
@@ -415,22 +403,21 @@ class _Search:
             self._tell(number, self.held.pop(number))
 
     def _find_scale(self) -> None:
-        """Read the references' outcomes, and say what they cannot show."""
-        self.scale = pd.concat([self.run.read_outcomes(n, SEARCH) for n in self.references.values()], ignore_index=True)
+        """Measure the references by themselves, and say what they cannot show."""
+        outcomes = pd.concat([self.run.read_outcomes(n, SEARCH) for n in self.references.values()], ignore_index=True)
+        trials = {name: self.references[f"expert:{name}"] for name in self.experts}
+        self.scale = _Scale(self.tasks, self.references["base"], trials, outcomes)
         try:
-            objectives(self.scale, replicates=0, **self._measure(SEARCH))
+            self.scale.objectives(self.scale.base)
         except TaskError as error:
             raise SearchError(f"these tasks cannot carry a search: {error}") from error
-        for finding in carries(self.scale, **self._measure(SEARCH)):
+        for finding in self.scale.findings():
             self._emit("note", None, finding)
 
-    def _measure(self, suite: str) -> dict[str, object]:
-        experts = {name: self.references[f"expert:{name}"] for name in self.experts}
-        return {"tasks": self.tasks, "suite": suite, "base": self.references["base"], "experts": experts}
-
     def _tell(self, number: int, seconds: float) -> None:
+        assert self.scale is not None
         try:
-            values = self._objectives_of(number)
+            values = self.scale.objectives(number, self.run)
         except TaskError as error:
             self._failed(number, str(error))
             return
@@ -447,14 +434,6 @@ class _Search:
         self.streak.clear()
         self._emit("trial", number, f"{seconds:.1f} s" if math.isfinite(seconds) else "", values)
 
-    def _objectives_of(self, number: int) -> tuple[float, ...]:
-        assert self.scale is not None
-        frame = self.scale
-        if number not in self.references.values():
-            frame = pd.concat([self.scale, self.run.read_outcomes(number, SEARCH)], ignore_index=True)
-        row = objectives(frame, replicates=0, **self._measure(SEARCH)).loc[number]
-        return tuple(float(row[name]) for name in self.names)
-
     # Failing --------------------------------------------------------------------------------------------------------
 
     def _failed(self, number: int, reason: str) -> None:
@@ -467,14 +446,16 @@ class _Search:
             raise SearchError(f"every score is measured by the {kind.replace(':', ' ')}, and it failed: {reason}")
         self.streak.append(reason)
         if len(self.streak) >= FAILURES_IN_A_ROW:
-            commonest, times = Counter(self.streak).most_common(1)[0]
+            causes = Counter(WORKER_DIED if text.startswith(WORKER_DIED) else text for text in self.streak)
+            commonest, times = causes.most_common(1)[0]
+            example = next(text for text in reversed(self.streak) if text.startswith(commonest))
             raise SearchError(
-                f"the last {len(self.streak)} trials failed, {times} of them so: {commonest}. "
+                f"the last {len(self.streak)} trials failed, {times} of them so: {example}\n"
                 "Mend the cause and start the search again; finished trials are kept"
             )
 
     def _tell_failed(self, number: int, reason: str) -> None:
-        self._note(number, "reason", reason)
+        self._note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
         _fault("fail.before")
         self.optuna.tell(number, state=TrialState.FAIL)
 
@@ -485,9 +466,7 @@ class _Search:
     def _retried(self, number: int, text: str) -> None:
         self._emit("retry", number, text)
 
-    def _emit(
-        self, kind: str, number: int | None, text: str, values: tuple[float, ...] | None = None
-    ) -> None:
+    def _emit(self, kind: str, number: int | None, text: str, values: tuple[float, ...] | None = None) -> None:
         label = self.kinds.get(number, "") if number is not None else ""
         self.events(Event(kind, number, text, self.finished, self.budget, values, label))
 
@@ -498,7 +477,8 @@ class _Search:
         numbers = self._to_judge()
         stored = {n for n in numbers if self.run.outcomes_digest(n, HOLDOUT) == self.digests[n]}
         waiting = [n for n in numbers if n not in stored]
-        recipes = {t.number: t.user_attrs["recipe"] for t in self.optuna.get_trials(deepcopy=False) if t.number in numbers}
+        trials = self.optuna.get_trials(deepcopy=False)
+        recipes = {trial.number: trial.user_attrs["recipe"] for trial in trials if trial.number in numbers}
         done = len(stored)
         while waiting or self.crew.out:
             while waiting and self.crew.has_room and self.interrupt.since is None:
@@ -508,8 +488,7 @@ class _Search:
                 break
             self._heed_interrupt()
             for result, _ in self.crew.wait():
-                done += self._judged(result)
-                self._report_judged(result, done, len(numbers))
+                done += self._judged(result, done, len(numbers))
         if self.interrupt.since is not None:
             raise KeyboardInterrupt
         front = sum(1 for n in numbers if n in self._front())
@@ -525,20 +504,25 @@ class _Search:
         mask = non_dominated(np.array([self.values[n] for n in numbers]) * signs)
         return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
 
-    def _judged(self, result: Result) -> bool:
+    def _judged(self, result: Result, done: int, total: int) -> bool:
         number = result.job.trial
-        if result.evaluation is not None:
+        error = result.error if result.evaluation is None else _not_finite(result.evaluation.outcomes)
+        if result.evaluation is not None and not error:
             _fault("holdout.before")
             self.run.write_outcomes(number, HOLDOUT, self.digests[number], result.evaluation.outcomes)
-            return True
-        if self.kinds[number] in self.reference_kinds:
-            raise SearchError(f"the {self.kinds[number]} failed on the holdout suite: {result.error}")
-        return False
+        elif self.kinds[number] in self.reference_kinds:
+            raise SearchError(f"the {self.kinds[number]} failed on the holdout suite: {error}")
+        kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
+        self.events(Event(kind, number, text, done + (not error), total, None, self.kinds[number]))
+        return not error
 
-    def _report_judged(self, result: Result, done: int, total: int) -> None:
-        number = result.job.trial
-        kind, text = ("holdout", "judged") if result.evaluation else ("failed", f"holdout: {result.error}")
-        self.events(Event(kind, number, text, done, total, None, self.kinds[number]))
+
+def _not_finite(outcomes: Sequence[Outcome]) -> str:
+    """Where a value is NaN or infinite, in words; empty where none is."""
+    for row in outcomes:
+        if not math.isfinite(row.value):
+            return f"score not finite: task {row.task}, item {row.item}"
+    return ""
 
 
 _PASSES: Counter[str] = Counter()

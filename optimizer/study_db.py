@@ -7,14 +7,12 @@ works on a copy in memory, so that looking at a run never changes it.
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
 from optuna.storages import RDBStorage
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from optimizer.errors import RunError
 
@@ -42,7 +40,7 @@ def open_storage(database: Path) -> RDBStorage:
         return connection
 
     # The creator keeps the path out of a URL, where "?", "%" and "{" would mean something.
-    return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})
+    return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool})
 
 
 def read_storage(database: Path) -> RDBStorage:
@@ -70,21 +68,10 @@ def snapshot(database: Path) -> sqlite3.Connection:
 
 
 def _copy_to_memory(database: Path) -> sqlite3.Connection:
-    try:
-        return _read_only_copy(database)
-    except sqlite3.OperationalError:
-        if os.access(database.parent, os.W_OK) or not database.is_file():
-            raise
-    # A WAL file can only be read where its index may be written: read a copy of a folder we may not write to.
-    with tempfile.TemporaryDirectory() as folder:
-        for part in (database, database.with_name(database.name + "-wal")):
-            if part.exists():
-                shutil.copy(part, folder)
-        return _read_only_copy(Path(folder) / database.name)
-
-
-def _read_only_copy(database: Path) -> sqlite3.Connection:
-    uri = database.absolute().as_uri() + "?mode=ro"
+    # Without a WAL file nobody has the database open. Said to be immutable, it is read without leaving files beside it,
+    # and from a folder that may not be written to.
+    in_use = database.with_name(database.name + "-wal").exists()
+    uri = f"{database.absolute().as_uri()}?{'mode=ro' if in_use else 'immutable=1'}"
     with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as source:
         copy = sqlite3.connect(":memory:", check_same_thread=False)
         source.backup(copy)

@@ -18,6 +18,7 @@ from optimizer.words import percent
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
 
     from optimizer.run import Run
 
@@ -31,9 +32,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     Args:
         right: columns of numbers, set flush right.
     """
-    made = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_header=any(columns),
+    )
     for column in columns:
-        made.add_column(Text(column), justify="right" if column in right else "left")
+        made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     return made
@@ -42,12 +50,31 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 # --- the front -------------------------------------------------------------------------------------------------------
 
 
-def front_table(run: Run) -> Table:
-    """The front from least to most forgetting, the knee marked with a star, on both suites with 95 % intervals."""
+def print_front(run: Run, console: Console) -> None:
+    """Print the front, what its knee is worth, and whether the search was worth it."""
+    if not len(run.front()):
+        console.print(run.summary(), highlight=False, markup=False)
+        return
+    console.print(front_table(run, width=console.width))
+    for line in (run.describe(run.knee()), *run.verdict()):
+        console.print(line, highlight=False, markup=False)
+
+
+def front_table(run: Run, *, width: int) -> Table:
+    """The front from least to most forgetting, the knee marked with a star, on both suites with 95 % intervals.
+
+    Args:
+        width: of the console, in characters; where it is narrow, intervals stand below their values.
+    """
     points, knee = _front(run)
     figures = [(suite, name) for suite in SUITES for name in run.objectives]
+    seam = " [" if width >= 30 + 18 * len(figures) else "\n["
     rows = (
-        (f"{'*' if row['trial'] == knee else ''}{row['trial']}", row["kind"], *(_interval(row, *f) for f in figures))
+        (
+            f"{'*' if row['trial'] == knee else ''}{row['trial']}",
+            row["kind"],
+            *(_interval(row, *figure).replace(" [", seam) for figure in figures),
+        )
         for row in points
     )
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import Outcome, TaskSpec
+from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,14 +71,13 @@ class Worker:
 
         from evals.engine import Engine
         from evals.harness import load_tasks
-        from optimizer.checkpoints import Checkpoint
         from optimizer.merge import Sources
 
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
         logging.disable_progress_bar()
-        base = Checkpoint.open(spec.base)
-        self._sources = Sources(base, {name: Checkpoint.open(path, base=base) for name, path in spec.experts})
+        self._sources = Sources.open(spec.base, dict(spec.experts))
+        base = self._sources.base
         self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
         model = resident_model(base, dtype=spec.dtype, device=spec.device)
         self._parameters: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
@@ -100,7 +100,6 @@ class Worker:
             TaskError: the candidate gave no usable score.
         """
         from optimizer.merge import merge_into
-        from search_spaces.recipe import Recipe
 
         if suite not in self._prepared:
             self._harness.prepare(self._tokenizer, suite)
@@ -123,7 +122,7 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedMo
         device: "auto", "cpu" or "cuda".
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
     place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
@@ -133,7 +132,8 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedMo
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=floating)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
+    model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=floating)
     model.requires_grad_(False)
     return model.to(place).eval()
 

@@ -207,7 +207,8 @@ def _write_study(
 ) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions = ["maximize"] * (values.shape[1] - 1) + ["minimize"]
-    study = optuna.create_study(study_name=run.path.name, storage=run.storage(), directions=directions)
+    storage = run.storage()
+    study = optuna.create_study(study_name=run.path.name, storage=storage, directions=directions)
     ready = []
     for number, ((kind, params), recipe) in enumerate(zip(asked, recipes, strict=True)):
         done = number in values.index
@@ -223,3 +224,5 @@ def _write_study(
             )
         )
     study.add_trials(ready)
+    storage.remove_session()
+    storage.engine.dispose()

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-_home = tempfile.TemporaryDirectory(prefix="evals-")  # before any import of datasets, which reads it once
-os.environ.setdefault("HF_HOME", _home.name)
 
 import pytest
 import torch
@@ -24,7 +18,7 @@ from evals.outcomes import REST, TaskSpec
 from tests.pico import pico_llama
 
 CONTEXT = 96  # tokens of the pico model, so that some items are longer
-WORDS = "amber Birke ćwierk дуб été fjörd γάτα hügel île jazz 木 ñandú øre περί 🌳 salt tide".split()
+WORDS = "amber Birke ćwierk дуб été fjörd γάτα hügel île jazz 木 ñandú øre περί 🌳 salt tide".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,7 +80,5 @@ def load(*paths: Path | str, search: int = 12, holdout: int = REST, **options: A
     switches = {"chat_template": False, "allow_task_code": False} | {
         key: options.pop(key) for key in ("chat_template", "allow_task_code") if key in options
     }
-    specs = [
-        TaskSpec(str(path), "general", search_items=search, holdout_items=holdout, **options) for path in paths
-    ]
+    specs = [TaskSpec(str(path), "general", search_items=search, holdout_items=holdout, **options) for path in paths]
     return load_tasks(specs, seed=0, **switches)

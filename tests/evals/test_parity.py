@@ -50,9 +50,7 @@ def check(harness: Harness, engine: Engine, theirs: dict[str, Any], metric: str)
     task = harness.tasks[0]
     outcomes = scored(harness, engine)
     items = [item for suite in (SEARCH, HOLDOUT) for item in task.items[suite]]
-    samples = {
-        (name, repr(sample["doc"])): sample for name, logged in theirs["samples"].items() for sample in logged
-    }
+    samples = {(name, repr(sample["doc"])): sample for name, logged in theirs["samples"].items() for sample in logged}
     assert len(samples) == len(outcomes)
     for outcome, item in zip(outcomes, items, strict=True):
         sample = samples[task.members[item.member].task_name, repr(item.doc)]
@@ -103,9 +101,7 @@ def test_spaces_at_the_seam(tmp_path: Path, engine: Engine, reference: HFLM) -> 
 
 def test_a_context_for_each_choice(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     rows = [{"gap": i % 2, "starts": [words(i, 2), words(i + 3, 3)], "rest": words(i + 1, 2)} for i in range(24)]
-    folder = write_task(
-        tmp_path / "gaps", rows, doc_to_text="gap", doc_to_choice="starts", doc_to_target="{{rest}}"
-    )
+    folder = write_task(tmp_path / "gaps", rows, doc_to_text="gap", doc_to_choice="starts", doc_to_target="{{rest}}")
     check(load(folder), engine, evaluate(reference, folder / "gaps.yaml"), "acc")
 
 
@@ -223,7 +219,9 @@ def test_a_group_is_one_task_of_all_its_items(tmp_path: Path, engine: Engine, re
 
 
 def test_chat_template(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     engine.tokenizer.chat_template = template
     try:
         folder = write_task(tmp_path / "chat", questions())

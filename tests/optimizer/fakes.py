@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from evals.outcomes import Outcome, TaskInfo
-from optimizer.errors import MergeError
+from optimizer.errors import CheckpointError, MergeError
 from optimizer.pool import SerialPool
 from optimizer.run_folder import RunFolder
 from optimizer.search import Event, run_search
@@ -89,33 +92,49 @@ def is_anchor(recipe: Recipe) -> bool:
 
 
 @dataclass(frozen=True)
-class KillOnce:
-    """Kill this process at the first searched recipe; a file remembers that it was done."""
+class Obey:
+    """Orders for workers of another process, given as files in a folder: `kill`, `hang` and `fail` hold the digest of a
+    recipe, or "once" (the first searched recipe, in one worker only)."""
 
-    marker: Path
+    folder: Path
 
-    def __call__(self, recipe: Recipe) -> None:
-        if is_anchor(recipe):
-            return
-        try:
-            self.marker.open("x").close()
-        except FileExistsError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Poison:
-    """Kill this process at every recipe of a certain digest, or hang there."""
-
-    digest: str
-    hang: bool = False
+    def order(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
 
     def __call__(self, recipe: Recipe) -> None:
-        if recipe.digest == self.digest:
-            if self.hang:
-                time.sleep(3600)
+        if self._is_meant("hang", recipe):
+            time.sleep(600)
+        if self._is_meant("kill", recipe):
+            print("about to die")
+            print("of an order", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._is_meant("fail", recipe):
+            raise MergeError("nonfinite: tensor model.norm.weight")
+
+    def _is_meant(self, name: str, recipe: Recipe) -> bool:
+        path = self.folder / name
+        if not path.exists():
+            return False
+        text = path.read_text()
+        if text == "once" and not is_anchor(recipe):
+            with contextlib.suppress(FileNotFoundError):  # another worker was first
+                path.rename(self.folder / f"{name}-done")
+                return True
+        return text == recipe.digest
+
+
+@dataclass
+class ObedientWorker(FakeWorker):
+    """A worker that obeys, refuses to start when so ordered, and leaves word of where it runs."""
+
+    folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        self.before = Obey(self.folder)
+        if (self.folder / "refuse").exists():
+            raise CheckpointError("no such model")
+        about = {"path": sys.path, "folder": os.getcwd(), "environment": dict(os.environ)}
+        (self.folder / f"about-{os.getpid()}.json").write_text(json.dumps(about))
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_links_may_lead_to_the_blobs_of_the_same_snapshot_only(base: Path, exper
     assert len(Checkpoint.open(snapshot).names) == 20
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(expert / "model.safetensors")
-    with pytest.raises(CheckpointError, match="points outside the folder"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file inside the folder"):
         Checkpoint.open(snapshot)
 
 
@@ -153,7 +153,9 @@ def test_links_may_lead_to_the_blobs_of_the_same_snapshot_only(base: Path, exper
 def test_an_index_stays_in_its_folder(name: str, base: Path, expert: Path) -> None:
     weight_map = shard(base)
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**weight_map, UP: name}}))
-    with pytest.raises(CheckpointError, match=f"key {UP} points outside the folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"index\.json, key {UP}: .* is not a safetensors file inside the folder"
+    ):
         Checkpoint.open(base)
 
 
@@ -245,11 +247,9 @@ def test_a_header_that_lies_is_refused(case: str, tmp_path: Path) -> None:
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("length", "words"), [(0, "not JSON"), (99_000_000, "limit"), (2**40, "limit"), (999, "short")]
-)
-def test_a_header_length_that_lies_is_refused(length: int, words: str, tmp_path: Path) -> None:
-    file = safetensors(tmp_path / "x.safetensors", {"a": tensor()}, length=length)
+@pytest.mark.parametrize(("size", "words"), [(0, "not JSON"), (99_000_000, "limit"), (2**40, "limit"), (999, "cut")])
+def test_a_header_length_that_lies_is_refused(size: int, words: str, tmp_path: Path) -> None:
+    file = safetensors(tmp_path / "x.safetensors", {"a": tensor()}, length=size)
     with pytest.raises(CheckpointError, match=words):
         read_header(file)
 

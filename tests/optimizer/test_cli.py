@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
 from optimizer.errors import MergeError, RunError
+from optimizer.run import open_run
 from optimizer.run_folder import RunFolder
 from optimizer.study_file import read_study
+from tests.optimizer.small_study import write_study
 from tests.toy_run import toy_run
 
 WIDTH = 100
@@ -23,9 +26,21 @@ def call(*words: str | Path) -> Result:
     return CliRunner(env={"COLUMNS": str(WIDTH), "CI": "1"}).invoke(app, [str(word) for word in words])
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return toy_run(tmp_path / "toy")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read only, or written by what writes the same again."""
+    return toy_run(tmp_path_factory.mktemp("run") / "toy")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study file whose study has been run."""
+    study = write_study(tmp_path_factory.mktemp("study"))
+    result = call("search", study)
+    assert result.exit_code == 0, result.output
+    assert "Front of small" in result.stdout
+    assert "7/7 trial 6" in result.stdout
+    return study
 
 
 # --- help, version, errors ---
@@ -36,7 +51,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         "import sys; from optimizer.cli import app; from typer.testing import CliRunner; "
         "assert CliRunner().invoke(app, ['search', '--help']).exit_code == 0; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'torch', 'ray', 'optuna', 'pandas', 'numpy', 'lm_eval', 'transformers', 'plotly', 'yaml', 'pydantic'}))"
+        "{'torch', 'ray', 'optuna', 'pandas', 'numpy', 'lm_eval', 'transformers', 'plotly', 'yaml'}))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -170,7 +185,7 @@ def test_show_gives_weights_and_tasks(run: Path) -> None:
 
 
 def test_show_of_a_failed_trial_says_why_and_of_none_says_so(run: Path) -> None:
-    failed = next(n for n in range(60) if "not scored" in call("show", run, n).stdout)
+    failed = int(open_run(run).trials().query("state == 'fail'").index[0])
     assert "not finite" in call("show", run, failed).stdout
     assert json.loads(call("show", run, failed, "--json").stdout)["tasks"] == []
     result = call("show", run, 999)
@@ -202,3 +217,94 @@ def test_an_export_of_nothing_feasible_exits_with_3(run: Path) -> None:
     result = call("export", run, "--max-forgetting", "-9")
     assert result.exit_code == 3
     assert "forgets at most" in result.stderr
+
+
+# --- running a study ---
+
+
+def test_search_leaves_a_run_that_can_be_read(searched: Path) -> None:
+    run = searched.parent / "runs/small"
+    assert (run / "report.html").exists()
+    written = json.loads((run / "front.json").read_text())
+    assert written == json.loads(call("front", run, "--json").stdout)
+    assert "clinical" in (run / "study.yaml").read_text()
+    assert "trial 6" in (run / "log.txt").read_text()
+
+
+def test_search_again_goes_on_from_there(searched: Path) -> None:
+    result = call("search", searched, "--set", "search.trials=8")
+    assert result.exit_code == 0, result.output
+    assert "7 of 8 trials are finished" in result.stdout
+    assert "8/8 trial 7" in result.stdout
+    assert "7/8 trial" not in result.stdout
+
+
+def test_search_with_other_items_is_refused(searched: Path) -> None:
+    result = call("search", searched, "--set", "evals.seed=5")
+    assert result.exit_code == 2
+    assert "seed: 0 -> 5" in result.stderr
+
+
+def test_search_in_a_locked_folder_is_refused(searched: Path) -> None:
+    with RunFolder(searched.parent / "runs/small").lock():
+        result = call("search", searched)
+    assert result.exit_code == 2
+    assert f"process {os.getpid()}" in result.stderr
+
+
+def test_an_interrupted_search_says_how_to_go_on(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimizer.run_study.run_search", interrupt)
+    result = call("search", searched, "--set", "search.trials=9", "--workers", "0")
+    assert result.exit_code == 130
+    assert f"mergefront search {searched} --set=search.trials=9 --set=workers.count=0" in result.stdout.replace(
+        "\n", ""
+    )
+
+
+def test_check_of_a_sound_study_exits_with_0_and_of_another_with_2(searched: Path) -> None:
+    assert call("check", searched).exit_code == 0
+    assert call("check", searched, "--set", "models.base=./nowhere").exit_code == 2
+
+
+def test_an_exported_trial_and_its_recipes_are_the_same_model(searched: Path, tmp_path: Path) -> None:
+    run = searched.parent / "runs/small"
+    assert call("export", run, "--trial", "3", "--out", tmp_path / "a").exit_code == 0
+    card = (tmp_path / "a/README.md").read_text()
+    assert "Trial 3 keeps" in card
+    assert "manners" in card
+    assert str(searched.parent) not in card
+    for recipe, out in (("recipe.json", "b"), ("mergekit.yaml", "c")):
+        result = call("merge", tmp_path / "a" / recipe, tmp_path / out)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / out / "model.safetensors").read_bytes() == (tmp_path / "a/model.safetensors").read_bytes()
+
+
+def test_an_export_of_changed_checkpoints_is_refused(searched: Path, tmp_path: Path) -> None:
+    weights = searched.parent / "expert/model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    try:
+        result = call("export", searched.parent / "runs/small", "--knee", "--out", tmp_path / "a")
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert result.exit_code == 2
+    assert "has changed since run small scored it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("recipe.json", "{}", "a recipe has the keys"),
+        ("recipe.yaml", "merge_method: linear", "base_model: must name the base's folder; given None"),
+        ("recipe.yaml", "a: &x 1", "anchors and aliases are refused"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    result = call("merge", tmp_path / name, tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -130,6 +130,16 @@ def test_a_tied_head_may_be_listed_beside_its_embeddings(pico: Sources) -> None:
     assert_same({n: p.detach() for n, p in parameters.items()}, pico.experts[NAMES[0]])
 
 
+def test_a_parameter_that_blocks_cannot_be_written_to_is_copied_into(pico: Sources) -> None:
+    turned = {
+        n: torch.zeros(pico.base.shape(n)[::-1]).to(pico.base.dtype(n)).mT for n in pico.base.names if "proj" in n
+    }
+    plain = {n: torch.zeros(pico.base.shape(n), dtype=pico.base.dtype(n)) for n in pico.base.names}
+    mixed = recipe("ties", ("weight", "", 0.4), ("density", "", 0.5))
+    merge_into({**plain, **turned}, pico, mixed)
+    assert_same({**plain, **turned}, all_merged(pico, mixed))
+
+
 def test_after_a_thousand_merges_a_model_has_no_memory_of_them(pico: Sources) -> None:
     _, parameters = resident(pico.base)
     peaks = []

@@ -85,7 +85,7 @@ def test_slerp_of_nearly_parallel_opposite_or_zero_tensors() -> None:
 def test_row_sums_add_up_and_do_not_depend_on_threads(size: int) -> None:
     (block,) = tensors(1, size)
     sums = _row_sums(block)
-    assert math.fsum(sums.tolist()) == pytest.approx(block.double().sum().item(), rel=1e-9, abs=1e-9)
+    assert math.fsum(sums.tolist()) == pytest.approx(block.double().sum().item(), abs=1e-6 * size)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:

@@ -1,0 +1,49 @@
+"""A person's wish to stop: the first signal asks, the second insists."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+GRACE_SECONDS = 300.0  # how long a first Ctrl-C waits for running trials
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """Whether a person asked to stop, and since when (monotonic seconds)."""
+
+    since: float | None = None
+
+    @property
+    def overdue(self) -> bool:
+        return self.since is not None and time.monotonic() - self.since > GRACE_SECONDS
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Turn a first SIGINT, SIGTERM or SIGHUP into a wish to stop, and a second into KeyboardInterrupt."""
+    interrupt = Interrupt()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupt.since is not None:
+            raise KeyboardInterrupt
+        interrupt.since = time.monotonic()
+        with suppress(OSError):  # the terminal may be gone; print() may be what the signal came in the middle of
+            os.write(2, b"\nstopping after the running trials (Ctrl-C again to drop them)\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

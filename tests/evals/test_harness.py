@@ -1,0 +1,215 @@
+"""Reading and splitting tasks: what is refused and in which words, and that no item is in two suites."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.engine import Engine
+from evals.errors import ScoreError, TaskError
+from evals.outcomes import HOLDOUT, REST, SEARCH, TaskSpec
+from tests.evals.conftest import load, questions, words, write_task
+
+
+def refused(match: str, *paths: Path | str, **options: Any) -> None:
+    with pytest.raises(TaskError, match=match):
+        load(*paths, **options)
+
+
+def test_suites_share_no_content(tmp_path: Path) -> None:
+    rows = [{**row, "id": i} for i, row in enumerate(questions(20) + questions(20))]  # each twice, under another id
+    harness = load(write_task(tmp_path / "twice", rows), search=12, holdout=REST)
+    hashes = {suite: harness.suite_hash(suite)["twice"] for suite in (SEARCH, HOLDOUT)}
+    assert len(hashes[SEARCH]) == len(set(hashes[SEARCH])) == 12
+    assert len(hashes[HOLDOUT]) == len(set(hashes[HOLDOUT])) == 8
+    assert not set(hashes[SEARCH]) & set(hashes[HOLDOUT])
+    assert (harness.infos[0].search_items, harness.infos[0].holdout_items) == (12, 8)
+
+
+def test_split_depends_on_content_and_seed_only(tmp_path: Path) -> None:
+    rows = questions(30)
+    one = load(write_task(tmp_path / "a" / "t", rows), search=10, holdout=10)
+    other = load(write_task(tmp_path / "b" / "t", rows[::-1]), search=10, holdout=10)
+    assert one.suite_hash(SEARCH) == other.suite_hash(SEARCH)
+    more = load(tmp_path / "a" / "t", search=15, holdout=10)
+    assert more.suite_hash(SEARCH)["t"][:10] == one.suite_hash(SEARCH)["t"]
+    assert more.suite_hash(HOLDOUT) == one.suite_hash(HOLDOUT)
+
+
+def test_shots_come_from_no_suite(tmp_path: Path, engine: Engine) -> None:
+    folder = write_task(tmp_path / "shots", questions(20), doc_to_text="{{question}}")
+    harness = load(folder, search=8, holdout=REST, shots=2)
+    harness.prepare(engine.tokenizer, SEARCH)
+    scored = {item.doc["question"] for suite in (SEARCH, HOLDOUT) for item in harness.tasks[0].items[suite]}
+    assert len(scored) == 17
+    for _, item, asked in harness._prepared[SEARCH].items:
+        used = [row["question"] for row in questions(20) if row["question"] in asked[0].args[0]]
+        assert len(used) == 3
+        assert [q for q in used if q in scored] == [item.doc["question"]]
+    refused("task shots has 2 such items, 3 needed", folder, search=9, holdout=9, shots=2)
+
+
+def test_shots_of_an_item_do_not_depend_on_its_neighbours(tmp_path: Path, engine: Engine) -> None:
+    folder = write_task(tmp_path / "shots", questions(20))
+    prompts = []
+    for search in (2, 8):
+        harness = load(folder, search=search, holdout=4, shots=1)
+        harness.tasks[0].members[0].sampler.replace_df([dict(doc) for doc in questions(5)])
+        harness.prepare(engine.tokenizer, SEARCH)
+        prompts.append([asked[0].args[0] for _, _, asked in harness._prepared[SEARCH].items])
+    assert prompts[1][:2] == prompts[0]
+
+
+def test_too_few_items(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "few", questions(10))
+    refused("few has 10 different items, 8 search and 3 holdout items", folder, search=8, holdout=3)
+    refused("few has 10 different items, 10 search and the rest", folder, search=10)
+    refused("each suite needs items", folder, search=0)
+    refused("each suite needs items", folder, search=2, holdout=0)
+
+
+def test_bad_rows_are_named(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", questions(6))
+    data = folder / "t.jsonl"
+    good = data.read_text().splitlines()
+    for line, message in {
+        '{"question": "q", "choices": ["a", "b"], "gold": NaN}': "NaN in .*t.jsonl, line 3",
+        '{"question": "q", ': "not JSON: .*t.jsonl, line 3",
+        '["q"]': "must be a JSON object: .*t.jsonl, line 3",
+        json.dumps({"question": "q", "choices": ["a", "b"], "gold": 2}): "t, item 3: .*one of the 2 choices: 2 given",
+        json.dumps({"question": "q", "choices": ["a", "b"], "gold": -1}): "t, item 3: .*one of the 2 choices: -1",
+        json.dumps({"question": "q", "choices": ["a"], "gold": 0}): "t, item 3: .*two or more choices",
+    }.items():
+        data.write_text("\n".join([*good[:2], line, *good[3:]]))
+        refused(message, folder, search=2)
+    data.write_text("")
+    refused("no item in .*t.jsonl", folder)
+    data.unlink()
+    refused("no data file .*t.jsonl", folder)
+
+
+def test_bad_task_files_are_named(tmp_path: Path) -> None:
+    def bad(match: str, name: str, **settings: Any) -> None:
+        refused(match, write_task(tmp_path / name, questions(), **settings))
+
+    bad("no split nope in data_files, which has test", "split", test_split="nope")
+    bad("column cannot be read: UndefinedError: 'absent' is undefined", "column", doc_to_text="{{absent}}")
+    bad("line .*: metric 'accc' is not one of lm-eval's", "metric", metric_list=[{"metric": "accc"}])
+    bad("has mcc, of which usable: none", "mean", metric_list=[{"metric": "mcc"}])
+    refused("of which usable: acc, acc_norm; 'f1' given", write_task(tmp_path / "f1", questions()), metric="f1")
+    broken = write_task(tmp_path / "broken", questions()) / "broken.yaml"
+    broken.write_text("task: [broken")
+    refused("broken.yaml is not YAML", broken)
+    refused("no task file or folder", tmp_path / "absent")
+    twice = write_task(tmp_path / "twice", questions())
+    write_task(twice, questions(), task="other")
+    refused("twice has other.yaml, twice.yaml; name the file", twice)
+    refused("task names must differ: other", twice / "other.yaml", twice / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "process_docs: !function evil.touch",
+        "process_docs: !%66unction evil.touch",
+        "custom_dataset: evil.touch",
+        "use_prompt: promptsource:evil",
+        "include: /etc/task.yaml",
+        "include: evil.inc",
+        "unsafe_code: true",
+        "doc_to_target: \"{{ cycler.__init__.__globals__.os.system('touch MARKER') }}\"",
+        "description: \"{{ ''['__cla' ~ 'ss__'].__mro__ }}\"",
+    ],
+)
+def test_task_code_runs_only_when_allowed(tmp_path: Path, line: str, engine: Engine) -> None:
+    folder = write_task(tmp_path / "evil", questions())
+    marker = folder / "marker"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef touch(docs): return docs\n")
+    (folder / "evil.inc").write_text("process_docs: !function evil.touch\n")
+    file = folder / "evil.yaml"
+    key = line.split(":")[0]
+    kept = [old for old in file.read_text().splitlines() if not old.startswith(f"{key}:")]
+    file.write_text("\n".join([*kept, line.replace("MARKER", str(marker))]) + "\n")
+    with pytest.raises(TaskError, match=r"runs code|relative|unsafe|SecurityError"):
+        load(file).prepare(engine.tokenizer, SEARCH)
+    assert not marker.exists()
+    if line.startswith("process_docs: !function"):
+        load(file, allow_task_code=True)
+        assert marker.exists()
+
+
+def test_sampled_answers_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": words(i, 3), "answer": "x"} for i in range(20)]
+    settings: dict[str, Any] = {
+        "output_type": "generate_until",
+        "doc_to_text": "text",
+        "doc_to_target": "answer",
+        "doc_to_choice": None,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    hot = {"until": ["."], "do_sample": True, "temperature": 0.7}
+    refused("must be greedy", write_task(tmp_path / "hot", rows, generation_kwargs=hot, **settings))
+    beams = {"until": ["."], "num_beams": 3}
+    refused("beams asks for num_beams", write_task(tmp_path / "beams", rows, generation_kwargs=beams, **settings))
+
+
+def test_group_that_weighs_tasks_alike_is_refused(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "g", questions(), task="a")
+    write_task(folder, questions(), task="b")
+    rule = "aggregate_metric_list: [{metric: acc, weight_by_size: false}]"
+    (folder / "g.yaml").write_text(f"group: both\ntask: [a, b]\n{rule}\n")
+    refused("group both weighs its tasks alike", folder)
+
+
+def test_nan_names_no_score(tmp_path: Path, engine: Engine) -> None:
+    harness = load(write_task(tmp_path / "t", questions()))
+    before = harness.score(engine, SEARCH)
+    weight = engine.model.model.norm.weight
+    kept = weight.data.clone()
+    weight.data[3] = float("nan")
+    try:
+        with pytest.raises(ScoreError):
+            harness.score(engine, SEARCH)
+    finally:
+        weight.data.copy_(kept)
+    assert harness.score(engine, SEARCH) == before
+
+
+def test_describe_counts_tokens_once_prepared(tmp_path: Path, engine: Engine) -> None:
+    harness = load(write_task(tmp_path / "t", questions()))
+    assert harness.describe()[0]["search_tokens"] is None
+    harness.prepare(engine.tokenizer, SEARCH)
+    row = harness.describe()[0]
+    assert row["search_items"] == 12
+    assert 12 * 20 < row["search_tokens"] < 12 * 200
+    assert row["holdout_tokens"] is None
+
+
+def test_infos_name_no_local_path(tmp_path: Path) -> None:
+    harness = load(write_task(tmp_path / "t", questions()))
+    assert not re.search("/|tmp", repr(harness.infos))
+
+
+def _load_in_a_process(folder: str) -> list[str]:
+    from evals.harness import load_tasks
+
+    spec = TaskSpec(folder, "general", search_items=5, holdout_items=5)
+    return load_tasks([spec], seed=0, chat_template=False, allow_task_code=False).suite_hash(SEARCH)["t"]
+
+
+@pytest.mark.slow  # lm-eval reads its 14,000 task files
+def test_unknown_name() -> None:
+    refused("no task, group or tag 'nonsense' in lm-eval; a path needs a slash: ./nonsense", "nonsense")
+
+
+@pytest.mark.slow
+def test_many_processes_load_the_same_task_at_once(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", questions())
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.map(_load_in_a_process, [str(folder)] * 4, chunksize=1)
+    assert all(result == results[0] for result in results)

@@ -1,0 +1,133 @@
+"""The driver is killed with SIGKILL, at chosen points and at random times; nothing acknowledged may be lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from search_spaces.recipe import Recipe
+from tests.optimizer.fakes import Bench
+
+BUDGET = 12
+# Forked from a clean process that has the imports: a kill costs no start-up, and no SQLite connection is inherited.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.optimizer.fakes"])
+
+
+class Acknowledged(list):  # type: ignore[type-arg]
+    """Event list that writes what a person was shown to a file, as it is shown."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("a", buffering=1)
+
+    def append(self, event: object) -> None:
+        if event.kind == "trial":  # type: ignore[attr-defined]
+            self._file.write(f"{event.trial} {event.objectives}\n")  # type: ignore[attr-defined]
+
+
+def drive(folder: Path, fault: str) -> None:
+    os.environ["MERGEFRONT_FAULT"] = fault
+    bench = Bench(folder / "toy", events=Acknowledged(folder / "acknowledged"))
+    bench.search(trials=BUDGET, sampler="random")
+
+
+def driver(folder: Path, fault: str = "") -> multiprocessing.process.BaseProcess:
+    process = FORKS.Process(target=drive, args=(folder, fault))
+    process.start()
+    return process
+
+
+def assert_whole(folder: Path) -> None:
+    bench = Bench(folder / "toy")
+    storage = bench.run.storage()  # checks the file too
+    trials = optuna.load_study(study_name="toy", storage=storage).get_trials(deepcopy=False)
+    by_state = Counter(trial.state for trial in trials)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert by_state[TrialState.RUNNING] == by_state[TrialState.WAITING] == 0
+    assert len(complete) == BUDGET
+    assert {trial.user_attrs["reason"] for trial in trials if trial.state == TrialState.FAIL} <= {"driver_died"}
+
+    digests = [Recipe.from_json(trial.user_attrs["recipe"]).digest for trial in complete]
+    assert len(set(digests)) == BUDGET
+    for trial, digest in zip(complete, digests, strict=True):
+        assert bench.run.outcomes_digest(trial.number, "search") == digest
+    anchors = {anchor.name for anchor in bench.space.anchors()}
+    assert anchors <= {trial.user_attrs.get("kind") for trial in complete}
+    retries = [trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs]
+    assert len(retries) == len(set(retries))
+
+    values = {trial.number: tuple(trial.values) for trial in complete}
+    for line in (folder / "acknowledged").read_text().splitlines():
+        number, told = line.split(" ", 1)
+        assert str(values[int(number)]) == told
+    judged = {n for n in values if bench.run.outcomes_digest(n, "holdout")}
+    assert {trial.number for trial in complete if trial.user_attrs.get("kind") in anchors} <= judged
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "enqueue.after:2",
+        "ask.after:1",
+        "ask.after:9",
+        "outcome.before:1",
+        "outcome.before:9",
+        "outcome.after:1",
+        "outcome.after:2",
+        "outcome.after:9",
+        "tell.before:1",
+        "tell.before:3",
+        "tell.after:2",
+        "tell.after:12",
+        "holdout.before:1",
+        "holdout.before:4",
+    ],
+)
+def test_a_driver_killed_at_a_point_loses_nothing(tmp_path: Path, fault: str) -> None:
+    killed = driver(tmp_path, fault)
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL, f"{fault} was not reached"
+    after = driver(tmp_path)
+    after.join(60)
+    assert after.exitcode == 0
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("second", ["retry.between:1", "fail.before:1"])
+def test_a_driver_killed_as_it_recovers_queues_a_trial_again_only_once(tmp_path: Path, second: str) -> None:
+    for fault in ("ask.after:8", second, second):
+        killed = driver(tmp_path, fault)
+        killed.join(60)
+        if fault != second:
+            assert killed.exitcode == -signal.SIGKILL
+    after = driver(tmp_path)
+    after.join(60)
+    assert after.exitcode == 0
+    assert_whole(tmp_path)
+
+
+def test_a_driver_killed_at_random_times_loses_nothing(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(200):
+        process = driver(tmp_path)
+        process.join(rng.uniform(0.15, 0.6))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    else:
+        pytest.fail("the search never came to its end")
+    assert process.exitcode == 0
+    assert kills >= 3
+    assert_whole(tmp_path)

@@ -1,0 +1,291 @@
+"""Pools: one Ray cluster for the whole file, with workers that obey orders."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from optimizer import pool as pool_module
+from optimizer.errors import MergeError, WorkerError
+from optimizer.pool import (
+    PREFIX,
+    Job,
+    RayPool,
+    Result,
+    SerialPool,
+    describe,
+    gpu_share,
+    remove_leftovers,
+    worker_environment,
+)
+from search_spaces.recipe import Recipe
+from search_spaces.space import Shape
+from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, Refuse, space_of
+
+RAY_SECONDS = 120.0
+TOLERATED = ("runtime_env/agent", "runtime_env_agent", "dashboard/agent", "RuntimeEnvAgent", "DashboardAgent")
+
+
+def recipes() -> list[Recipe]:
+    space = space_of(["clinical"], Shape("uniform"))
+    return [space.recipe(anchor.params) for anchor in space.anchors()]
+
+
+def collect(pool: SerialPool | RayPool, count: int) -> list[Result]:
+    results: list[Result] = []
+    end = time.monotonic() + RAY_SECONDS
+    while len(results) < count and time.monotonic() < end:
+        results += pool.wait(1.0)
+    assert len(results) == count
+    return results
+
+
+# In this process -----------------------------------------------------------------------------------------------------
+
+
+def test_a_serial_pool_works_when_waited_for_and_gives_errors_as_words() -> None:
+    jobs = [Job(number, recipe.to_json(), "search") for number, recipe in enumerate(recipes()[:3])]
+    with SerialPool(lambda: FakeWorker(Refuse(1.0))) as pool:
+        assert pool.wait(0.0) == []
+        for job in jobs:
+            pool.submit(job)
+        first, second, third = collect(pool, 3)
+    assert [result.job for result in (first, second, third)] == jobs
+    assert first.evaluation is not None
+    assert first.evaluation.outcomes[0].suite == "search"
+    assert second == Result(jobs[1], None, "nonfinite: tensor model.norm.weight")
+    assert third.evaluation is not None
+
+
+def test_a_serial_pool_lets_a_person_interrupt() -> None:
+    def interrupt(recipe: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    pool = SerialPool(lambda: FakeWorker(interrupt))
+    pool.submit(Job(0, recipes()[0].to_json(), "search"))
+    with pytest.raises(KeyboardInterrupt):
+        pool.wait(1.0)
+
+
+def test_errors_of_ours_stand_for_themselves_and_others_get_their_kind() -> None:
+    assert describe(MergeError("tensor x is\nnot finite")) == "tensor x is not finite"
+    assert describe(KeyError("x")) == "KeyError: 'x'"
+    assert describe(MemoryError()) == "MemoryError: "
+
+
+@pytest.mark.parametrize(
+    ("count", "gpus", "share"), [(2, 0, 0.0), (1, 1, 1.0), (2, 1, 0.5), (3, 2, 0.5), (2, 4, 1.0), (5, 2, 1 / 3)]
+)
+def test_every_worker_finds_its_share_of_a_gpu(count: int, gpus: float, share: float) -> None:
+    assert gpu_share(count, gpus) == share
+    if share:
+        assert count <= int(gpus) * int(1 / share + 1e-9)
+
+
+def test_cores_are_shared_among_workers_and_never_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert worker_environment(3, 0)["OMP_NUM_THREADS"] == "2"
+    assert worker_environment(16, 0)["OMP_NUM_THREADS"] == "1"
+    assert worker_environment(16, 4)["OMP_NUM_THREADS"] == "4"
+
+
+def test_leftovers_of_dead_pools_are_removed_and_living_ones_stay(tmp_path: Path) -> None:
+    dead, living, other = (tmp_path / name for name in (f"{PREFIX}dead", f"{PREFIX}living", "other"))
+    for folder in (dead, living, other):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with pool_module._locked(living / "lock"):
+        remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}living", "other"]
+
+
+def test_ray_is_not_started_from_a_thread_that_may_end() -> None:
+    caught: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            RayPool(FakeWorker, 1)
+        except WorkerError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(caught[0])
+
+
+# With Ray ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("orders")
+
+
+@pytest.fixture(scope="module")
+def cluster(orders: Path) -> Iterator[RayPool]:
+    """Two workers, started in a folder that shadows a package of ours, with a stranger's address set."""
+    trap = orders / "trap"
+    (trap / "evals").mkdir(parents=True)
+    (trap / "evals" / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{stranger.getsockname()[1]}")
+        patch.setenv("HOME", "/proc/nonexistent")  # Ray would keep its token there
+        patch.chdir(trap)
+        with RayPool(functools.partial(ObedientWorker, folder=orders), 2) as pool:
+            yield pool
+
+
+@pytest.fixture
+def pool(cluster: RayPool, orders: Path) -> RayPool:
+    for name in ("kill", "hang", "fail", "refuse", "kill-done"):
+        with contextlib.suppress(FileNotFoundError):
+            (orders / name).unlink()
+    return cluster
+
+
+def test_the_cluster_is_private(pool: RayPool) -> None:
+    for number, recipe in enumerate(recipes()):
+        pool.submit(Job(number, recipe.to_json(), "holdout"))
+    results = collect(pool, len(recipes()))
+    assert all(result.evaluation is not None and not result.error for result in results)
+    assert results[0].evaluation == FakeWorker().evaluate(results[0].job.recipe, "holdout")
+    folder = pool._cluster._folder
+    assert folder is not None
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "token").stat().st_mode) == 0o600
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_workers_run_in_a_folder_of_their_own_offline_with_their_share_of_threads(pool: RayPool, orders: Path) -> None:
+    while len(pool.pids) < 2:
+        pool.wait(1.0)
+    about = [json.loads(path.read_text()) for path in orders.glob("about-*.json")]
+    assert len(about) == 2
+    for worker in about:
+        assert str(orders / "trap") not in (*worker["path"], worker["folder"])
+        assert worker["environment"]["HF_HUB_OFFLINE"] == "1"
+        assert worker["environment"]["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+
+
+def test_a_killed_workers_trial_is_done_by_another(pool: RayPool, orders: Path, tmp_path: Path) -> None:
+    Obey(orders).order("kill", "once")
+    bench = Bench(tmp_path / "toy")
+    bench.search(trials=12, pool=pool)
+    assert (orders / "kill-done").exists()
+    study = optuna.load_study(study_name="toy", storage=bench.run.storage())
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 12
+    (retry,) = (event for event in bench.events if event.kind == "retry")
+    assert "attempt 1 of 2: worker process" in retry.text
+    assert "of an order" in retry.text  # the end of the worker's log
+
+
+def test_a_worker_killed_from_outside_gives_its_job_back(pool: RayPool, orders: Path) -> None:
+    recipe = recipes()[0]
+    Obey(orders).order("hang", recipe.digest)
+    pool.submit(Job(5, recipe.to_json(), "search"))
+    assert pool.wait(0.5) == []
+    (busy,) = (slot for slot in pool._slots if slot.job is not None)
+    os.kill(busy.pid, signal.SIGKILL)
+    (result,) = collect(pool, 1)
+    assert (result.died, result.evaluation, result.job.trial) == (True, None, 5)
+    assert f"worker process {busy.pid} died" in result.error
+
+
+def test_a_poisoned_recipe_fails_and_the_search_goes_on(pool: RayPool, orders: Path, tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "toy")
+    poison = next(a for a in bench.space.anchors() if a.name == "uniform a=0.50")
+    Obey(orders).order("kill", bench.space.recipe(poison.params).digest)
+    bench.search(trials=10, pool=pool)
+    trials = optuna.load_study(study_name="toy", storage=bench.run.storage()).trials
+    (failed,) = (trial for trial in trials if trial.user_attrs.get("kind") == "uniform a=0.50")
+    assert failed.state == TrialState.FAIL
+    assert failed.user_attrs["reason"].startswith("worker_died: worker process")
+    assert len(trials) == 10
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) >= 8  # the slope may be the same recipe
+
+
+def test_a_trial_that_runs_too_long_costs_its_worker(
+    pool: RayPool, orders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipes()[2]
+    Obey(orders).order("hang", recipe.digest)
+    monkeypatch.setattr(pool, "_trial_seconds", 1.0)
+    pool.submit(Job(9, recipe.to_json(), "search"))
+    (result,) = collect(pool, 1)
+    assert result.died
+    assert result.error == "trial ran longer than 1 s; its worker was stopped"
+
+
+def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> None:
+    recipe = recipes()[3]
+    Obey(orders).order("fail", recipe.digest)
+    pool.submit(Job(9, recipe.to_json(), "search"))
+    pool.submit(Job(10, "no recipe", "search"))
+    by_trial = {result.job.trial: result for result in collect(pool, 2)}
+    assert (by_trial[9].error, by_trial[9].died) == ("nonfinite: tensor model.norm.weight", False)
+    assert by_trial[10].error
+    assert not by_trial[10].died
+
+
+def test_ray_is_not_the_bottleneck(pool: RayPool) -> None:
+    job, count = Job(0, recipes()[0].to_json(), "search"), 50
+    pool.submit(job)
+    pool.submit(job)
+    collect(pool, 2)
+    start = time.perf_counter()
+    for _ in range(count):
+        pool.submit(job)
+    collect(pool, count)
+    assert (time.perf_counter() - start) / count < 0.2  # about 1 ms on an idle machine
+
+
+def test_a_worker_that_cannot_be_built_says_why(pool: RayPool, orders: Path) -> None:
+    """Leaves the pool with a broken worker: the last but one test."""
+    (orders / "refuse").touch()
+    os.kill(pool.pids[0], signal.SIGKILL)
+    os.kill(pool.pids[1], signal.SIGKILL)
+    for number in range(2):
+        pool.submit(Job(number, recipes()[0].to_json(), "search"))
+    with pytest.raises(WorkerError, match="a worker cannot be built: no such model"):
+        collect(pool, 3)
+
+
+def test_nothing_is_left_after_close(pool: RayPool) -> None:
+    """Closes the pool: the last test."""
+    folder = pool._cluster._folder
+    assert folder is not None
+    assert processes_of(folder)
+    pool.close(kill=True)
+    pool.close()
+    end = time.monotonic() + 5
+    while processes_of(folder) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert processes_of(folder) == []
+    assert not folder.exists()
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines that name the pool's folder, but for Ray's agents, which may live on for two minutes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in words and not any(agent in words for agent in TOLERATED):
+                found.append(words)
+    return found

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evals.outcomes import TaskSpec
+from optimizer.checkpoints import Checkpoint
+from optimizer.errors import MergeError
+from optimizer.merge import merge_to_folder
+from optimizer.worker import Worker, WorkerSpec, resident_model
+from search_spaces.recipe import Recipe, Setting
+from tests.pico import pico_expert, pico_llama
+
+ITEMS = 6
+WORDS = ("red", "green", "blue", "brown")
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
+    folder = tmp_path_factory.mktemp("models")
+    base = pico_llama(folder / "base")
+    expert = pico_expert(base, folder / "expert", scale=0.2)
+    tasks = tuple(
+        TaskSpec(str(write_task(folder, name)), role, search_items=ITEMS, holdout_items=ITEMS)
+        for name, role in (("colours", "domain"), ("numbers", "general"))
+    )
+    return WorkerSpec(
+        base=str(base),
+        experts=(("e", str(expert)),),
+        tasks=tasks,
+        chat_template=False,
+        allow_task_code=False,
+        token_budget=256,
+        dtype="auto",
+        device="cpu",
+        threads=1,
+        seed=0,
+    )
+
+
+def write_task(folder: Path, name: str) -> Path:
+    rows = [{"q": f"{name} {i}:", "choices": list(WORDS), "gold": i % 4} for i in range(2 * ITEMS)]
+    (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: choices\ndoc_to_target: gold\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    return path
+
+
+def recipe(weight: float, method: str = "task_arithmetic") -> str:
+    experts = (("e", "elsewhere"),)
+    return Recipe(method, "elsewhere", experts, (Setting("weight", "", "", weight),)).to_json()
+
+
+def test_a_worker_has_no_memory_of_earlier_recipes(spec: WorkerSpec) -> None:
+    worker, fresh = Worker(spec), Worker(spec)
+    for weight in (1.0, 0.3, 0.0):
+        worker.evaluate(recipe(weight), "search")
+    again, first = worker.evaluate(recipe(0.3), "search"), fresh.evaluate(recipe(0.3), "search")
+    assert again.outcomes == first.outcomes
+    assert {row.suite for row in first.outcomes} == {"search"}
+    assert len(first.outcomes) == 2 * ITEMS
+    assert first.outcomes != fresh.evaluate(recipe(1.0), "search").outcomes
+    assert {row.item for row in first.outcomes}.isdisjoint(
+        row.item for row in fresh.evaluate(recipe(0.3), "holdout").outcomes
+    )
+
+
+def test_a_recipe_scores_as_the_model_it_exports(spec: WorkerSpec, tmp_path: Path) -> None:
+    worker = Worker(spec)
+    scored = worker.evaluate(recipe(0.4), "search")
+    merge_to_folder(worker._sources, Recipe.from_json(recipe(0.4)), tmp_path / "out")
+    exported = tmp_path / "exported"
+    pico_llama(exported)  # config and tokenizer
+    for path in (tmp_path / "out").glob("*.safetensors*"):
+        path.replace(exported / path.name)
+    assert Worker(replace(spec, base=str(exported))).evaluate(recipe(0.0), "search").outcomes == scored.outcomes
+
+
+def test_a_merge_is_rounded_to_the_bases_dtype_whatever_it_is_scored_in(spec: WorkerSpec) -> None:
+    wide, own = Worker(replace(spec, dtype="float32")), Worker(spec)
+    wide.evaluate(recipe(0.3), "search")
+    own.evaluate(recipe(0.3), "search")
+    for name, parameter in own._parameters.items():
+        assert wide._parameters[name].dtype == torch.float32
+        assert torch.equal(wide._parameters[name], parameter.float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_resident_model_owns_its_memory_and_keeps_its_ties(tmp_path: Path, tied: bool) -> None:
+    folder = pico_llama(tmp_path / "model", tied=tied)
+    base = Checkpoint.open(folder)
+    model = resident_model(base, dtype="auto", device="cpu")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
+    for parameter in model.parameters():
+        parameter.fill_(7.0)
+    again = Checkpoint.open(folder)
+    assert not any(bool((again.tensor(name) == 7.0).all()) for name in again.names)
+    assert not any(bool((base.tensor(name) == 7.0).all()) for name in base.names)
+
+
+def test_a_recipe_of_another_expert_is_an_error_and_leaves_the_worker_usable(spec: WorkerSpec) -> None:
+    worker = Worker(spec)
+    stranger = Recipe("task_arithmetic", "elsewhere", (("who", "elsewhere"),), ()).to_json()
+    before = worker.evaluate(recipe(0.5), "search")
+    with pytest.raises(MergeError, match="who"):
+        worker.evaluate(stranger, "search")
+    assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
+
+
+def test_a_driver_does_not_import_what_only_workers_need() -> None:
+    code = (
+        "import sys, optimizer.worker, optimizer.pool, optimizer.search\n"
+        "print([name for name in ('torch', 'transformers', 'lm_eval', 'datasets', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
