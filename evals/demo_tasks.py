@@ -12,9 +12,10 @@ import json
 import random
 import re
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from evals.errors import TaskError
@@ -23,7 +24,7 @@ OWN_TASKS = Path(__file__).with_name("tasks")  # general_knowledge, minimal_pair
 SHORTEST_DEFINITION = 60  # characters; shorter ones repeat the term
 SHORTEST_CONTEXT = 25  # characters of a definition before the word that is asked for
 HELD_OUT = 5  # one term in five is held out of the training
-KNOWN, FREQUENT = 5, 25  # training definitions that hold a word asked for, and a word beside it
+KNOWN = 3  # times a word follows another in the training definitions, to be asked for or to stand beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,14 @@ def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
 
 
 def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
-    """Held-out definitions broken off before a word, which stands among three others that are about as frequent."""
-    counts = Counter(word for term in terms if not term.held_out for word in set(_plain_words(term.definition)))
-    frequent = sorted(word for word, count in counts.items() if count >= FREQUENT)
-    asked = (_cloze(term, counts, frequent) for term in terms if term.held_out and term.asked)
+    """Held-out definitions broken off before a word, which stands among three others that may follow the one before."""
+    followers: dict[str, Counter[str]] = defaultdict(Counter)
+    for term in terms:
+        if not term.held_out:
+            words = re.findall(r"[a-z]+", term.definition.lower())
+            for before, word in pairwise(words):
+                followers[before][word] += 1
+    asked = (_cloze(term, followers) for term in terms if term.held_out and term.asked)
     config = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{text}}",
@@ -105,28 +110,26 @@ def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
     return _write_task(folder / "clinical_words", [row for row in asked if row], config)
 
 
-def _cloze(term: ClinicalTerm, counts: Mapping[str, int], frequent: Sequence[str]) -> dict[str, object] | None:
+def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:
     draw, text = random.Random(term.identifier), term.definition
-    places = [
-        place
-        for place in re.finditer(r"(?<= )[a-z]{5,}(?=[ ,.;])", text)
-        if place.start() > SHORTEST_CONTEXT
-        and counts[place.group()] >= KNOWN
-        and place.group() not in text[: place.start()] + term.name.lower()
-    ]
+    places = []
+    for place in re.finditer(r"(?<=[a-z] )[a-z]{5,}(?=[ ,.;])", text):
+        before, word = re.findall(r"[a-z]+", text[: place.start()].lower())[-1], place.group()
+        others = [
+            other
+            for other, count in followers.get(before, Counter()).items()
+            if count >= KNOWN and len(other) >= 5 and other not in text.lower()
+        ]
+        new = word not in text[: place.start()].lower() + term.name.lower()
+        if new and len(others) >= 3 and place.start() > SHORTEST_CONTEXT and followers[before][word] >= KNOWN:
+            near = sorted(others, key=lambda other: (abs(followers[before][other] - followers[before][word]), other))
+            places.append((place.start(), word, near[:6]))
     if not places:
         return None
-    place = draw.choice(places)
-    word = place.group()
-    others = [other for other in frequent if other not in text]
-    near = sorted(others, key=lambda other: (abs(counts[other] - counts[word]), other))[:12]
-    choices = [word, *draw.sample(near, 3)]
+    start, word, others = draw.choice(places)
+    choices = [word, *draw.sample(others, 3)]
     draw.shuffle(choices)
-    return {"text": f"{term.name}: {text[: place.start() - 1]}", "choices": choices, "gold": choices.index(word)}
-
-
-def _plain_words(text: str) -> list[str]:
-    return re.findall(r"\b[a-z]{5,}\b", text)
+    return {"text": f"{term.name}: {text[: start - 1]}", "choices": choices, "gold": choices.index(word)}
 
 
 def write_python_prose(folder: Path) -> Path:

@@ -35,7 +35,7 @@ OWN_NAMES = ("optimizer", "search_spaces", "evals")
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(slots=True)
@@ -186,7 +186,7 @@ def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     assert plan.base is not None
     for name, model in {"base": plan.base, **plan.experts}.items():
         dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})
-        kind = " (adapter)" if (model.folder / ADAPTER).is_file() else ""
+        kind = " (adapter)" if model.is_adapter else ""
         yield name, model.source + kind, _millions(_numbers(model)), _size(model.bytes), ", ".join(dtypes)
 
 
@@ -255,8 +255,7 @@ def _numbers(model: Checkpoint) -> int:
 
 def _own_bytes(expert: Checkpoint) -> int:
     """Bytes an expert adds to the base's: an adapter only its own file."""
-    adapter = expert.folder / "adapter_model.safetensors"
-    return adapter.stat().st_size if adapter.is_file() else expert.bytes
+    return (expert.folder / ADAPTER_WEIGHTS).stat().st_size if expert.is_adapter else expert.bytes
 
 
 def _shortened(names: tuple[str, ...] | list[str]) -> str:

@@ -104,10 +104,10 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
     else:
-        domain = [task("clinical_text", 40, 60), task("clinical_words", 160, 240)]
+        domain = [task("clinical_text", 40, 60), task("clinical_words", 140, 240)]
         general = [
             task("general_knowledge", 120, 200, OWN_TASKS),
-            task("minimal_pairs", 120, 200, OWN_TASKS),
+            task("minimal_pairs", 130, 170, OWN_TASKS),
             task("python_prose", 8, 12),
         ]
     return {

@@ -180,9 +180,9 @@ class _Merger:
     def _numbers_of(self, group: str) -> tuple[tuple[str, ...], Values | None]:
         """Return the experts that change a group and their numbers without seeds; none where the base stays."""
 
-        def value(parameter: str, expert: str = "") -> float:
+        def value(parameter: str, expert: str = "", *, absent: float = 1.0) -> float:
             known = SPECS[self._recipe.method].parameter(parameter) is not None
-            return self._recipe.value(parameter, expert=expert, group=group) if known else 1.0
+            return self._recipe.value(parameter, expert=expert, group=group) if known else absent
 
         names = sorted(name for name, _ in self._recipe.experts)  # sums have one order, whatever the recipe's
         active = tuple(name for name in names if value("weight", name) != 0)
@@ -199,7 +199,7 @@ class _Merger:
             seeds=(),
             t=value("t"),
             scale=value("lambda"),
-            normalize=value("normalize") == 1,
+            normalize=value("normalize", absent=0.0) == 1,
             rescale=value("rescale") == 1,
         )
 

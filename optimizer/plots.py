@@ -26,6 +26,7 @@ WIDTH, HEIGHT, PLOT_WIDTH = 980, 600, 860  # pixels
 AXIS = {"gridcolor": RULE, "zerolinecolor": PALE, "zerolinewidth": 1.5, "ticks": "", "automargin": True}
 
 MODULES = {"attn": ("attention", BLUE, "circle"), "mlp": ("feed-forward", ORANGE, "square")}
+BOTH = ("attention and feed-forward", BLUE, "circle")
 ENDS = {"embed": ("embeddings", GREEN, "diamond"), "head": ("head", PURPLE, "triangle-up")}
 
 
@@ -76,16 +77,16 @@ def weights(frame: pd.DataFrame, *, title: str) -> go.Figure:
     last = int(frame["layer"].max())
     for row, name in enumerate(experts, start=1):
         rows = frame[frame["expert"] == name]
-        for trace in _module_traces(rows, last, legend=row == 1):
+        for trace in _module_traces(rows, legend=row == 1):
             panels.add_trace(trace, row=row, col=1)
         panels.update_yaxes(title_text="weight", row=row, col=1)
     panels.update_xaxes(AXIS, zeroline=False)
     panels.update_yaxes(AXIS)
     low, high = min(0.0, frame["weight"].min()), max(1.0, frame["weight"].max())
     panels.update_yaxes(range=[low - 0.06, high + 0.06])
-    step = max(1, math.ceil((last + 1) / 12))
+    step = math.ceil((last + 1) / 12)
     layers = list(range(0, last + 1, step))
-    panels.update_xaxes(range=[-1.8, last + 1.8], tickvals=[-1, *layers, last + 1])
+    panels.update_xaxes(range=[-2 * step, last + 2 * step], tickvals=[-step, *layers, last + step], tickangle=0)
     panels.update_xaxes(ticktext=["embed", *map(str, layers), "head"])
     panels.update_xaxes(title_text="layer, from the embeddings to the head", row=len(experts), col=1)
     return panels
@@ -126,8 +127,8 @@ def hypervolume(
     label = {"xref": "x", "yref": "y", "showarrow": False, "xanchor": "right", "x": end}
     figure.add_annotation(text="anchors alone", y=anchors, yshift=-14, font={"color": "#9a6a00", "size": 15}, **label)
     figure.add_annotation(text="all trials so far", y=final, yshift=14, font={"color": BLUE, "size": 15}, **label)
-    room = max(final, anchors) - (bottom := min(anchors, final) * 0.8)
-    figure.update_yaxes(range=[bottom, max(final, anchors) + 0.12 * room])
+    bottom, top = 0.8 * min(anchors, final), max(anchors, final)
+    figure.update_yaxes(range=[bottom, top + (0.12 * (top - bottom) or 1.0)])
     figure.add_shape(
         type="line", x0=first_searched - 0.5, x1=first_searched - 0.5, y0=0, y1=1, yref="paper", layer="below",
         line={"color": PALE, "width": 1.5, "dash": "dot"},
@@ -304,18 +305,24 @@ def _links(judged: pd.DataFrame) -> go.Scatter:
     )  # fmt: skip
 
 
-def _module_traces(rows: pd.DataFrame, last: int, *, legend: bool) -> list[go.Scatter]:
+def _module_traces(rows: pd.DataFrame, *, legend: bool) -> list[go.Scatter]:
+    """A line for each kind of module, one for both where they are alike; embeddings and head as marks of their own."""
+    last = int(rows["layer"].max())
+    step = math.ceil((last + 1) / 12)  # embeddings and head stand one tick before and after the layers
+    attn, mlp = (rows.loc[rows["kind"] == kind, "weight"].tolist() for kind in MODULES)
+    series = {**ENDS, "attn": BOTH} if attn == mlp else {**ENDS, **MODULES}
     traces = []
-    for kind, (name, color, symbol) in {**MODULES, **ENDS}.items():
+    for kind, (name, color, symbol) in series.items():
         part = rows[rows["kind"] == kind]
         if part.empty:
             continue
-        layer = part["layer"] if kind in MODULES else [-1 if kind == "embed" else last + 1]
+        in_layers = kind in MODULES
         traces.append(
             go.Scatter(
-                x=layer, y=part["weight"], name=name, legendgroup=kind, showlegend=legend,
-                mode="lines+markers" if kind in MODULES else "markers", line={"color": color, "width": 2.5},
-                marker={"symbol": symbol, "color": color, "size": 9 if kind in MODULES else 13},
+                x=part["layer"] if in_layers else [-step if kind == "embed" else last + step], y=part["weight"],
+                name=name, legendgroup=name, showlegend=legend, mode="lines+markers" if in_layers else "markers",
+                line={"color": color, "width": 2.5},
+                marker={"symbol": symbol, "color": color, "size": 8 if in_layers else 13, "line": {"width": 0}},
                 text=part["group"], hovertemplate="%{text}: %{y:.3f}<extra></extra>",
             )
         )  # fmt: skip

@@ -232,17 +232,17 @@ class Run:
         return hypervolume(losses[self._points["kind"] != SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
 
     def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
-        """A trial (the knee unless named) against the anchors' lines at the same forgetting.
+        """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
 
         A line joins base, its own anchors and expert, without those another point of it beats; between two of them
         every item's value is interpolated. So the difference is paired by item, as the gain itself is.
 
         Returns:
             line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_domain, difference and its 95 %
-            interval low, high. Empty with several experts, and for a trial that forgets more than the line's end.
+            interval low, high. Empty with several experts, and for a trial beyond the line's ends.
         """
         columns = ["line", "suite", "forgetting", "domain", "line_domain", "difference", "low", "high"]
-        if len(self.experts) != 1 or self._points.empty:
+        if len(self.experts) != 1 or self._points.empty or (trial is None and self._is_anchor(self.knee())):
             return pd.DataFrame(columns=columns)
         trial = self.knee() if trial is None else trial
         suite = self.suite_of(trial)
@@ -250,7 +250,9 @@ class Run:
         return pd.DataFrame(rows, columns=columns)
 
     def verdict(self) -> list[str]:
-        """What `does_search_pay` says of the knee, a sentence for each line of anchors."""
+        """Whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
+        if len(self._points) and self._is_anchor(knee := self.knee()):
+            return [f"The knee needs no search: it is {self._points['kind'][knee]}. The search found no better one."]
         return [_verdict(gap) for gap in rows_of(self.does_search_pay()).values()]
 
     def findings(self) -> list[str]:
@@ -309,7 +311,7 @@ class Run:
         return plots.retention(self.retention(trial), title=f"Trial {trial}: what it won and what it kept")
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"<run {self.name}>"
 
     def _repr_html_(self) -> str:
         front = self.front()
@@ -406,6 +408,9 @@ class Run:
         if self._points.empty:
             raise RunError(f"run {self.name} has no finished trial yet: the base and every expert must be scored first")
         return self._points
+
+    def _is_anchor(self, trial: int) -> bool:
+        return bool(self._points["kind"][trial] != SEARCHED)
 
     def _losses(self, prefix: str) -> pd.DataFrame:
         return _losses(self._points, self.objectives, prefix)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import Outcome, TaskSpec
+from optimizer.errors import CheckpointError
 from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -120,6 +121,9 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedMo
     Args:
         dtype: "auto", "bf16" or "float32".
         device: "auto", "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: the base is no causal language model, or its config asks for other tensors.
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -132,8 +136,15 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedMo
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
-    model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=floating)
+    model, loading = architecture.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True
+    )
+    odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+    if odd:  # transformers would go on with random numbers
+        raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
     model.requires_grad_(False)
     return model.to(place).eval()
 

@@ -27,7 +27,8 @@ def test_runs_on_a_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEFRONT_RUN", str(toy_run(tmp_path / "toy", trials=12)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, startup_timeout=300, resources=place).execute()
     assert _pictures(notebook) == PICTURES
     assert "mergefront export" in notebook.cells[-1].outputs[0].text
 

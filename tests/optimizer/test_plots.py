@@ -105,3 +105,13 @@ def test_no_finished_trial_gives_an_empty_figure(tmp_path: Path) -> None:
     run = open_run(RunFolder.create_or_resume(tmp_path / "toy", "", {}, tasks=()).path)
     assert run.plot_front().layout.annotations[0].text == "no finished trial yet"
     assert picture(run.plot_front())
+
+
+def test_modules_that_are_alike_share_a_line(run: Run) -> None:
+    uniform = int(run.points().index[run.points()["kind"] == "uniform a=0.50"][0])
+    assert [trace.name for trace in run.plot_weights(uniform).data] == [
+        "embeddings",
+        "head",
+        "attention and feed-forward",
+    ]
+    assert len(run.plot_weights(run.knee()).data) == 4

@@ -53,6 +53,14 @@ def collect(pool: SerialPool | RayPool, count: int) -> list[Result]:
     return results
 
 
+def both_started(pool: RayPool) -> tuple[int, ...]:
+    """The process ids of both workers, once the last dead one is replaced."""
+    end = time.monotonic() + RAY_SECONDS
+    while len(pool.pids) < 2 and time.monotonic() < end:
+        pool.wait(1.0)
+    return pool.pids
+
+
 # In this process -----------------------------------------------------------------------------------------------------
 
 
@@ -172,8 +180,7 @@ def test_the_cluster_is_private(pool: RayPool) -> None:
 
 
 def test_workers_run_in_a_folder_of_their_own_offline_with_their_share_of_threads(pool: RayPool, orders: Path) -> None:
-    while len(pool.pids) < 2:
-        pool.wait(1.0)
+    both_started(pool)
     about = [json.loads(path.read_text()) for path in orders.glob("about-*.json")]
     assert len(about) == 2
     for worker in about:
@@ -256,9 +263,9 @@ def test_ray_is_not_the_bottleneck(pool: RayPool) -> None:
 
 def test_a_worker_that_cannot_be_built_says_why(pool: RayPool, orders: Path) -> None:
     """Leaves the pool with a broken worker: the last but one test."""
+    for pid in both_started(pool):
+        os.kill(pid, signal.SIGKILL)
     (orders / "refuse").touch()
-    os.kill(pool.pids[0], signal.SIGKILL)
-    os.kill(pool.pids[1], signal.SIGKILL)
     for number in range(2):
         pool.submit(Job(number, recipes()[0].to_json(), "search"))
     with pytest.raises(WorkerError, match="a worker cannot be built: no such model"):

@@ -205,3 +205,12 @@ def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
 
 def test_reasons_that_judge_no_recipe_are_those_of_the_search() -> None:
     assert NOT_A_VERDICT == NOT_COUNTED
+
+
+NOT_BETTER = "The search found no better one."
+
+
+def test_a_knee_that_needs_no_search_is_said_to_need_none(tmp_path: Path) -> None:
+    run = open_run(toy_run(tmp_path / "toy", trials=0))
+    assert run.does_search_pay().empty
+    assert run.verdict() == [f"The knee needs no search: it is {run.points()['kind'][run.knee()]}. {NOT_BETTER}"]

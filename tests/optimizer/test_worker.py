@@ -11,7 +11,7 @@ import torch
 
 from evals.outcomes import TaskSpec
 from optimizer.checkpoints import Checkpoint
-from optimizer.errors import MergeError
+from optimizer.errors import CheckpointError, MergeError
 from optimizer.merge import merge_to_folder
 from optimizer.worker import Worker, WorkerSpec, resident_model
 from search_spaces.recipe import Recipe, Setting
@@ -108,6 +108,14 @@ def test_the_resident_model_owns_its_memory_and_keeps_its_ties(tmp_path: Path, t
     again = Checkpoint.open(folder)
     assert not any(bool((again.tensor(name) == 7.0).all()) for name in again.names)
     assert not any(bool((base.tensor(name) == 7.0).all()) for name in base.names)
+
+
+def test_a_config_that_asks_for_other_tensors_is_refused(tmp_path: Path) -> None:
+    base = Checkpoint.open(pico_llama(tmp_path / "model"))
+    config = json.loads((base.folder / "config.json").read_text())
+    (base.folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"do not fit: .*layers\.2"):
+        resident_model(base, dtype="auto", device="cpu")
 
 
 def test_a_recipe_of_another_expert_is_an_error_and_leaves_the_worker_usable(spec: WorkerSpec) -> None:

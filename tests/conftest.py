@@ -1,0 +1,40 @@
+"""What all tests share: no network, and one tiny demo, run once for the tests that look at a real run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def demo_command(out: Path) -> list[str]:
+    """The command that runs the tiny demo into `out`."""
+    return [sys.executable, "-c", "from optimizer.cli import main; main()", "demo", "--tiny", "--out", str(out)]
+
+
+def demo_environment(home: Path) -> dict[str, str]:
+    """An environment with an empty home, in which the project's packages are found from any folder."""
+    return os.environ | {"HOME": str(home), "HF_HOME": str(home / "hf"), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an undisturbed `mergefront demo --tiny`; its terminal output lies beside it in `demo.txt`."""
+    folder = tmp_path_factory.mktemp("demo")
+    command, environment = demo_command(folder / "demo"), demo_environment(folder)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "demo.txt").write_text(done.stdout)
+    return folder / "demo"
+
+
+@pytest.fixture
+def demo_inputs(tiny_demo: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny demo's models and tasks, so that another run of it need not train."""
+    return Path(shutil.copytree(tiny_demo.with_name("demo-inputs"), tmp_path / "demo-inputs"))

@@ -1,0 +1,90 @@
+"""The demo from end to end on the pico model: what it leaves, what a kill costs, and that the export is the trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from benchmarks.agreement import agreements
+from evals.demo_tasks import clinical_terms, clinical_training_texts, write_clinical_text, write_clinical_words
+from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.run import open_run
+from tests.conftest import demo_command, demo_environment
+
+
+def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
+    run = open_run(tiny_demo)
+    kinds = set(run.points()["kind"])
+    assert {"base", "expert:clinical", "uniform a=0.50", "search"} <= kinds
+    assert (run.trials()["state"] == "complete").sum() == 16
+    knee = run.knee()
+    _, info = AutoModelForCausalLM.from_pretrained(tiny_demo / "models" / f"trial-{knee}", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    page = (tiny_demo / "report.html").read_text()
+    assert "http" not in page.split("Content-Security-Policy")[1][:300]
+    shown = tiny_demo.with_name("demo.txt").read_text()
+    assert str(knee) in shown
+    assert "forgets" in shown
+
+
+def test_a_second_time_starts_from_what_is_there(tiny_demo: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_demo.glob("outcomes/*")}
+    begun = time.monotonic()
+    command, environment = demo_command(tiny_demo), demo_environment(tiny_demo.parent)
+    subprocess.run(command, cwd=tiny_demo.parent, env=environment, check=True, capture_output=True, timeout=120)
+    assert {path: path.stat().st_mtime_ns for path in tiny_demo.glob("outcomes/*")} == before
+    assert time.monotonic() - begun < 60
+
+
+def test_killed_half_way_it_ends_with_as_many_trials(tiny_demo: Path, demo_inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command, environment = demo_command(out), demo_environment(tmp_path)
+    first = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: len(list(out.glob("outcomes/*-search.parquet"))) >= 7, first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (out / "front.json").exists()
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200)
+    states = open_run(out).trials()["state"].value_counts()
+    undisturbed = open_run(tiny_demo).trials()["state"].value_counts()
+    assert states["complete"] == undisturbed["complete"]
+    assert states.get("running", 0) == 0
+
+
+def test_lm_eval_gives_the_exported_model_the_scores_of_its_trial(tiny_demo: Path) -> None:
+    knee = open_run(tiny_demo).knee()
+    found = list(agreements(tiny_demo, knee, tiny_demo / "models" / f"trial-{knee}"))
+    assert {(row.task, row.suite) for row in found} == {
+        (task, suite) for task in ("clinical_text", "python_prose", "python_source") for suite in (SEARCH, HOLDOUT)
+    }
+    for row in found:
+        assert row.theirs == pytest.approx(row.ours, rel=2e-3), row
+
+
+def test_no_training_text_is_asked_about(tmp_path: Path) -> None:
+    terms = clinical_terms()
+    trained = set(clinical_training_texts(terms))
+    names = {text.split(": ")[0] for text in trained}
+    for folder in (write_clinical_text(tmp_path, terms), write_clinical_words(tmp_path, terms)):
+        rows = [json.loads(line) for line in (folder / f"{folder.name}.jsonl").read_text().splitlines()]
+        assert len(rows) > 500
+        assert not {row["text"] for row in rows} & trained
+        assert len([row for row in rows if row["text"].split(": ")[0] in names]) == 0
+
+
+def wait_for(ready: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Until `ready()` is true; fails when the process ends first or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not ready():  # type: ignore[operator]
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
