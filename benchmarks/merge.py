@@ -4,7 +4,8 @@
 
 Each method merges into a resident model, the finiteness check included. GB/s counts the bytes that must move: base and
 experts read once, the model written once. The ratio is to a float32 triad (a = b + s * c) counted the same way and
-timed anew beside each line, so that other work on the machine weighs on both. given, it stands in for the second too.
+timed anew beside each line, so that other work on the machine weighs on both. One expert
+alone stands in for the second too.
 """
 
 from __future__ import annotations

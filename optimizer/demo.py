@@ -35,7 +35,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
 
     Args:
         out: the run's folder; models, tasks and the study file go to a folder beside it.
-        tiny: a pico model and three tasks instead of SmolLM2-135M and six.
+        tiny: a pico model and three tasks instead of SmolLM2-135M and five.
         workers: Ray actors; 0 is this process; None is the demo's own number.
         console: where progress and results are written.
 
@@ -104,18 +104,18 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
     else:
-        domain = [task("clinical_text", 40, 60), task("clinical_words", 140, 240)]
+        domain = [task("clinical_text", 32, 50), task("clinical_words", 120, 200)]
         general = [
-            task("general_knowledge", 120, 200, OWN_TASKS),
-            task("minimal_pairs", 130, 170, OWN_TASKS),
-            task("python_prose", 8, 12),
+            task("general_knowledge", 100, 160, OWN_TASKS),
+            task("minimal_pairs", 120, 150, OWN_TASKS),
+            task("python_prose", 6, 10),
         ]
     return {
         "name": out.name,
         "models": {"base": str(base), "experts": {"clinical": str(expert)}},
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {"domain": domain, "general": general},
-        "search": {"trials": 16 if tiny else 44},
+        "search": {"trials": 16 if tiny else 40},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

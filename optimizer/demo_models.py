@@ -210,6 +210,6 @@ def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]
     temporary.rename(folder)
 
 
-REAL_EXPERT = TrainingPlan(steps=28, learning_rate=5.0e-4)
+REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4)
 PICO_BASE = TrainingPlan(steps=120, batch=8, length=128, learning_rate=5.0e-3, warm_up=10)
 PICO_EXPERT = replace(PICO_BASE, steps=40, learning_rate=3.0e-3)

@@ -23,7 +23,7 @@ INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
 BLUE, RED, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 WIDTH, HEIGHT, PLOT_WIDTH = 980, 600, 860  # pixels
-AXIS = {"gridcolor": RULE, "zerolinecolor": PALE, "zerolinewidth": 1.5, "ticks": "", "automargin": True}
+AXIS = {"gridcolor": RULE, "zerolinecolor": PALE, "zerolinewidth": 1.5, "automargin": True, "title_standoff": 14}
 
 MODULES = {"attn": ("attention", BLUE, "circle"), "mlp": ("feed-forward", ORANGE, "square")}
 BOTH = ("attention and feed-forward", BLUE, "circle")
@@ -49,10 +49,10 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     figure.update_xaxes(range=[left, right])
     figure.update_yaxes(range=_span(points["domain"], below=0.08, above=0.16))
     rows = rows_of(points)
-    for row in rows.values():
-        if row["kind"] == "base" or row["kind"].startswith("expert:"):
-            up_or_down = 24 if row["kind"] == "base" else -26
-            _point_at(figure, row, _escaped(row["kind"].replace("expert:", "expert ")), x=34, y=up_or_down)
+    ends = [row for row in rows.values() if row["kind"] == "base" or row["kind"].startswith("expert:")]
+    for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
+        label = _escaped(row["kind"].replace("expert:", "expert "))
+        _point_at(figure, row, label, x=34, y=-26 if place % 2 else 26)
     if knee is not None:
         figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
         from_left = PLOT_WIDTH * (100 * rows[knee]["forgetting"] - left) / (right - left)
@@ -80,6 +80,7 @@ def weights(frame: pd.DataFrame, *, title: str) -> go.Figure:
         for trace in _module_traces(rows, legend=row == 1):
             panels.add_trace(trace, row=row, col=1)
         panels.update_yaxes(title_text="weight", row=row, col=1)
+    panels.update_annotations(x=1, xanchor="right")  # the panels' titles, out of the legend's way
     panels.update_xaxes(AXIS, zeroline=False)
     panels.update_yaxes(AXIS)
     low, high = min(0.0, frame["weight"].min()), max(1.0, frame["weight"].max())
@@ -154,8 +155,8 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
     figure.update_layout(margin={"l": 40, "r": 150})
     figure.add_traces(
         [
-            _task_bars(upwards[upwards["role"] == "domain"], "domain: % of the expert's gain", BLUE),
-            _task_bars(upwards[upwards["role"] == "general"], "general: % of the base's ability kept", GREEN),
+            _task_bars(upwards[upwards["role"] == "domain"], "domain gain", BLUE),
+            _task_bars(upwards[upwards["role"] == "general"], "general ability kept", GREEN),
         ]
     )
     for place, row in rows.items():
@@ -165,7 +166,7 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
         )  # fmt: skip
     several = upwards["expert"].nunique() > 2  # general tasks have no expert
     labels = [f"{row['task']} ({row['expert']})" if several and row["expert"] else row["task"] for row in rows.values()]
-    _axes(figure, "%, where 100 is as good as the expert (domain) or the base (general)", "")
+    _axes(figure, "%, where 100 is the expert (domain) or the base (general)", "")
     figure.update_yaxes(tickvals=list(rows), ticktext=[_escaped(label) for label in labels], ticklabelstandoff=8)
     figure.update_yaxes(range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False)
     figure.add_shape(
@@ -226,7 +227,7 @@ def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",
             "hoverlabel": {"bgcolor": "white", "font": {"size": 15, "family": FONT}, "align": "left"},
-            "legend": {"orientation": "h", "x": 0, "y": 1.01, "xanchor": "left", "yanchor": "bottom"},
+            "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         }
     )
 

@@ -114,7 +114,7 @@ def event_text(event: Event) -> str:
     """One event in words, without the time."""
     name = "" if event.trial is None else f"trial {event.trial}"
     label = f" ({event.label})" if event.label and name else event.label
-    text = event.text
+    text = event.text or ("judged on the holdout items" if event.kind == "holdout" else "")
     if event.objectives is not None:
         *gains, forgetting = event.objectives
         text = f"domain {', '.join(percent(gain) for gain in gains)}, forgetting {percent(forgetting)}"

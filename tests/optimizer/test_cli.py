@@ -29,7 +29,7 @@ def call(*words: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only, or written by what writes the same again."""
-    return toy_run(tmp_path_factory.mktemp("run") / "toy")
+    return toy_run(tmp_path_factory.mktemp("run") / "toy", trials=12)
 
 
 @pytest.fixture(scope="module")
