@@ -219,7 +219,15 @@ def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
     return go.Figure(
         layout={
             "template": "none",
-            "title": {"text": title, "subtitle": under, "x": 0.012, "xanchor": "left", "y": 0.95, "font": {"size": 21}},
+            "title": {
+                "text": title,
+                "subtitle": under,
+                "x": 0.012,
+                "xanchor": "left",
+                "y": 1 - 26 / height,
+                "yanchor": "top",
+                "font": {"size": 21},
+            },
             "font": {"family": FONT, "size": 16, "color": INK},
             "width": WIDTH,
             "height": round(height),

@@ -35,6 +35,7 @@ FIRST_WORKER_SECONDS = 600.0  # a cluster without room for a single worker would
 OBJECT_STORE_BYTES = 96 * 2**20  # recipes and outcomes only; Ray wants at least 75 MB
 LONGEST_TEMP = 40  # Ray's socket names must fit the 107 bytes of an AF_UNIX path
 TAIL_LINES = 12
+AGENT_SECONDS = 600.0  # Ray's agents live on for about two minutes
 
 
 class WorkerLike(Protocol):
@@ -420,11 +421,16 @@ def temporary_parent() -> Path:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the folders of pools whose process is gone: nobody holds their lock any more."""
+    """Remove the folders of pools whose process is gone: nobody holds their lock any more.
+
+    A folder without a lock is just being made, or was made again by an agent of Ray's that outlived its pool.
+    """
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, in use, or removed by another pool just now
-            if folder.stat().st_uid == os.getuid() and (folder / "lock").exists():
-                _locked(folder / "lock").close()
+            about, lock = folder.stat(), folder / "lock"
+            if about.st_uid != os.getuid() or (not lock.exists() and time.time() - about.st_mtime < AGENT_SECONDS):
+                continue
+            with _locked(lock):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -51,34 +51,39 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def print_front(run: Run, console: Console) -> None:
-    """Print the front, what its knee is worth, and whether the search was worth it."""
+    """Print the front beside the anchors, the tasks of its knee, and whether the search was worth it."""
     if not len(run.front()):
         console.print(run.summary(), highlight=False, markup=False)
         return
     console.print(front_table(run, width=console.width))
+    console.print(retention_table(run, run.knee()))
     for line in (run.describe(run.knee()), *run.verdict()):
         console.print(line, highlight=False, markup=False)
 
 
 def front_table(run: Run, *, width: int) -> Table:
-    """The front from least to most forgetting, the knee marked with a star, on both suites with 95 % intervals.
+    """Front and anchors from least to most forgetting, on both suites with 95 % intervals.
 
     Args:
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    points, knee = _front(run)
+    front, knee = set(run.front().index), run.knee()
+    chosen = sorted(front | set(run.anchors().index))
+    shown = run.points().loc[chosen].sort_values(["forgetting", "domain"], kind="stable")
     figures = [(suite, name) for suite in SUITES for name in run.objectives]
     seam = " [" if width >= 30 + 18 * len(figures) else "\n["
     rows = (
         (
-            f"{'*' if row['trial'] == knee else ''}{row['trial']}",
+            "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
+            row["trial"],
             row["kind"],
             *(_interval(row, *figure).replace(" [", seam) for figure in figures),
         )
-        for row in points
+        for row in _records(shown.reset_index())
     )
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
-    return table(f"Front of {run.name} (* knee)", ["trial", "kind", *titles], rows, right=["trial", *titles])
+    title = f"Front of {run.name} (+) with its knee (*), and the anchors"
+    return table(title, ["", "trial", "kind", *titles], rows, right=["trial", *titles])
 
 
 def front_document(run: Run) -> dict[str, Any]:
@@ -145,19 +150,28 @@ def weights_table(run: Run, trial: int) -> Table:
 
 
 def retention_table(run: Run, trial: int) -> Table:
-    """What the trial won of each domain task's gain and kept of each general task, with 95 % intervals."""
-    tasks = _records(run.retention(trial))
+    """Each task's score of base, experts and trial, and what the trial won or kept of it, with 95 % intervals."""
+    tasks = run.retention(trial)
+    suite = tasks["suite"].iloc[0]
+    kinds = run.points()["kind"]
+    experts = {
+        kind.removeprefix("expert:"): run.retention(number, suite).set_index("task")["score"]
+        for number, kind in kinds[kinds.str.startswith("expert:") & (kinds.index != trial)].items()
+    }
     rows = (
-        [
-            *(row[name] for name in ("task", "role", "metric")),
-            *(f"{row[name]:.3f}" for name in ("base_score", "score")),
-            _share(row["share"], row["low"], row["high"]),
-        ]
-        for row in tasks
+        (
+            row["task"],
+            row["metric"],
+            f"{row['base_score']:.3f}",
+            *(f"{scores[row['task']]:.3f}" for scores in experts.values()),
+            f"{row['score']:.3f}",
+            f"{'won' if row['role'] == 'domain' else 'kept'} {_share(row['share'], row['low'], row['high'])}",
+        )
+        for row in _records(tasks)
     )
-    title = f"Tasks of trial {trial}, {tasks[0]['suite']} items (share: domain gained, general kept)"
-    columns = ["task", "role", "metric", "base", "score", "share"]
-    return table(title, columns, rows, right=["base", "score", "share"])
+    title = f"Tasks of trial {trial}, {suite} items: won of the expert's gain, kept of the base's skill"
+    numbers = ["base", *experts, f"trial {trial}"]
+    return table(title, ["task", "metric", *numbers, "share"], rows, right=numbers)
 
 
 def trial_document(run: Run, trial: int) -> dict[str, Any]:

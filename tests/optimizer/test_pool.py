@@ -111,13 +111,14 @@ def test_cores_are_shared_among_workers_and_never_none(monkeypatch: pytest.Monke
 
 
 def test_leftovers_of_dead_pools_are_removed_and_living_ones_stay(tmp_path: Path) -> None:
-    dead, living, other = (tmp_path / name for name in (f"{PREFIX}dead", f"{PREFIX}living", "other"))
-    for folder in (dead, living, other):
-        folder.mkdir()
-        (folder / "lock").touch()
-    with pool_module._locked(living / "lock"):
+    for name in ("dead", "living", "young", "old"):
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / f"{PREFIX}dead" / "lock").touch()
+    os.utime(tmp_path / f"{PREFIX}old", (0, 0))  # made again by an agent of Ray's
+    with pool_module._locked(tmp_path / f"{PREFIX}living" / "lock"):
         remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}living", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PREFIX}living", f"{PREFIX}young", "other"]
 
 
 def test_ray_is_not_started_from_a_thread_that_may_end() -> None:
