@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import CheckpointError
 
@@ -106,7 +106,7 @@ def build_pico(folder: Path, texts: Sequence[str], plan: TrainingPlan, progress:
         tokenizer = byte_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            model = LlamaForCausalLM(config)
+            model: Any = LlamaForCausalLM(config)
         _train(model, _rows(texts, tokenizer, plan), plan, progress)
         _save(model.to(torch.bfloat16), temporary)
         tokenizer.save_pretrained(temporary)
@@ -138,7 +138,7 @@ def train_expert(base: Path, texts: Sequence[str], folder: Path, plan: TrainingP
 
         logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         _train(model, _rows(texts, tokenizer, plan), plan, progress)
         _save(model.to(torch.bfloat16), temporary)
         for file in base.iterdir():
@@ -152,16 +152,16 @@ def _rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: Traini
     import torch
 
     tokens: list[int] = []
-    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>") if "<|endoftext|>" in tokenizer.get_vocab() else 1
+    separator = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     while len(tokens) < plan.tokens:
         for text in texts:
-            tokens += [*tokenizer(text).input_ids, separator]
+            tokens += [*tokenizer.encode(text), separator]
             if len(tokens) >= plan.tokens:
                 break
     return torch.tensor(tokens[: plan.tokens]).view(plan.steps, plan.batch, plan.length)
 
 
-def _train(model: PreTrainedModel, rows: torch.Tensor, plan: TrainingPlan, progress: Progress) -> None:
+def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progress) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

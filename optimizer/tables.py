@@ -155,7 +155,7 @@ def retention_table(run: Run, trial: int) -> Table:
     suite = tasks["suite"].iloc[0]
     kinds = run.points()["kind"]
     experts = {
-        kind.removeprefix("expert:"): run.retention(number, suite).set_index("task")["score"]
+        kind.removeprefix("expert:"): run.retention(int(str(number)), suite).set_index("task")["score"]
         for number, kind in kinds[kinds.str.startswith("expert:") & (kinds.index != trial)].items()
     }
     rows = (
@@ -169,7 +169,7 @@ def retention_table(run: Run, trial: int) -> Table:
         )
         for row in _records(tasks)
     )
-    title = f"Tasks of trial {trial}, {suite} items: won of the expert's gain, kept of the base's skill"
+    title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept"
     numbers = ["base", *experts, f"trial {trial}"]
     return table(title, ["task", "metric", *numbers, "share"], rows, right=numbers)
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimizer.demo_models import byte_tokenizer
 
+
 def pico_llama(
     folder: Path, *, seed: int = 0, layers: int = 2, tied: bool = True, dtype: str = "bfloat16", context: int = 512
 ) -> Path:
