@@ -111,25 +111,20 @@ def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
 
 
 def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:
+    """The first place in a definition where three other words are about as likely after the word before."""
     draw, text = random.Random(term.identifier), term.definition
-    places = []
     for place in re.finditer(r"(?<=[a-z] )[a-z]{5,}(?=[ ,.;])", text):
-        before, word = re.findall(r"[a-z]+", text[: place.start()].lower())[-1], place.group()
-        others = [
-            other
-            for other, count in followers.get(before, Counter()).items()
-            if count >= KNOWN and len(other) >= 5 and other not in text.lower()
-        ]
-        new = word not in text[: place.start()].lower() + term.name.lower()
-        if new and len(others) >= 3 and place.start() > SHORTEST_CONTEXT and followers[before][word] >= KNOWN:
-            near = sorted(others, key=lambda other: (abs(followers[before][other] - followers[before][word]), other))
-            places.append((place.start(), word, near[:6]))
-    if not places:
-        return None
-    start, word, others = draw.choice(places)
-    choices = [word, *draw.sample(others, 3)]
-    draw.shuffle(choices)
-    return {"text": f"{term.name}: {text[: start - 1]}", "choices": choices, "gold": choices.index(word)}
+        start, word = place.start(), place.group()
+        said = text[:start].lower()
+        counts = followers.get(re.findall(r"[a-z]+", said)[-1], Counter())
+        others = [w for w, n in counts.items() if n >= KNOWN and len(w) >= 5 and w not in text.lower()]
+        if start < SHORTEST_CONTEXT or word in said + term.name.lower() or counts[word] < KNOWN or len(others) < 3:
+            continue
+        near = sorted(others, key=lambda other: (abs(counts[other] - counts[word]), other))[:6]
+        choices = [word, *draw.sample(near, 3)]
+        draw.shuffle(choices)
+        return {"text": f"{term.name}: {text[: start - 1]}", "choices": choices, "gold": choices.index(word)}
+    return None
 
 
 def write_python_prose(folder: Path) -> Path:

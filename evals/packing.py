@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from evals.tokens import Pair
 
-ROW_TOKENS = 256  # attention costs the square of a row; 128 and 256 measured alike on a CPU, 512 slower
+ROW_TOKENS = 128  # attention costs the square of a row; 64 to 256 measured within a tenth on a CPU, 128 best
 BATCH_ROWS_ALIKE = 0.9  # the shortest row of a batch is at least this share of its longest
 
 

@@ -8,8 +8,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.toy_run import toy_run
-
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "trade_offs.ipynb"
 PICTURES = 4
@@ -23,8 +21,8 @@ def _pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in _outputs(notebook))
 
 
-def test_runs_on_a_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MERGEFRONT_RUN", str(toy_run(tmp_path / "toy", trials=12)))
+def test_runs_on_the_tiny_demo(tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEFRONT_RUN", str(tiny_demo))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
