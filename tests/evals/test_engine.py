@@ -190,8 +190,11 @@ def test_each_token_is_predicted_after_exactly_its_own_past(asked: list[Pair], b
     assert sorted(seen) == list(range(len(asked)))
 
 
-def test_shared_context_is_read_once() -> None:
-    context = tuple(range(3, 53))
-    asked = [Pair((*context, i), (i, i + 1, i + 2)) for i in range(100, 104)]
+def test_each_context_is_read_once_also_where_a_row_ends() -> None:
+    asked = []
+    for item in range(20):
+        context = (3 + item, *range(50, 80))
+        asked += [Pair(context, (100 + choice, 7, 8)) for choice in range(4)]
     packed = [row for batch in plan(asked, token_budget=256, branching=True) for row in batch]
-    assert [len(row.tokens) for row in packed] == [50 + 4 * 3]
+    assert len(packed) > 1
+    assert sum(len(row.tokens) for row in packed) == 20 * (31 + 4 * 2)
