@@ -42,12 +42,17 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         MergefrontError: what is wrong, in words for a person.
         KeyboardInterrupt: the person stopped the search; the console says how to go on.
     """
+    from optimizer.checkpoints import require_finite
+
     require_own_names()
     study = read_study(study_path, overrides)
     plan = make_plan(study)
     require_sound(plan)
+    assert plan.base is not None
     assert plan.harness is not None
     assert plan.space is not None
+    for checkpoint in (plan.base, *plan.experts.values()):
+        require_finite(checkpoint)
     tasks = plan.harness.infos
     run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
     with run.lock():

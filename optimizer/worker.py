@@ -97,6 +97,7 @@ class Worker:
             suite: "search" or "holdout".
 
         Raises:
+            CheckpointError: a source's file is not the one that was opened.
             MergeError: a merged tensor is not finite.
             TaskError: the candidate gave no usable score.
         """
@@ -106,6 +107,8 @@ class Worker:
             self._harness.prepare(self._tokenizer, suite)
             self._prepared.add(suite)
         start = time.perf_counter()
+        for checkpoint in (self._sources.base, *self._sources.experts.values()):
+            checkpoint.require_unchanged()
         merge_into(self._merged, self._sources, Recipe.from_json(recipe))
         if self._merged is not self._parameters:
             for name, tensor in self._merged.items():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
@@ -243,6 +244,18 @@ def test_search_with_other_items_is_refused(searched: Path) -> None:
     result = call("search", searched, "--set", "evals.seed=5")
     assert result.exit_code == 2
     assert "seed: 0 -> 5" in result.stderr
+
+
+def test_search_with_a_broken_expert_names_file_and_tensor(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    weights = tmp_path / "expert" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["search", str(study)])
+    assert result.exit_code == 2
+    assert "expert/model.safetensors" in result.stderr
+    assert "model.norm.weight has 1 of 32 values NaN" in result.stderr
 
 
 def test_search_in_a_locked_folder_is_refused(searched: Path) -> None:

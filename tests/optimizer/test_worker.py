@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,3 +135,13 @@ def test_a_driver_does_not_import_what_only_workers_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_path: Path) -> None:
+    expert = Path(shutil.copytree(spec.experts[0][1], tmp_path / "expert"))
+    worker = Worker(replace(spec, experts=(("e", str(expert)),)))
+    worker.evaluate(recipe(0.5), "search")
+    (expert / "new").write_bytes((expert / "model.safetensors").read_bytes())
+    (expert / "new").rename(expert / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed after it was opened"):
+        worker.evaluate(recipe(0.5), "search")
