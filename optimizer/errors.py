@@ -5,6 +5,7 @@ MergefrontError
 ├── CheckpointError    a model folder is torn, unsafe or does not fit the others: fix the folder
 ├── MergeError         the arithmetic gave no usable tensor: fix the recipe or the expert
 ├── RunError           a run folder is locked, or was made from another study
+├── SearchError        the search cannot go on: mend the cause and start it again
 └── WorkerError        a worker died or cannot start
 
 `search_spaces.SpaceError` and `evals.TaskError` are ValueErrors of their own packages.
@@ -29,6 +30,10 @@ class MergeError(MergefrontError):
 
 class RunError(MergefrontError):
     """A run folder is in use, or was made from another study."""
+
+
+class SearchError(MergefrontError):
+    """The search cannot go on; what it has found so far is kept."""
 
 
 class WorkerError(MergefrontError):

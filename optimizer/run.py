@@ -26,6 +26,7 @@ from optimizer.frames import Row, rows_of
 from optimizer.front import best_under, hypervolume, knee, non_dominated
 from optimizer.run_folder import all_outcomes, read_manifest, redacted
 from optimizer.study_db import read_storage
+from optimizer.trial_words import NOT_COUNTED, SEARCHED
 from optimizer.words import count, percent
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of
@@ -35,8 +36,6 @@ from search_spaces.recipe import Recipe
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-SEARCHED = "search"  # the kind of a trial that is not an anchor
-NOT_A_VERDICT = ("driver_died", "duplicate of")  # reasons of failure that say nothing about a recipe
 TRIAL_COLUMNS = ("state", "kind", "seconds", "reason", "recipe")
 
 
@@ -265,7 +264,7 @@ class Run:
             notes.append("No finished trial yet: the base and every expert must be scored first.")
         notes += [self._holdout_trouble] if self._holdout_trouble else []
         trials = self.trials()
-        failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_A_VERDICT)]
+        failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_COUNTED)]
         if len(failed):
             notes.append(f"{count(len(failed), 'trial')} failed; most often: {failed['reason'].mode().iloc[0]}")
         return notes

@@ -28,32 +28,24 @@ from optuna.trial import FrozenTrial, TrialState
 from evals.errors import TaskError
 from evals.objectives import carries, objectives
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
-from optimizer.errors import MergefrontError, RunError
+from optimizer.errors import RunError, SearchError
 from optimizer.front import non_dominated
 from optimizer.interrupt import Interrupt, interruptible
 from optimizer.pool import Job, Pool, Result
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler
+from optimizer.trial_words import DRIVER_DIED, DUPLICATE, NOT_COUNTED, SEARCHED, WORKER_DIED
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
 if TYPE_CHECKING:
     from optimizer.study_file import Study
 
-SEARCHED = "search"  # the kind of a trial that is not an anchor; not written to the study
-DRIVER_DIED = "driver_died"
-WORKER_DIED = "worker_died"
-DUPLICATE = "duplicate of"
-NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 POLL_SECONDS = 1.0
 FAILURES_IN_A_ROW = 5
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
-
-
-class SearchError(MergefrontError):
-    """The search cannot go on; what it has found so far is kept."""
 
 
 @dataclass(frozen=True, slots=True)

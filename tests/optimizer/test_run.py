@@ -16,9 +16,8 @@ import pytest
 from evals.objectives import objectives
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
-from optimizer.run import NOT_A_VERDICT, Run, open_run
+from optimizer.run import Run, open_run
 from optimizer.run_folder import RunFolder
-from optimizer.search import NOT_COUNTED
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
 
 
@@ -201,10 +200,6 @@ def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
     frame = RunFolder(run.path).all_outcomes("search")
     again = objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1})
     assert np.array_equal(again["domain_low"], run.points()["domain_low"])
-
-
-def test_reasons_that_judge_no_recipe_are_those_of_the_search() -> None:
-    assert NOT_A_VERDICT == NOT_COUNTED
 
 
 NOT_BETTER = "The search found no better one."

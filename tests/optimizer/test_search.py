@@ -12,10 +12,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer import search as search_module
+from optimizer.errors import SearchError
 from optimizer.pool import Job, Result, SerialPool
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler
-from optimizer.search import Event, SearchError, objective_names
+from optimizer.search import Event, objective_names
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
 from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, mean_weight

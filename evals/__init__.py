@@ -1,0 +1,1 @@
+"""How good a candidate is: lm-eval tasks to per-item outcomes (harness, engine) to objectives (objectives)."""
