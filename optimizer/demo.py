@@ -104,11 +104,11 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
     else:
-        domain = [task("clinical_text", 28, 50), task("clinical_words", 160, 320)]
+        domain = [task("clinical_text", 28, 40), task("clinical_words", 160, 200)]
         general = [
-            task("general_knowledge", 90, 180, OWN_TASKS),
+            task("general_knowledge", 90, 130, OWN_TASKS),
             task("minimal_pairs", 150, 150, OWN_TASKS),
-            task("python_prose", 5, 10),
+            task("python_prose", 5, 8),
         ]
     return {
         "name": out.name,

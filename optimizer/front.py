@@ -63,6 +63,8 @@ def _sliced(points: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
 def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) -> int:
     """The point farthest above the straight line from the base (0, 0) to the expert (its forgetting, 1).
 
+    A point better than the base at general tasks counts as one that forgot nothing: no such luck buys domain skill.
+
     Args:
         domain: (n,) share of the expert's gain.
         forgetting: (n,) share of the base's ability lost.
@@ -74,7 +76,7 @@ def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) 
     """
     gain, loss = np.asarray(domain, dtype=float), np.asarray(forgetting, dtype=float)
     assert len(gain), "a knee needs at least one point"
-    height = gain - loss / expert_forgetting if expert_forgetting > 0 else gain
+    height = gain - np.maximum(loss, 0.0) / expert_forgetting if expert_forgetting > 0 else gain
     return int(np.lexsort((loss, -height))[0])
 
 

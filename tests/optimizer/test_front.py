@@ -54,6 +54,11 @@ def test_knee_is_farthest_above_the_chord() -> None:
     assert knee(domain, forgetting, expert_forgetting=0.0) == 3  # nothing to lose: take the gain
 
 
+def test_knee_does_not_trade_gain_for_less_than_no_forgetting() -> None:
+    assert knee([0.6, 0.8], [-0.10, 0.01], expert_forgetting=0.20) == 1
+    assert knee([0.8, 0.8], [-0.01, -0.10], expert_forgetting=0.20) == 1
+
+
 def test_knee_of_equals_forgets_least() -> None:
     assert knee([0.5, 0.5, 0.5], [0.1, 0.0, 0.0], expert_forgetting=0.0) == 1
 
