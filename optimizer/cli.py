@@ -254,12 +254,12 @@ def merge(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs/demo"),
-    tiny: Annotated[bool, typer.Option("--tiny", help="A random model of a few thousand weights: seconds.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A toy model, trained in seconds.")] = False,
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the demo's")
     ] = None,
 ) -> None:
-    """Run a whole study, from two small models to a report."""
+    """Run a whole study of a real model, from nothing to the merge to ship."""
     from optimizer.demo import run_demo
 
     run_demo(out, tiny, workers, _console())
