@@ -259,7 +259,7 @@ def demo(
         int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the demo's")
     ] = None,
 ) -> None:
-    """Run a whole study of a real model, from nothing to the merge to ship."""
+    """Run a whole study of a real model, from nothing to an export."""
     from optimizer.demo import run_demo
 
     run_demo(out, tiny, workers, _console())
