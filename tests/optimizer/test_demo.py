@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,10 @@ def test_no_training_text_is_asked_about(tmp_path: Path) -> None:
         assert all(text.startswith(held_out) for text in texts)
 
 
-def wait_for(ready: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
     """Until `ready()` is true; fails when the process ends first or time runs out."""
     deadline = time.monotonic() + seconds
-    while not ready():  # type: ignore[operator]
+    while not ready():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
