@@ -213,7 +213,7 @@ def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, all
 
 
 def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
-    if spec.search_items < 1 or (spec.holdout_items < 1 and spec.holdout_items != REST):
+    if spec.search_items < 1 or (spec.holdout_items <= 0 and spec.holdout_items != REST):
         raise TaskError(f"each suite needs items: task {spec.name} has {spec.search_items} and {spec.holdout_items}")
     try:
         name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
@@ -429,6 +429,8 @@ def _split(
         outside = min(len({_content_of_shot(m, doc) for doc in m.sampler.df} - set(items)) for m in members)
         reserved = spec.shots + 1 if spec.shots and outside <= spec.shots else 0
         holdout = left - reserved
+    elif isinstance(spec.holdout_items, float):
+        holdout = round(spec.holdout_items * len(order))
     else:
         holdout = spec.holdout_items
     if holdout < 1 or holdout > left:

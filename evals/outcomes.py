@@ -26,7 +26,8 @@ class TaskSpec:
         role: "domain" (what the expert learned) or "general" (what it may forget).
         expert: domain tasks only: the expert measured here; "" is every expert.
         search_items: items the search scores.
-        holdout_items: items that judge the front, disjoint from the search items; `REST` is all that remain.
+        holdout_items: items that judge the front, disjoint from the search items: a number, a share of the task's
+            items (a float between 0 and 1), or `REST`, all that remain.
         shots: worked examples before each item.
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
     """
@@ -35,7 +36,7 @@ class TaskSpec:
     role: str
     expert: str = ""
     search_items: int = field(kw_only=True)
-    holdout_items: int = field(kw_only=True)
+    holdout_items: int | float = field(kw_only=True)
     shots: int = 0
     metric: str = ""
 

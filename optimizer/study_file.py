@@ -40,6 +40,13 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
 Range = tuple[float, float]
+# what lm-eval calls some of our keys
+LM_EVAL_WORDS = {
+    "batch_size": "token_budget",
+    "limit": "items",
+    "num_fewshot": "shots",
+    "apply_chat_template": "chat_template",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,18 +155,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
 
 
-def _count_or(word: str) -> tuple[PlainValidator, WithJsonSchema]:
-    """How to read a whole number from 1, or one word instead."""
+def _count_or(word: str, *, share: bool = False) -> tuple[PlainValidator, WithJsonSchema]:
+    """How to read a whole number from 1, or one word instead, or (where that means something) a share."""
+    between = ", a share such as 0.3" if share else ""
 
     def read(value: object) -> object:
-        if value == word or (type(value) is int and value >= 1):
+        if value == word or (type(value) is int and value >= 1) or (share and type(value) is float and 0 < value < 1):
             return value
-        raise ValueError(f"must be a whole number, 1 or more, or the word {word}")
+        raise ValueError(f"must be a whole number, 1 or more{between}, or the word {word}")
 
-    return PlainValidator(read), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": word}]})
+    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": 1}, {"const": word}]
+    if share:
+        schema.insert(1, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})
+    return PlainValidator(read), WithJsonSchema({"anyOf": schema})
 
 
-Count = Annotated[int | Literal["rest"], *_count_or("rest")]
+Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
 Threads = Annotated[int | Literal["auto"], *_count_or("auto")]
 
 
@@ -252,8 +263,9 @@ class TaskEntry(_Section):
     task: str = Field(min_length=1, description="An lm-eval task name, or the path of a task folder or YAML file.")
     expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
     items: int | None = Field(default=None, ge=1, description="Items the search scores. Default: evals.items.")
-    holdout_items: Count | None = Field(
-        default=None, description="Items that judge the front; rest: all others. Default: evals.holdout_items."
+    holdout_items: Holdout | None = Field(
+        default=None,
+        description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
     )
     shots: int = Field(default=0, ge=0, le=64, description="Worked examples before each item.")
     metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
@@ -272,10 +284,13 @@ class EvalsSection(_Section):
     domain: Tasks = Field(min_length=1, description="Tasks of the expert's domain.")
     general: Tasks = Field(min_length=1, description="Tasks of general ability.")
     items: int = Field(default=100, ge=1, description="Items of each task that the search scores.")
-    holdout_items: Count = Field(default=100, description="Other items that judge the front; rest: all others.")
+    holdout_items: Holdout = Field(
+        default=100,
+        description="Other items that judge the front: a number, a share of each task's items (0.3), or rest.",
+    )
     chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
     allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")
-    token_budget: int = Field(default=2048, ge=16, description="Tokens in one forward pass.")
+    token_budget: int = Field(default=2048, ge=16, description="Batch size in tokens: so many in one forward pass.")
     dtype: Literal["auto", "bf16", "float32"] = Field(
         default="auto", description="Number format of the scoring; auto: the base's own."
     )
@@ -392,7 +407,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
     )
 
 
-def _items(given: int | Literal["rest"]) -> int:
+def _items(given: int | float | Literal["rest"]) -> int | float:
     return REST if given == "rest" else given
 
 
@@ -511,6 +526,7 @@ def _shown(value: object) -> str:
 def _did_you_mean(path: Sequence[str | int]) -> str:
     *parents, wrong = (str(part) for part in path)
     here = _keys_at(tuple(parents))
+    wrong = LM_EVAL_WORDS.get(wrong, wrong)
     close = difflib.get_close_matches(wrong, here, n=1, cutoff=0.6)
     if close:
         return f'did you mean "{close[0]}"?'
@@ -706,7 +722,7 @@ evals:
   general:  # what it may have forgotten
 {general_text}
   items: 100  # of each task, scored by the search; more items, narrower intervals
-  holdout_items: 100  # other items, which judge the front; rest: all others
+  holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
   seed: 0  # chooses the items
 
 search:

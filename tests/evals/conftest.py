@@ -75,7 +75,7 @@ def write_task(folder: Path, rows: Sequence[Mapping[str, Any]], **settings: Any)
     return folder
 
 
-def load(*paths: Path | str, search: int = 12, holdout: int = REST, **options: Any) -> Harness:
+def load(*paths: Path | str, search: int = 12, holdout: int | float = REST, **options: Any) -> Harness:
     """Tasks as general ones, with search items first."""
     switches = {"chat_template": False, "allow_task_code": False} | {
         key: options.pop(key) for key in ("chat_template", "allow_task_code") if key in options

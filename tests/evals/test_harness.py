@@ -31,6 +31,13 @@ def test_suites_share_no_content(tmp_path: Path) -> None:
     assert (harness.infos[0].search_items, harness.infos[0].holdout_items) == (12, 8)
 
 
+def test_holdout_may_be_a_share_of_a_task(tmp_path: Path) -> None:
+    harness = load(write_task(tmp_path / "t", questions(30)), search=10, holdout=0.4)
+    assert (harness.infos[0].search_items, harness.infos[0].holdout_items) == (10, 12)
+    with pytest.raises(TaskError, match="10 search and 24 holdout items asked for"):
+        load(tmp_path / "t", search=10, holdout=0.8)
+
+
 def test_split_depends_on_content_and_seed_only(tmp_path: Path) -> None:
     rows = questions(30)
     one = load(write_task(tmp_path / "a" / "t", rows), search=10, holdout=10)

@@ -106,6 +106,11 @@ def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path
     assert hellaswag.search_items == 30
 
 
+def test_holdout_items_may_be_a_share(tmp_path: Path, good: str) -> None:
+    specs = task_specs(read_study(written(tmp_path, good.replace("holdout_items: 100", "holdout_items: 0.25"))))
+    assert {spec.holdout_items for spec in specs} == {0.25}
+
+
 @pytest.mark.parametrize("shape", ["uniform", "slope", "layers", "{curve: 3}", "{blocks: 2}"])
 def test_every_shape_makes_a_space(tmp_path: Path, good: str, shape: str) -> None:
     study = read_study(written(tmp_path, good), [f"space.shape={shape}"])
@@ -133,6 +138,9 @@ def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str,
         ("sampler: auto", "sampler: tpa", "search.sampler: must be 'auto', 'tpe', .*; given 'tpa'"),
         ("trials: 40", "trials: 0", "search.trials: must be greater than or equal to 1; given 0"),
         ("holdout_items: 100", "holdout_items: 0", "evals.holdout_items: must be a whole .*, or the word rest"),
+        ("holdout_items: 100", "holdout_items: 1.0", "must be a whole number, 1 or more, a share such as 0.3, or"),
+        ("holdout_items: 100", "batch_size: 8", 'evals.batch_size: .*; given 8; did you mean "token_budget"?'),
+        ("holdout_items: 100", "limit: 8", 'evals.limit: .*; given 8; did you mean "items"?'),
         ("trials: 40", "trials: yes", "search.trials: must be a valid integer; given 'yes'"),
         ("trials: 40", "trials: true", "search.trials: must be a valid integer; given True"),
         ("trials: 40", "trials: 4.0", "search.trials: must be a valid integer; given 4.0"),
