@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -30,13 +31,14 @@ Progress = Callable[[int, int, float], None]  # step, steps, loss
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """How a checkpoint is trained: AdamW without weight decay, a linear warm-up, then a linear cool-down."""
+    """How a checkpoint is trained: AdamW without weight decay, a linear warm-up, then level or cooled down."""
 
     steps: int
     batch: int = 8  # rows a step
     length: int = 256  # tokens a row
     learning_rate: float = 3.0e-4
     warm_up: int = 4  # steps
+    cool_down: bool = True  # linearly to 0 over all steps
     seed: int = 0
 
     @property
@@ -167,8 +169,9 @@ def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progres
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    cooling = max(1, plan.steps - plan.warm_up) if plan.cool_down else math.inf
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / plan.warm_up, (plan.steps - step) / max(1, plan.steps - plan.warm_up))
+        optimizer, lambda step: min((step + 1) / plan.warm_up, 1.0 - (step - plan.warm_up) / cooling)
     )
     for step in range(plan.steps):
         batch = rows[step].to(device)  # (batch, length)
@@ -210,6 +213,7 @@ def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]
     temporary.rename(folder)
 
 
-REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4)
+# At a constant rate the weights stay where the last batches pushed them, which a merge averages out (see docs/log.md).
+REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4, cool_down=False)
 PICO_BASE = TrainingPlan(steps=120, batch=8, length=128, learning_rate=5.0e-3, warm_up=10)
 PICO_EXPERT = replace(PICO_BASE, steps=40, learning_rate=3.0e-3)

@@ -25,7 +25,7 @@ Range = tuple[float, float]
 
 MODULES = ("embed", "attn", "mlp", "head")
 ALPHAS = (0.25, 0.5, 0.75)
-SLOPES = ((0.0, 1.0), (0.5, 1.0))
+SLOPES = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
