@@ -106,6 +106,9 @@ class Space:
     ranges: Mapping[str, Range]
 
     def __post_init__(self) -> None:
+        if self.spec.unsearchable:
+            rule = f"{self.method} cannot be searched: {self.spec.unsearchable}"
+            raise SpaceError(rule, given=self.method, where="space.method")
         check_experts(self.spec, self.experts)
         if self.shape.n > self._layers:
             rule = f"a shape has no more numbers than the model has layers, {self._layers}"
@@ -163,7 +166,11 @@ class Space:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Give the distributions Optuna samples, by parameter name such as `clinical.weight.attn.block.0`."""
-        return {name: FloatDistribution(low, high) for name, (low, high) in self._dimensions.items()}
+        others = {name: parameter.log for name, parameter in self._others()}
+        return {
+            name: FloatDistribution(low, high, log=others.get(name, False))
+            for name, (low, high) in self._dimensions.items()
+        }
 
     def recipe(self, params: Mapping[str, float]) -> Recipe:
         """Turn sampled parameters into a recipe with an explicit weight for every expert and group.
@@ -181,8 +188,7 @@ class Space:
             expert = name.split(".")[0] if parameter.scope == "expert" else ""
             value = params[name] if self._varies(parameter) else self.ranges[parameter.name][0]
             settings.append(Setting(parameter.name, expert, "", value))
-        if self.spec.parameter("normalize"):  # else the weight of a single expert would cancel out
-            settings.append(Setting("normalize", "", "", 0.0))
+        settings += [Setting(name, "", "", value) for name, value in self.spec.fixed_in_search]
         return Recipe(self.method, self.base, self.experts, tuple(settings))
 
     def profile_params(self, profile: Profile | Mapping[str, Profile]) -> dict[str, float]:

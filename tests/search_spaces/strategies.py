@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from search_spaces import METHODS, Parameter, Recipe, Setting, group_tensors
+from search_spaces import METHODS, MethodSpec, Parameter, Recipe, Setting, group_tensors
 from search_spaces.space import Shape, Space
 from tests.search_spaces.names import llama
 
@@ -21,14 +21,20 @@ def values(parameter: Parameter) -> st.SearchStrategy[float]:
         "unit": st.floats(0.0, 1.0),
         "share": st.floats(0.0, 1.0, exclude_min=True),
         "switch": st.sampled_from([0.0, 1.0]),
+        "size": st.floats(0.0, 2.0),
+        "count": st.integers(0, 20).map(float),
     }[parameter.domain]
+
+
+def _counts(spec: MethodSpec) -> st.SearchStrategy[int]:
+    return st.integers(spec.min_experts, min(spec.max_experts or len(EXPERTS), len(EXPERTS)))
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     """Give any recipe: every method, settings at every level of detail."""
     spec = METHODS[draw(st.sampled_from(sorted(METHODS)))]
-    experts = EXPERTS[: 1 if spec.max_experts == 1 else draw(st.integers(1, len(EXPERTS)))]
+    experts = EXPERTS[: draw(_counts(spec))]
     settings = []
     for parameter in spec.parameters:
         owners = ["", *(name for name, _ in experts)] if parameter.scope == "expert" else [""]
@@ -49,8 +55,8 @@ shapes = st.one_of(
 @st.composite
 def spaces(draw: st.DrawFn) -> Space:
     """Give any space over a small Llama."""
-    spec = METHODS[draw(st.sampled_from(sorted(METHODS)))]
-    count = 1 if spec.max_experts == 1 else draw(st.integers(1, len(EXPERTS)))
+    spec = METHODS[draw(st.sampled_from(sorted(name for name in METHODS if not METHODS[name].unsearchable)))]
+    count = draw(_counts(spec))
     ranges = {} if spec.scale == "t" else {"weight": draw(st.sampled_from([(0.0, 1.0), (-0.5, 1.5)]))}
     if spec.parameter("density"):
         ranges["density"] = draw(st.sampled_from([(0.2, 1.0), (1.0, 1.0)]))

@@ -25,6 +25,7 @@ def test_each_method_has_a_scale_that_reaches_base_and_expert() -> None:
         assert spec.name == name
         assert scale is not None
         assert (scale.low, scale.high) == (0.0, 1.0)
+        assert scale.scope in ("expert", "group")
         assert spec.parameter("nothing") is None
 
 
@@ -34,6 +35,8 @@ def test_domains_have_the_right_ends() -> None:
     assert ends["unit"] == [False, True, True, True, False]
     assert ends["share"] == [False, False, True, True, False]
     assert ends["switch"] == [False, True, False, True, False]
+    assert ends["size"] == [False, True, True, True, True]
+    assert ends["count"] == [False, True, False, True, False]
 
 
 def test_an_error_has_four_parts_and_survives_a_process_boundary() -> None:
