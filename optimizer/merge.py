@@ -1,7 +1,7 @@
 """The merge: sources and a recipe to tensors, in a resident model or in a new folder.
 
 Every merge writes every tensor from the sources, so a model keeps nothing of an earlier one. Arithmetic is float32 on
-the CPU, where the sources are mapped, and is rounded once to the base's dtype: the bytes are the same for every device.
+the device of the model, and is rounded once to the base's dtype: the bytes are the same for every worker of a kind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +30,12 @@ from optimizer.checkpoints import (
     sum_is_finite,
 )
 from optimizer.errors import MergeError
-from optimizer.methods import BLOCK, METHODS, Blend, Line, Values, float_blocks
+from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, group_of
 
 LINE_BLOCK = 1 << 20  # elements: two bytes each, three such blocks stay in a core's cache
+DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
 MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -59,6 +60,43 @@ class Sources:
         return sources
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What one worker's merges of the same sources share, so that only the first of them makes it.
+
+    Attributes:
+        facts: what does not depend on a recipe.
+        copies: base ("") and experts on a device other than the CPU, by (checkpoint, tensor), where they fit.
+    """
+
+    facts: Facts = field(default_factory=Facts)
+    copies: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def tensor(self, sources: Sources, expert: str, name: str, device: torch.device) -> Tensor:
+        """Give a tensor of an expert, or of the base (""), on a device."""
+        if (expert, name) in self.copies:
+            return self.copies[expert, name]
+        source = sources.experts[expert] if expert else sources.base
+        tensor = source.tensor(name)
+        if device.type == "cpu":
+            return tensor
+        keep = fits(source.size(name), free_bytes(device))
+        copy = tensor.to(device)
+        if keep:
+            self.copies[expert, name] = copy
+        return copy
+
+
+def fits(needed: int, free: int) -> bool:
+    """Tell whether a device has room to keep so many bytes and run a model beside them."""
+    return free - needed >= DEVICE_ROOM
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
     """Return one merged tensor in the base's dtype.
 
@@ -68,20 +106,21 @@ def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
     return _Merger(sources, recipe).tensor(name)
 
 
-def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recipe) -> None:
-    """Overwrite every parameter of a resident model with the merge.
+def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recipe, kept: Kept | None = None) -> None:
+    """Overwrite every parameter of a resident model with the merge, made on the parameters' device.
 
     Args:
         parameters: by checkpoint name, in the base's dtypes and shapes, on any device; a name the base lacks is
             allowed where it shares its memory with another (a tied head).
         sources: the opened checkpoints.
         recipe: what to merge.
+        kept: what earlier merges of the same sources left to be used again; without it all is made anew.
 
     Raises:
         MergeError: names, shapes or dtypes do not fit, or a merged tensor has NaN or infinite values. The parameters
             are then partly written; the next merge writes them all.
     """
-    merger = _Merger(sources, recipe)
+    merger = _Merger(sources, recipe, kept)
     _require_same_tensors(parameters, sources.base)
     with torch.no_grad():
         for name in sources.base.names:
@@ -137,12 +176,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 class _Merger:
     """A recipe applied to its sources, tensor by tensor."""
 
-    def __init__(self, sources: Sources, recipe: Recipe) -> None:
+    def __init__(self, sources: Sources, recipe: Recipe, kept: Kept | None = None) -> None:
         missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
         if missing:
             raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
         self._sources = sources
         self._recipe = recipe
+        self._kept = Kept() if kept is None else kept
         self._numbers: dict[str, tuple[tuple[str, ...], Values | None]] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -152,24 +192,32 @@ class _Merger:
         return out
 
     def write_into(self, out: Tensor, name: str) -> None:
-        """Write the merged tensor; blocks go straight into `out` where it is contiguous CPU memory."""
-        if out.device.type != "cpu" or not out.is_contiguous():
-            out.copy_(self.tensor(name))
+        """Write the merged tensor; blocks go straight into `out` where it is contiguous."""
+        if not out.is_contiguous():
+            whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self.write_into(whole, name)
+            out.copy_(whole)
             return
-        base = self._sources.base.tensor(name)
+        sources, device = self._sources, out.device
+        base = self._kept.tensor(sources, "", name, device)
         experts, values = self._numbers_at(name) if base.is_floating_point() else ((), None)
         if values is None:
             out.copy_(base)
             return
         if base.dtype not in MERGED_DTYPES:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
-        values = replace(values, seeds=tuple(_seed(self._recipe.digest, name, expert) for expert in experts))
-        tensors = [self._sources.experts[expert].tensor(name) for expert in experts]
-        finite = _apply(METHODS[self._recipe.method](base, tensors, values), base, tensors, out)
-        if not finite and (bad := count_nonfinite(out)):
+        seeds = tuple(_seed(self._recipe.digest, name, expert) for expert in experts) if self._random else ()
+        pairs = [(expert, self._kept.tensor(sources, expert, name, device)) for expert in experts]
+        tensors = Tensors(name, base, pairs, self._kept.facts)
+        blend = METHODS[self._recipe.method](tensors, replace(values, seeds=seeds))
+        if not _apply(blend, tensors, out) and (bad := count_nonfinite(out)):
             raise MergeError(
                 f"a merge must be finite: recipe {self._recipe.digest} gives {bad} NaN or infinite values in {name}"
             )
+
+    @property
+    def _random(self) -> bool:
+        return SPECS[self._recipe.method].random
 
     def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
         group = group_of(name)
@@ -180,43 +228,44 @@ class _Merger:
     def _numbers_of(self, group: str) -> tuple[tuple[str, ...], Values | None]:
         """Return the experts that change a group and their numbers without seeds; none where the base stays."""
 
-        def value(parameter: str, expert: str = "", *, absent: float = 1.0) -> float:
-            known = SPECS[self._recipe.method].parameter(parameter) is not None
-            return self._recipe.value(parameter, expert=expert, group=group) if known else absent
+        spec = SPECS[self._recipe.method]
+
+        def value(parameter: str, expert: str = "") -> float:
+            return self._recipe.value(parameter, expert=expert, group=group) if spec.parameter(parameter) else 1.0
 
         names = sorted(name for name, _ in self._recipe.experts)  # sums have one order, whatever the recipe's
         active = tuple(name for name in names if value("weight", name) != 0)
-        if not active or value("t") == 0 or value("lambda") == 0:
+        if (names and not active) or value("t") == 0 or value("lambda") == 0:
             return (), None
-        largest = max(abs(value("weight", name) * value("lambda")) for name in active)
+        largest = max((abs(value("weight", name) * value("lambda")) for name in active), default=0.0)
         if largest > torch.finfo(torch.float32).max:
             raise MergeError(
                 f"a merge must be finite: recipe {self._recipe.digest} has weight {largest:.3g} in {group}"
             )
+        own = [p.name for p in spec.parameters if p.scope == "expert" and p.name != "weight"]
+        shared = [p.name for p in spec.parameters if p.scope != "expert"]
         return active, Values(
             weights=tuple(value("weight", name) for name in active),
-            densities=tuple(value("density", name) for name in active),
-            seeds=(),
-            t=value("t"),
-            scale=value("lambda"),
-            normalize=value("normalize", absent=0.0) == 1,
-            rescale=value("rescale") == 1,
+            own={parameter: tuple(value(parameter, name) for name in active) for parameter in own},
+            shared={parameter: value(parameter) for parameter in shared},
         )
 
 
-def _apply(blend: Blend, base: Tensor, experts: list[Tensor], out: Tensor) -> bool:
+def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
     """Write the blend's blocks into `out`; return whether their sums are finite, which no NaN or infinity allows."""
-    same_dtype = base.dtype == experts[0].dtype == out.dtype
+    base, experts = tensors.base, tensors.others
+    same_dtype = all(expert.dtype == base.dtype for expert in experts)
     if isinstance(blend, Line) and blend.weight in (0.0, 1.0):
         out.copy_(experts[0] if blend.weight else base)
         return same_dtype or sum_is_finite(out)
-    flat = out.view(-1)
     if isinstance(blend, Line) and same_dtype:
-        return _apply_line(blend, base.reshape(-1), experts[0].reshape(-1), flat)
-    finite = True
-    for start, b, xs in float_blocks(base, experts):
-        block = flat[start : start + BLOCK].copy_(blend(b, xs, start))
+        return _apply_line(blend, base.reshape(-1), experts[0].reshape(-1), out.view(-1))
+    finite, flat, start = True, out.view(-1), 0
+    for row, b, xs in float_blocks(base, experts):
+        stop = start + b.numel()
+        block = flat[start:stop].copy_(blend(b, xs, row).reshape(-1))
         finite &= sum_is_finite(block)
+        start = stop
     return finite
 
 

@@ -145,9 +145,10 @@ def check_experts(spec: MethodSpec, experts: Sequence[tuple[str, str]]) -> None:
             raise SpaceError("an expert's name is made of letters, digits, _ and -", given=repr(name), where="experts")
     if len(set(names)) != len(names):
         raise SpaceError("experts have different names", given=", ".join(names), where="experts")
-    most = spec.max_experts or len(names)
-    if not spec.min_experts <= len(names) <= most:
-        rule = f"{spec.name} merges {spec.min_experts} expert" + ("" if spec.max_experts == 1 else " or more")
+    least, most = spec.min_experts, spec.max_experts
+    if not least <= len(names) or (most is not None and len(names) > most):
+        end = "" if most == least else " or more" if most is None else f" to {most}"
+        rule = f"{spec.name} merges {least}{end} expert{'' if most == 1 else 's'}"
         raise SpaceError(rule, given=f"{len(names)}: {', '.join(names)}", where="experts")
 
 

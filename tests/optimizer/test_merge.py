@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM
 from optimizer import merge
 from optimizer.checkpoints import INDEX_FILE, Checkpoint
 from optimizer.errors import CheckpointError, MergeError
-from optimizer.merge import Sources, merge_into, merge_to_folder, merged_tensor
+from optimizer.merge import Kept, Sources, merge_into, merge_to_folder, merged_tensor
 from search_spaces import METHODS, Recipe, Setting
 from tests.pico import pico_expert, pico_llama
 
-SCALE = {"slerp": "t"}  # the number that leads from base to expert; of all others "weight"
-MANY = [method for method, spec in METHODS.items() if spec.max_experts is None]
+SEARCHED = [method for method, spec in METHODS.items() if not spec.unsearchable]
+REACHING = [method for method in SEARCHED if not method.startswith("ram")]  # the RAMs drop the smallest changes
+MANY = [method for method, spec in METHODS.items() if spec.max_experts != 1]
+CONSENSUS = ["ties", "dare_ties", "della", "breadcrumbs_ties"]
+PRUNING = [method for method, spec in METHODS.items() if spec.parameter("density")]
 VARIANTS = [(tied, dtype) for tied in (True, False) for dtype in ("bfloat16", "float32")]
 NAMES = ("law", "clinic")
 
@@ -69,17 +72,30 @@ def assert_same(tensors: dict[str, Tensor], checkpoint: Checkpoint | dict[str, T
     assert [name for name in wanted if not same_bits(tensors[name], wanted[name])] == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+def few(method: str) -> tuple[str, ...]:
+    """As few experts as the method takes."""
+    return NAMES[: max(1, METHODS[method].min_experts)]
+
+
+@pytest.mark.parametrize("method", SEARCHED)
 def test_weight_zero_is_the_base_bit_for_bit(method: str, sources: Sources) -> None:
-    assert_same(all_merged(sources, recipe(method, (SCALE.get(method, "weight"), "", 0.0))), sources.base)
+    zero = recipe(method, (METHODS[method].scale, "", 0.0), experts=few(method))
+    assert_same(all_merged(sources, zero), sources.base)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in REACHING if METHODS[method].min_experts == 1])
 def test_weight_one_of_a_whole_delta_is_the_expert_bit_for_bit(method: str, sources: Sources) -> None:
     assert_same(all_merged(sources, recipe(method)), sources.experts[NAMES[0]])
 
 
-@pytest.mark.parametrize("method", MANY)
+@pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
+def test_weight_one_of_a_ram_is_the_expert_up_to_epsilon(method: str, sources: Sources) -> None:
+    for name, tensor in all_merged(sources, recipe(method, ("epsilon", "", 1e-3))).items():
+        change = tensor.float() - sources.experts[NAMES[0]].tensor(name).float()
+        assert change.abs().max() <= 1.01e-3
+
+
+@pytest.mark.parametrize("method", [method for method in REACHING if method in MANY])
 def test_a_weight_of_zero_leaves_an_expert_out(method: str, sources: Sources) -> None:
     weights = (("weight", NAMES[0], 1.0), ("weight", NAMES[1], 0.0))
     assert_same(all_merged(sources, recipe(method, *weights, experts=NAMES)), sources.experts[NAMES[0]])
@@ -95,7 +111,7 @@ def test_experts_may_be_permuted(method: str, sources: Sources) -> None:
     assert_same(all_merged(sources, one), all_merged(turned, other))
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("method", PRUNING)
 def test_density_one_prunes_nothing(method: str, sources: Sources) -> None:
     plain = recipe(method, ("weight", "", 0.4), ("normalize", "", 0.0))
     assert_same(all_merged(sources, plain), all_merged(sources, recipe("task_arithmetic", ("weight", "", 0.4))))
@@ -118,7 +134,7 @@ def test_linear_is_task_arithmetic_with_the_base_taking_the_rest(sources: Source
 def test_in_place_equals_out_of_place_and_keeps_the_tie(method: str, sources: Sources) -> None:
     model, parameters = resident(sources.base)
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
-    changed = recipe(method, (SCALE.get(method, "weight"), "", 0.37))
+    changed = recipe(method, (METHODS[method].scale, "", 0.37), experts=few(method))
     merge_into(parameters, sources, changed)
     assert_same({n: p.detach() for n, p in parameters.items()}, all_merged(sources, changed))
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
@@ -142,14 +158,14 @@ def test_a_parameter_that_blocks_cannot_be_written_to_is_copied_into(pico: Sourc
 
 def test_after_a_thousand_merges_a_model_has_no_memory_of_them(pico: Sources) -> None:
     _, parameters = resident(pico.base)
-    peaks = []
+    peaks, kept = [], Kept()
     for i in range(1000):
         method = list(METHODS)[i % len(METHODS)]
-        merge_into(parameters, pico, recipe(method, (SCALE.get(method, "weight"), "", i / 999)))
+        merge_into(parameters, pico, recipe(method, (METHODS[method].scale, "", i / 999), experts=few(method)), kept)
         if i in (200, 999):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     last = recipe("dare_ties", ("weight", "", 0.7), ("density", "", 0.5))
-    merge_into(parameters, pico, last)
+    merge_into(parameters, pico, last, kept)
     fresh = Sources.open(pico.base.folder, {name: pico.experts[name].source for name in NAMES})
     assert_same({n: p.detach() for n, p in parameters.items()}, all_merged(fresh, last))
     assert peaks[1] - peaks[0] <= 1024  # KiB
@@ -173,16 +189,31 @@ def test_a_torn_merge_is_forgotten(pico: Sources, monkeypatch: pytest.MonkeyPatc
     assert_same({n: p.detach() for n, p in parameters.items()}, pico.base)
 
 
+def pruned(method: str, number: float = 0.5) -> Recipe:
+    """A recipe in which every number of the method does something."""
+    spec = METHODS[method]
+    numbers = {spec.scale: number, "density": 0.3 + number / 10, "gamma": 0.02, "select_topk": 0.5, "t": number}
+    values = [(name, "", value) for name, value in numbers.items() if spec.parameter(name)]
+    return recipe(method, *values, experts=NAMES[: 1 if spec.max_experts == 1 else 2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_facts_and_the_order_of_candidates_change_nothing(method: str, sources: Sources) -> None:
+    kept = Kept()
+    _, parameters = resident(sources.base)
+    for number in (0.5, 0.2, 0.5):
+        merge_into(parameters, sources, pruned(method, number), kept)
+        assert_same({n: p.detach() for n, p in parameters.items()}, all_merged(sources, pruned(method, number)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_recipe_gives_the_same_bytes(method: str, pico: Sources) -> None:
-    values = [(SCALE.get(method, "weight"), "", 0.5)]
-    values += [("density", "", 0.3)] if METHODS[method].parameter("density") else []
-    one = all_merged(pico, recipe(method, *values))
+    one = all_merged(pico, pruned(method))
     torch.manual_seed(1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
-        assert_same(all_merged(pico, recipe(method, *values)), one)
+        assert_same(all_merged(pico, pruned(method)), one)
     finally:
         torch.set_num_threads(threads)
 
@@ -230,8 +261,8 @@ def test_lerp_does_not_depend_on_blocks_or_vector_tails(size: int) -> None:
     base, expert = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     out, by_blocks = torch.empty_like(base), torch.empty_like(base)
     merge._apply_line(merge.Line(0.3), base, expert, out)
-    for start, b, xs in merge.float_blocks(base, [expert]):
-        by_blocks[start : start + merge.BLOCK] = merge.Line(0.3)(b, xs, start)
+    for start, b, xs in merge.float_blocks(base, [expert], 1):
+        by_blocks[start : start + b.numel()] = merge.Line(0.3)(b, xs, start).reshape(-1)
     assert same_bits(out, by_blocks)
 
 

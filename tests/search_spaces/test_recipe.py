@@ -111,8 +111,10 @@ def test_a_wrong_setting_is_refused_by_name(setting: Setting, message: str) -> N
     ("method", "experts", "message"),
     [
         ("tise", ONE, "tise.*one of linear"),
-        ("ties", (), "1 expert or more.*given: 0"),
+        ("ties", (), "1 or more experts.*given: 0"),
         ("slerp", TWO, "slerp merges 1 expert;.*2: clinical, law"),
+        ("model_stock", ONE, "model_stock merges 2 or more experts;.*1: clinical"),
+        ("nuslerp", (*TWO, ("tax", "a/tax")), "nuslerp merges 1 to 2 experts;.*3: clinical, law, tax"),
         ("ties", (ONE[0], ONE[0]), "different names"),
         ("ties", (("a.b", "x"),), "a.b"),
         ("ties", (("", "x"),), "letters, digits"),

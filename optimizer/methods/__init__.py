@@ -1,0 +1,50 @@
+"""Merge methods: pure functions from a base tensor, expert tensors and numbers to a blend of their blocks.
+
+Called by `merge` for one tensor at a time. The numbers each method takes are declared in `search_spaces.METHODS`.
+"""
+
+from collections.abc import Callable
+
+from optimizer.methods.blocks import BLOCK, Blend, Line, Tensors, Values, float_blocks
+from optimizer.methods.facts import Facts
+from optimizer.methods.fusion import arcee_fusion, nearswap, passthrough, ram, ramplus_tl, sce
+from optimizer.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
+from optimizer.methods.task_vectors import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+    linear,
+    task_arithmetic,
+    ties,
+)
+
+__all__ = ["BLOCK", "METHODS", "Blend", "Facts", "Line", "Tensors", "Values", "float_blocks"]
+
+METHODS: dict[str, Callable[[Tensors, Values], Blend]] = {
+    method.__name__: method
+    for method in (
+        linear,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        task_arithmetic,
+        ties,
+        dare_linear,
+        dare_ties,
+        della,
+        della_linear,
+        breadcrumbs,
+        breadcrumbs_ties,
+        sce,
+        ram,
+        ramplus_tl,
+        model_stock,
+        nearswap,
+        arcee_fusion,
+        passthrough,
+    )
+}

@@ -1,0 +1,150 @@
+"""What does not depend on a candidate, computed once and kept by whoever merges many: lengths, angles, rank tables.
+
+A fact follows from the checkpoints alone, so a merge gives the same bytes with facts kept or made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+SPARSE = 64  # a rank table has at most one entry for so many numbers, or
+SMALL = 1024  # this many entries
+
+T = TypeVar("T")
+
+
+class Facts:
+    """Facts by what they are about. Not shared between threads."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Give the fact with this key, computing it the first time."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        found: T = self._kept[key]
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all that is kept, small numbers aside."""
+        return sum(getattr(fact, "nbytes", 0) for fact in self._kept.values())
+
+
+@dataclass(frozen=True, slots=True)
+class RankTable:
+    """Which value has a given rank among n numbers that are not negative.
+
+    Holds the distinct values where there are few (deltas of bfloat16 checkpoints), else every SPARSE-th of the sorted
+    numbers; between two of these a rank is settled by looking at the numbers once more.
+
+    Attributes:
+        values: ascending, float32, on the CPU.
+        first: how many numbers are smaller than each value.
+        size: n.
+        whole: whether every distinct value is in the table.
+    """
+
+    values: np.ndarray[Any, np.dtype[np.float32]]
+    first: np.ndarray[Any, np.dtype[np.int64]]
+    size: int
+    whole: bool
+
+    @classmethod
+    def of(cls, numbers: Iterable[Tensor], size: int) -> RankTable:
+        """Build the table.
+
+        Args:
+            numbers: float32 blocks of any shape, `size` numbers in all, none negative.
+        """
+        ascending = np.empty(size, np.float32)
+        start = 0
+        for block in numbers:
+            stop = start + block.numel()
+            ascending[start:stop] = block.reshape(-1).cpu().numpy()
+            start = stop
+        ascending.sort()
+        changes = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
+        first = np.concatenate([np.zeros(min(size, 1), np.int64), changes])
+        if len(first) <= max(size // SPARSE, SMALL):
+            return cls(ascending[first], first, size, True)
+        places = np.union1d(np.arange(0, size, SPARSE), [size - 1])
+        values, at = np.unique(ascending[places], return_index=True)
+        return cls(values, first[np.searchsorted(first, places[at], "right") - 1], size, len(values) == len(first))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes + self.first.nbytes)
+
+    @property
+    def zeros(self) -> int:
+        """How many of the numbers are 0."""
+        if self.size == 0 or self.values[0] > 0:
+            return 0
+        return int(self.first[1]) if len(self.first) > 1 else self.size
+
+    def cut(self, kept: int, numbers: Callable[[], Iterable[Tensor]]) -> Cut:
+        """Find what separates the `kept` largest numbers from the others.
+
+        Args:
+            kept: from 1 to n.
+            numbers: gives the blocks the table was built from.
+        """
+        rank = self.size - kept  # of the smallest number kept, from 0
+        at = int(np.searchsorted(self.first, rank, "right")) - 1
+        low, below = self.values[at], int(self.first[at])
+        if self.whole:
+            after = int(self.first[at + 1]) if at + 1 < len(self.first) else self.size
+            return Cut(float(low), kept - (self.size - after), after - below)
+        high = self.values[min(at + 1, len(self.values) - 1)]
+        inside = np.sort(np.concatenate([_between(block, low, high) for block in numbers()]))
+        threshold = inside[rank - below]
+        left, right = np.searchsorted(inside, threshold, "left"), np.searchsorted(inside, threshold, "right")
+        return Cut(float(threshold), kept - (self.size - below - int(right)), int(right - left))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The k largest numbers: those above the threshold, and of those at it the first `equal_kept` of `equal`."""
+
+    threshold: float
+    equal_kept: int
+    equal: int
+
+    def keeper(self) -> Callable[[Tensor], Tensor]:
+        """Give a function that zeroes the other numbers, whatever their signs, of blocks given in order, each once."""
+        strict, loose = self.threshold, float(np.nextafter(np.float32(self.threshold), np.float32(0)))
+        left = self.equal_kept
+
+        def keep(block: Tensor) -> Tensor:
+            nonlocal left
+            if left == 0:
+                return hardshrink(block, strict)  # zeroes |x| <= strict
+            kept = hardshrink(block, loose)
+            if self.equal_kept < self.equal and strict > 0:
+                equal = _places_of(block, strict)
+                if len(equal) > left:
+                    kept.view(-1)[equal[left:]] = 0.0
+                left = max(left - len(equal), 0)
+            return kept
+
+        return keep
+
+
+def _between(block: Tensor, low: np.float32, high: np.float32) -> np.ndarray[Any, np.dtype[np.float32]]:
+    numbers = block.reshape(-1).cpu().numpy()
+    return numbers[(numbers >= low) & (numbers <= high)]
+
+
+def _places_of(block: Tensor, magnitude: float) -> Tensor:
+    if block.device.type == "cpu":  # numpy compares several times faster
+        return torch.from_numpy(np.flatnonzero(np.abs(block.numpy()) == np.float32(magnitude)))
+    return (block.abs() == magnitude).reshape(-1).nonzero().reshape(-1)
