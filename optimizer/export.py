@@ -13,7 +13,7 @@ from pathlib import Path
 
 from optimizer.checkpoints import HUB_ID, Checkpoint
 from optimizer.merge import Sources, new_folder, write_shards
-from search_spaces import METHODS, Recipe, group_tensors
+from search_spaces import METHODS, Recipe, SpaceError, group_tensors
 from search_spaces.mergekit import to_mergekit
 
 COPIED = (
@@ -57,17 +57,31 @@ def export_model(
         (folder / "recipe.json").write_text(recipe.to_json() + "\n", encoding="utf-8")
         adapters = [name for name, expert in sources.experts.items() if expert.is_adapter]
         dtype = str(base.dtype(base.names[0])).removeprefix("torch.")
-        mergekit = to_mergekit(recipe, base.names, out_dtype=dtype, adapters=adapters)
-        (folder / "mergekit.yaml").write_text(dump_yaml(mergekit), encoding="utf-8")
-        text = model_card(recipe, sources, title=out.name, scores=scores or {}, card=card)
+        unsaid = ""
+        try:
+            mergekit = to_mergekit(recipe, base.names, out_dtype=dtype, adapters=adapters)
+            (folder / "mergekit.yaml").write_text(dump_yaml(mergekit), encoding="utf-8")
+        except SpaceError as error:
+            unsaid = str(error)
+        text = model_card(recipe, sources, title=out.name, scores=scores or {}, card=card, unsaid=unsaid)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return out
 
 
 def model_card(
-    recipe: Recipe, sources: Sources, *, title: str, scores: Mapping[str, Mapping[str, float]], card: str
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    title: str,
+    scores: Mapping[str, Mapping[str, float]],
+    card: str,
+    unsaid: str = "",
 ) -> str:
-    """Return the README.md of a merge: front matter, the models, the numbers by layer group, and the scores."""
+    """Return the README.md of a merge: front matter, the models, the numbers by layer group, and the scores.
+
+    Args:
+        unsaid: why there is no mergekit document beside it; empty where there is one.
+    """
     from optimizer.study_file import dump_yaml
 
     models = {"base": sources.base, **{name: sources.experts[name] for name, _ in recipe.experts}}
@@ -78,8 +92,12 @@ def model_card(
     }
     about = (
         f"A merge of {len(models)} models by {recipe.method} ({METHODS[recipe.method].source}), "
-        f"recipe `{recipe.digest}`. `recipe.json` and `mergekit.yaml` hold all that is needed to make it again."
+        f"recipe `{recipe.digest}`. "
     )
+    if unsaid:
+        about += f"`recipe.json` holds all that is needed to make it again. For mergekit: {_plain(unsaid)}."
+    else:
+        about += "`recipe.json` and `mergekit.yaml` hold all that is needed to make it again."
     model_rows = [[name, public_name(model), f"`{model.fingerprint}`"] for name, model in models.items()]
     parts = [f"---\n{dump_yaml(front)}---", f"# {_plain(title)}", about, card.strip()]
     parts += ["## Models", _table(["", "model", "fingerprint"], model_rows)]

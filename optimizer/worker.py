@@ -72,12 +72,13 @@ class Worker:
 
         from evals.engine import Engine
         from evals.harness import load_tasks
-        from optimizer.merge import Sources
+        from optimizer.merge import Kept, Sources
 
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
         logging.disable_progress_bar()
         self._sources = Sources.open(spec.base, dict(spec.experts))
+        self._kept = Kept()
         base = self._sources.base
         self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
         model = resident_model(base, dtype=spec.dtype, device=spec.device)
@@ -109,7 +110,7 @@ class Worker:
         start = time.perf_counter()
         for checkpoint in (self._sources.base, *self._sources.experts.values()):
             checkpoint.require_unchanged()
-        merge_into(self._merged, self._sources, Recipe.from_json(recipe))
+        merge_into(self._merged, self._sources, Recipe.from_json(recipe), self._kept)
         if self._merged is not self._parameters:
             for name, tensor in self._merged.items():
                 self._parameters[name].copy_(tensor)

@@ -1,6 +1,6 @@
 """Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
 
-What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (dare_ties: up to its randomness).
+What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness).
 Read in: `models:` with scalars, gradients over the layers and substring filters. Anything else is refused by name.
 """
 
@@ -19,9 +19,13 @@ from search_spaces.recipe import Recipe, Setting, method_spec
 
 # What mergekit takes and a recipe has no word for: read where it is set to what the recipe does anyway.
 _FIXED: dict[str, dict[str, float]] = {
-    "task_arithmetic": {"normalize": 0.0, "rescale": 0.0},
-    "ties": {"rescale": 0.0},
+    "task_arithmetic": {"rescale": 0.0},
 }
+# Methods for which base_model may be left out: the first model is the base, and is merged as one of the models.
+_BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
+_MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+           "breadcrumbs_ties", "sce")  # fmt: skip
+_DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
 _TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -51,14 +55,19 @@ def to_mergekit(
         elif parameter.scope == "recipe":
             value = recipe.value(parameter.name)
             shared[parameter.name] = bool(value) if parameter.domain == "switch" else value
+    _require_words(recipe, groups)
     models = [_model_written(recipe, name, source, groups, name in adapters) for name, source in recipe.experts]
-    if recipe.method == "linear":
-        left = {
-            g: 1.0 - math.fsum(recipe.value("weight", expert=e, group=g) for e, _ in recipe.experts) for g in groups
-        }
-        base = {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
-        models, shared = [base, *models], {"normalize": False}
-    document = {"merge_method": recipe.method, "base_model": _reference(recipe.base), "models": models}
+    document: dict[str, object] = {"merge_method": recipe.method, "base_model": _reference(recipe.base)}
+    if _base_is_a_model(recipe):
+        models.insert(0, _base_written(recipe, groups))
+        if recipe.method == "linear":
+            shared = {"normalize": False}
+        else:
+            del document["base_model"]
+    if recipe.method == "passthrough":
+        del document["base_model"]
+        models = models or [{"model": _reference(recipe.base)}]
+    document["models"] = models
     return document | ({"parameters": shared} if shared else {}) | {"dtype": "float32", "out_dtype": out_dtype}
 
 
@@ -84,9 +93,46 @@ def from_mergekit(
 
 
 def _parameters_written(recipe: Recipe) -> list[Parameter]:
-    """Give what the recipe sets, and the scale, which has no default in mergekit; other defaults are the same there."""
+    """Give what the recipe sets, and what has no default in mergekit; other defaults are the same there."""
     spec, named = method_spec(recipe.method), {setting.parameter for setting in recipe.settings}
-    return [parameter for parameter in spec.parameters if parameter.name in named | {spec.scale}]
+    return [p for p in spec.parameters if not p.ours and (p.required or p.name in named)]
+
+
+def _require_words(recipe: Recipe, groups: Iterable[str]) -> None:
+    """Refuse numbers for which mergekit has no word."""
+    spec = method_spec(recipe.method)
+    equal = 1 / (1 + len(recipe.experts))
+    for parameter in spec.parameters:
+        for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:
+            for group in groups if parameter.scope != "recipe" else [""]:
+                value = recipe.value(parameter.name, expert=expert, group=group)
+                where = " of ".join(filter(None, [parameter.name, expert])) + (f" in {group}" if group else "")
+                if recipe.method == "karcher" and parameter.name == "weight":
+                    if abs(value - equal) > 1e-9:
+                        rule = f"mergekit's karcher gives base and experts equal shares, here {equal:g}"
+                        raise SpaceError(rule, given=value, where=where)
+                elif parameter.ours and value != parameter.default and (recipe.method, parameter.name) != _DELTAS:
+                    rule = f"mergekit's {recipe.method} has no {parameter.name}, which is {parameter.default:g} there"
+                    raise SpaceError(rule, given=value, where=where, mend="export the model, not its mergekit document")
+                if parameter.name == "epsilon" and parameter.scope == "expert":
+                    density = recipe.value("density", expert=expert, group=group)
+                    if density < 1 and not value < density < 1 - value:
+                        rule = (
+                            f"mergekit's {recipe.method} wants density - epsilon above 0 and density + epsilon below 1"
+                        )
+                        raise SpaceError(rule, given=f"density {density:g}, epsilon {value:g}", where=where)
+
+
+def _base_is_a_model(recipe: Recipe) -> bool:
+    """Tell whether the base has a weight of its own, which is what the experts leave of 1."""
+    if recipe.method == "multislerp":
+        return recipe.value("deltas") == 0.0
+    return recipe.method == "linear" or (recipe.method == "nuslerp" and len(recipe.experts) == 1)
+
+
+def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
+    left = {g: 1.0 - math.fsum(recipe.value("weight", expert=e, group=g) for e, _ in recipe.experts) for g in groups}
+    return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
 
 
 def _model_written(
@@ -180,19 +226,25 @@ class _Reader:
         self.document, self.groups, self.expert_names = document, groups, expert_names
         self.layers = layer_count(groups)
         self.spec = _known_method(document.get("merge_method"))
-        self.base = self._source(document.get("base_model"), "base_model")
+        self.baseless = document.get("base_model") is None and self.spec.name in _BASELESS
+        self.base = "" if self.baseless else self._source(document.get("base_model"), "base_model")
         self.shared = _mapping(document.get("parameters") or {}, "parameters")
         self.models = self._read_models(document.get("models"))
+        if self.baseless:
+            self.base = self.models[0].source
 
     def recipe(self) -> Recipe:
         """Resolve every parameter for every tensor, and gather the values that groups share."""
         self._check_surroundings()
         experts: dict[str, _Model] = self._experts()
         settings: list[Setting] = []
+        if self.spec.name == "multislerp" and not self.baseless:
+            settings.append(Setting("deltas", "", "", 1.0))
         for parameter in self.spec.parameters:
             for name, model in experts.items() if parameter.scope == "expert" else [("", None)]:
                 scopes = (self.shared, model.parameters) if model else (self.shared,)
-                if parameter.name == self.spec.scale or any(parameter.name in scope for scope in scopes):
+                needed = parameter.required or parameter.name == self.spec.scale
+                if needed or any(parameter.name in scope for scope in scopes):
                     settings += self._compact(parameter, name, self._values(parameter, model))
         sources = tuple((name, model.source) for name, model in experts.items())
         return Recipe(self.spec.name, self.base, sources, tuple(settings))
@@ -244,16 +296,24 @@ class _Reader:
         for key in ("dtype", "out_dtype"):
             if self.document.get(key) not in (None, *_DTYPES):
                 raise SpaceError(f"{key} is one of {', '.join(_DTYPES)}", given=self.document[key], where=key)
-        if self.document.get("tokenizer_source") not in (None, "base", self.document["base_model"]):
+        if self.document.get("tokenizer_source") not in (None, "base", self.document.get("base_model", self.base)):
             given = self.document["tokenizer_source"]
             raise SpaceError("a merge keeps the base's tokenizer", given=given, where="tokenizer_source")
-        scopes = {parameter.name: parameter.scope for parameter in self.spec.parameters}
+        others = sum(model.source != self.base for model in self.models)
+        exact = {"nuslerp": 1 if self.baseless else 2, "passthrough": 0}.get(self.spec.name, others)
+        if others != exact:
+            besides = "without base_model" if self.baseless else "with base_model"
+            rule = (
+                f"{self.spec.name} {besides} merges {exact or 'no'} model{'' if exact == 1 else 's'} besides its base"
+            )
+            raise SpaceError(rule, given=others, where="models")
+        scopes = {parameter.name: parameter.scope for parameter in self.spec.parameters if not parameter.ours}
         extras = {**_FIXED.get(self.spec.name, {}), **({"normalize": 1.0} if self.spec.name == "linear" else {})}
-        masks = () if self.spec.name in ("linear", "slerp") else ("int8_mask",)  # saves memory, changes no number
+        masks = ("int8_mask",) if self.spec.name in _MASKED else ()  # saves memory, changes no number
         _only(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
         for model in self.models:
-            own = [name for name, scope in scopes.items() if scope == "expert"]
-            if model.source == self.base and self.spec.name != "linear":
+            own = [name for name, scope in scopes.items() if scope == "expert" or name == "scale"]
+            if model.source == self.base and self.spec.name != "linear" and not self.baseless:
                 own = []  # mergekit reads no parameter of the base
             _only(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
         for name, value in _FIXED.get(self.spec.name, {}).items():
@@ -262,9 +322,13 @@ class _Reader:
                 raise SpaceError(f"{self.spec.name} has {name} off here", given=self.shared[name], where=name)
 
     def _values(self, parameter: Parameter, model: _Model | None) -> dict[str, float]:
-        """Resolve a parameter for each group; for linear, as a share of the weights' sum where mergekit divides."""
-        if self.spec.name == "linear" and parameter.name == "weight":
+        """Resolve a parameter for each group; as a share of the weights' sum where the base is one of the models."""
+        if parameter.name == "weight" and self.spec.name == "karcher":
+            return dict.fromkeys(self.groups, 1 / (1 + len(self._experts())))
+        if parameter.name == "weight" and (self.spec.name == "linear" or self.baseless):
             return self._by_group(lambda tensor: self._share(model, tensor), "weight")
+        if parameter.name == "scale":
+            model = self.models[0]
         return self._by_group(lambda tensor: self._one(parameter, model, tensor), parameter.name)
 
     def _by_group(self, value_of: Callable[[str], float], name: str) -> dict[str, float]:
@@ -283,18 +347,20 @@ class _Reader:
         return found
 
     def _share(self, model: _Model | None, tensor: str) -> float:
-        """Weight of a model in a linear merge, in which base and experts make 1."""
-        weight = self.spec.parameters[0]
-        normalize = Parameter("normalize", 1.0, 0.0, 1.0, "recipe", "", "switch")
+        """Weight of a model in a merge in which base and experts make 1."""
+        weight, method = self.spec.parameters[0], self.spec.name
+        switch = {"linear": "normalize", "multislerp": "normalize_weights"}.get(method)
         if all(listed.source != self.base for listed in self.models):
             raise SpaceError("a linear merge lists its base with a weight", given=self.base, where="models")
         weights = {listed.source: self._one(weight, listed, tensor) for listed in self.models}
         total = math.fsum(weights.values())
-        divide = self._one(normalize, None, tensor) == 1.0
-        if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
-            rule = "the weights of a linear merge, the base's included, sum to 1"
-            raise SpaceError(rule, given=total, where=tensor, mend="normalize: true divides by their sum")
+        divide = switch is None or self._one(_switch(switch), None, tensor) == 1.0
         own = weights[model.source] if model else 0.0
+        if method == "nuslerp" and abs(total) < 1e-6:
+            return 0.5
+        if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
+            rule = f"the weights of a {method} merge, the base's included, sum to 1"
+            raise SpaceError(rule, given=total, where=tensor, mend=f"{switch}: true divides by their sum")
         return own / total if divide else own
 
     def _one(self, parameter: Parameter, model: _Model | None, tensor: str) -> float:
@@ -305,7 +371,7 @@ class _Reader:
                 value = self._setting(scope[parameter.name], parameter, tensor, f"{where}.{parameter.name}")
                 if value is not None:
                     return value
-        if parameter.name in ("weight", "t"):
+        if parameter.required:
             where = f"{model.where if model else 'parameters'}, {tensor}"
             raise SpaceError(f"{self.spec.name} needs {parameter.name} for every tensor", given="none", where=where)
         return parameter.default
@@ -351,6 +417,10 @@ class _Reader:
             rule = f"{parameter.name} has one value for all groups"
             raise SpaceError(rule, given=self.shared[parameter.name], where=f"parameters.{parameter.name}")
         return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+
+
+def _switch(name: str) -> Parameter:
+    return Parameter(name, 1.0, 0.0, 1.0, "recipe", "", "switch")
 
 
 def _known_method(name: object) -> MethodSpec:

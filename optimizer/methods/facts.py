@@ -50,12 +50,14 @@ class RankTable:
         values: ascending, float32, on the CPU.
         first: how many numbers are smaller than each value.
         size: n.
+        zeros: how many of the numbers are 0.
         whole: whether every distinct value is in the table.
     """
 
     values: np.ndarray[Any, np.dtype[np.float32]]
     first: np.ndarray[Any, np.dtype[np.int64]]
     size: int
+    zeros: int
     whole: bool
 
     @classmethod
@@ -74,22 +76,17 @@ class RankTable:
         ascending.sort()
         changes = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
         first = np.concatenate([np.zeros(min(size, 1), np.int64), changes])
+        zeros = int(np.searchsorted(ascending, 0.0, "right"))
         if len(first) <= max(size // SPARSE, SMALL):
-            return cls(ascending[first], first, size, True)
+            return cls(ascending[first], first, size, zeros, True)
         places = np.union1d(np.arange(0, size, SPARSE), [size - 1])
         values, at = np.unique(ascending[places], return_index=True)
-        return cls(values, first[np.searchsorted(first, places[at], "right") - 1], size, len(values) == len(first))
+        below = first[np.searchsorted(first, places[at], "right") - 1]
+        return cls(values, below, size, zeros, len(values) == len(first))
 
     @property
     def nbytes(self) -> int:
         return int(self.values.nbytes + self.first.nbytes)
-
-    @property
-    def zeros(self) -> int:
-        """How many of the numbers are 0."""
-        if self.size == 0 or self.values[0] > 0:
-            return 0
-        return int(self.first[1]) if len(self.first) > 1 else self.size
 
     def cut(self, kept: int, numbers: Callable[[], Iterable[Tensor]]) -> Cut:
         """Find what separates the `kept` largest numbers from the others.

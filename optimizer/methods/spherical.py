@@ -79,15 +79,15 @@ def multislerp(tensors: Tensors, values: Values) -> Blend:
     dots, eps = _dots(tensors, "whole", deltas=deltas)[..., 0], values.shared["eps"]
     lengths = np.sqrt(np.diag(dots)) + eps
     units = dots / np.outer(lengths, lengths)
-    size = math.sqrt(max(0.0, weights @ units @ weights))
-    if size < eps and len(weights) > 2:
+    size = _length(weights, units)
+    if size < eps and len(weights) > 2 and dots.any():
         _nonzero(0.0, tensors, "weighted directions cancel out")
     if size < eps:
         factors = weights
     else:
         mean = weights / size
         tangent = weights - (weights @ units @ mean) * mean
-        angle = math.sqrt(max(0.0, tangent @ units @ tangent)) + eps
+        angle = _length(tangent, units) + eps
         turned = mean * math.cos(angle) + tangent * (math.sin(angle) / angle)
         factors = turned * float((lengths - eps) @ weights) / lengths
     parts = factors.tolist()
@@ -121,7 +121,7 @@ def karcher(tensors: Tensors, values: Values) -> Blend:
 
 def _karcher_mean(units: Array, shares: Array, *, tol: float, most: int) -> Array:
     """Iterate on the factors of unit vectors with the given dot products."""
-    size = math.sqrt(max(0.0, shares @ units @ shares))
+    size = _length(shares, units)
     mean = shares / size if size >= tol else np.eye(len(shares))[0]
     for _ in range(most):
         cosines = np.clip(units @ mean, -1.0, 1.0)
@@ -129,11 +129,11 @@ def _karcher_mean(units: Array, shares: Array, *, tol: float, most: int) -> Arra
         far = angles >= tol
         steps = np.where(far, shares * angles / np.where(far, np.sin(angles), 1.0), 0.0)
         tangent = steps - float(steps @ cosines) * mean
-        length = math.sqrt(max(0.0, tangent @ units @ tangent))
+        length = _length(tangent, units)
         if length < tol:
             break
         mean = math.cos(length) * mean + math.sin(length) / length * tangent
-        mean = mean / math.sqrt(mean @ units @ mean)
+        mean = mean / _length(mean, units)
     return mean
 
 
@@ -157,6 +157,11 @@ def model_stock(tensors: Tensors, values: Values) -> Blend:
     singular = np.abs(divisor) < 1e-6
     t = np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, divisor))
     return Deltas([_factor(t * weight / count, axis) for weight in values.weights])
+
+
+def _length(factors: Array, dots: Array) -> float:
+    """Length of a mixture of vectors with the given dot products."""
+    return math.sqrt(max(0.0, float(factors @ dots @ factors)))
 
 
 def _arc(dots: Array, t: float) -> tuple[Array, Array]:

@@ -44,6 +44,17 @@ def test_an_export_loads_and_is_the_merge(models: tuple[Path, dict[str, str]], t
     assert AutoTokenizer.from_pretrained(out)("ab").input_ids == AutoTokenizer.from_pretrained(base)("ab").input_ids
 
 
+def test_what_mergekit_has_no_word_for_is_exported_without_its_document(
+    models: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    base, experts = models
+    out = export_model(
+        weighted("sce", experts, base, ("weight", "", "", 0.5)), Sources.open(base, experts), tmp_path / "o"
+    )
+    assert not (out / "mergekit.yaml").exists()
+    assert "mergekit's sce has no weight, which is 1 there" in (out / "README.md").read_text()
+
+
 def test_an_export_copies_the_bases_files_byte_for_byte(models: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     base, experts = models
     (base / "LICENSE.txt").write_text("free")

@@ -47,19 +47,100 @@ def assert_same_numbers(one: Recipe, other: Recipe, groups: tuple[str, ...] = GR
                 assert one.value(parameter.name, **key) == other.value(parameter.name, **key), (parameter.name, key)
 
 
+def written(recipe: Recipe) -> dict[str, object] | None:
+    """The recipe's document; None where it is refused, which is for what mergekit has no word for."""
+    try:
+        return json.loads(json.dumps(to_mergekit(recipe, TENSORS, out_dtype="bfloat16")))
+    except SpaceError as error:
+        words = METHODS[recipe.method].parameters
+        if "mergekit's" not in str(error) or not any(p.ours or p.name == "epsilon" for p in words):
+            raise
+        return None
+
+
 @given(recipes())
 def test_a_recipe_comes_back_from_mergekit(recipe: Recipe) -> None:
-    document = json.loads(json.dumps(to_mergekit(recipe, TENSORS, out_dtype="bfloat16")))
-    assert_same_numbers(recipe, read(document, TENSORS))
+    document = written(recipe)
+    if document and recipe.method != "passthrough":
+        assert_same_numbers(recipe, read(document, TENSORS))
 
 
 @given(spaces())
 def test_recipes_of_a_space_keep_their_digest(space: Space) -> None:
     for anchor in space.anchors():
         recipe = space.recipe(anchor.params)
-        again = read(to_mergekit(recipe, TENSORS, out_dtype="bfloat16"))
-        assert again == recipe
-        assert again.digest == recipe.digest
+        document = written(recipe)
+        if document is None:
+            continue
+        again = read(document)
+        assert_same_numbers(again, recipe)
+        if recipe.method not in ("nuslerp", "multislerp", "karcher"):  # 1 - (1 - w) is not always w
+            assert again.digest == recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("sce", (Setting("weight", "clinical", "head", 0.5),), "mergekit's sce has no weight, which is 1 there.*head"),
+        ("karcher", (Setting("weight", "", "", 0.5),), "equal shares, here 0.333"),
+        ("della", (Setting("density", "", "", 0.9),), "density \\+ epsilon below 1.*density 0.9, epsilon 0.15"),
+        ("multislerp", (Setting("deltas", "", "", 1.0),), ""),
+    ],
+)
+def test_what_mergekit_has_no_word_for_is_refused(method: str, settings: tuple[Setting, ...], message: str) -> None:
+    recipe = Recipe(method, "base", (("clinical", "runs/clinical"), ("law", "org/law")), settings)
+    if not message:
+        assert to_mergekit(recipe, TENSORS, out_dtype="float32")["base_model"] == "base"
+        return
+    with pytest.raises(SpaceError, match=message):
+        to_mergekit(recipe, TENSORS, out_dtype="float32")
+
+
+def models(*sources: str, **parameters: float) -> list[dict[str, object]]:
+    return [{"model": source, "parameters": dict(parameters)} for source in sources]
+
+
+def test_without_base_model_the_first_model_is_the_base_and_one_of_the_models() -> None:
+    three = {"models": models("a", "runs/clinical", "org/law", weight=0.5)}
+    spherical = read({"merge_method": "multislerp"} | three)
+    assert (spherical.base, spherical.value("deltas")) == ("a", 0.0)
+    assert spherical.value("weight", expert="law", group="head") == pytest.approx(1 / 3)
+    around = read({"merge_method": "multislerp", "base_model": "base"} | three)
+    assert (around.value("deltas"), around.value("weight", expert="law", group="head")) == (1.0, 0.5)
+    bare = {"merge_method": "karcher", "models": models("a", "runs/clinical", "org/law")}
+    for document in (bare, bare | {"base_model": "a"}):
+        mean = read(document)
+        assert (mean.base, len(mean.experts)) == ("a", 2)
+        assert mean.value("weight", expert="law", group="head") == 1 / 3
+    alone = read({"merge_method": "passthrough", "models": models("a", scale=0.5)})
+    assert (alone.base, alone.experts, alone.value("scale", group="embed")) == ("a", (), 0.5)
+    arc = read({"merge_method": "nuslerp", "models": models("a", "runs/clinical", weight=3)})
+    assert arc.value("weight", expert="clinical", group="head") == 0.5
+    with pytest.raises(SpaceError, match="nuslerp without base_model merges 1 model besides its base; given: 2"):
+        read({"merge_method": "nuslerp"} | three)
+    with pytest.raises(SpaceError, match="nuslerp with base_model merges 2 models besides its base; given: 1"):
+        read({"merge_method": "nuslerp", "base_model": "a", "models": models("a", "b", weight=1)})
+    with pytest.raises(SpaceError, match="passthrough with base_model merges no models besides its base"):
+        read({"merge_method": "passthrough", "base_model": "a", "models": models("b")})
+
+
+def test_parameters_of_every_method_are_read() -> None:
+    expert = {"weight": 0.5, "density": 0.4, "gamma": 0.05}
+    crumbs = read({"merge_method": "breadcrumbs", "base_model": "base", "models": models("runs/clinical", **expert),
+                   "parameters": {"rescale": True, "lambda": [1, 2]}})  # fmt: skip
+    assert [crumbs.value(name, expert="clinical") for name in ("density", "gamma")] == [0.4, 0.05]
+    assert (crumbs.value("rescale"), crumbs.value("lambda", group="layer.03.mlp")) == (1.0, 2.0)
+    two = {"base_model": "base", "models": models("runs/clinical", "org/law")}
+    plus = read({"merge_method": "ramplus_tl", "parameters": {"r": 0.3, "alpha": 0.4, "epsilon": "1e-6"}} | two)
+    assert [plus.value(name) for name in ("r", "alpha", "epsilon")] == [0.3, 0.4, 1e-6]
+    assert read({"merge_method": "sce", "parameters": {"select_topk": 0.2}} | two).value("select_topk") == 0.2
+    assert read({"merge_method": "model_stock", "parameters": {"filter_wise": True}} | two).value("filter_wise") == 1.0
+    one = {"base_model": "base", "models": models("runs/clinical")}
+    assert read({"merge_method": "nearswap", "parameters": {"t": 0.001}} | one).value("t") == 0.001
+    with pytest.raises(SpaceError, match="nearswap needs t for every tensor"):
+        read({"merge_method": "nearswap"} | one)
+    with pytest.raises(SpaceError, match="'weight'"):
+        read({"merge_method": "sce", "base_model": "base", "models": models("runs/clinical", weight=1)})
 
 
 @pytest.mark.parametrize("names", ALL.values(), ids=ALL.keys())
@@ -150,9 +231,12 @@ def test_slerp_reads_t_from_the_top() -> None:
 
 def test_what_changes_no_number_may_stand() -> None:
     extra = {"int8_mask": True, "rescale": False, "normalize": False}
-    assert read(TIES | {"parameters": extra, "out_dtype": "bfloat16", "tokenizer_source": "base"}) == read(
-        TIES | {"parameters": {"normalize": 0}}
-    )
+    document = TIES | {"parameters": extra, "out_dtype": "bfloat16", "tokenizer_source": "base"}
+    assert_same_numbers(read(document), read(TIES | {"parameters": {"normalize": 0}}))
+    plain = TIES | {"merge_method": "task_arithmetic", "models": models("runs/clinical", weight=0.5)}
+    assert_same_numbers(read(plain | {"parameters": {"rescale": False}}), read(plain | {"parameters": {}}))
+    with pytest.raises(SpaceError, match=r"task_arithmetic has rescale off here.*True"):
+        read(plain | {"parameters": {"rescale": True}})
 
 
 def test_sources_with_mergekits_own_signs_are_written_apart() -> None:
@@ -185,7 +269,7 @@ def test_experts_are_named_after_their_folders() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merge_method": "breadcrumbs"}, "breadcrumbs.*one of linear"),
+        ({"merge_method": "crumbs"}, "crumbs.*one of linear"),
         ({"merge_method": None}, "merge_method"),
         ({"base_model": None}, "base_model"),
         ({"slices": []}, "'slices'"),
@@ -206,9 +290,8 @@ def test_experts_are_named_after_their_folders() -> None:
         ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "ties needs weight for every tensor"),
         ({"models": [{"model": "a", "parameters": [1]}]}, r"mapping of keys.*models\[0\].parameters"),
         ({"parameters": {"epsilon": 0.1}}, "recipe of ties.*'epsilon'"),
-        ({"parameters": {"rescale": True}}, "ties has rescale off here.*True"),
         ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "one normalize"),
-        ({"parameters": {"lambda": [0, 1]}}, "lambda has one value for all groups"),
+        ({"parameters": {"rescale": [0, 1]}}, "rescale has one value for all groups"),
     ],
 )
 def test_what_a_recipe_cannot_hold_is_refused_by_name(change: dict[str, object], message: str) -> None:
