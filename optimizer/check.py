@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evals.errors import TaskError
 from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
+from optimizer.samplers import require_learns
 from optimizer.study_file import Study, space_of, task_specs
 from search_spaces.errors import SpaceError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from evals.harness import Harness
     from optimizer.checkpoints import Checkpoint
+    from search_spaces.choice import Choice
     from search_spaces.space import Space
 
 T = TypeVar("T")
@@ -45,7 +47,7 @@ class Plan:
     study: Study
     base: Checkpoint | None = None
     experts: dict[str, Checkpoint] = field(default_factory=dict)
-    space: Space | None = None
+    space: Space | Choice | None = None
     harness: Harness | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -76,6 +78,9 @@ def make_plan(study: Study) -> Plan:
     _open_models(plan)
     if plan.base is not None:
         plan.space = plan.attempt("space", partial(space_of, study, plan.base.names))
+    if plan.space is not None:
+        conditional = plan.space.is_conditional
+        plan.attempt("search.sampler", partial(require_learns, study.search.sampler, conditional=conditional))
     _open_tasks(plan)
     return plan
 
@@ -190,11 +195,12 @@ def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
         yield name, model.source + kind, _millions(_numbers(model)), _size(model.bytes), ", ".join(dtypes)
 
 
-def _space_rows(space: Space) -> Iterator[tuple[str, str]]:
+def _space_rows(space: Space | Choice) -> Iterator[tuple[str, str]]:
     dimensions = space.distributions()
     anchors = [anchor.name for anchor in space.anchors()]
-    yield "method", space.method
-    yield "shape", f"{space.shape.kind} {space.shape.n or ''}".strip() + f", of its own for {', '.join(space.modules)}"
+    shape, modules = space.shape, ", ".join(space.modules)
+    yield "method", ", ".join(space.methods)
+    yield "shape", f"{shape.kind} {shape.n or ''}".strip() + (f", of its own for {modules}" if modules else "")
     yield "groups", f"{len(space.groups)}: {_shortened(space.groups)}"
     yield "dimensions", f"{len(dimensions)}: {_shortened(list(dimensions))}"
     yield "anchors", f"{len(anchors)}: {', '.join(anchors)}"

@@ -165,6 +165,8 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
         _print_json(document)
         return
     typer.echo(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
+    if len(document["methods"]) > 1:
+        typer.echo("Trials by method: " + ", ".join(f"{name} {n}" for name, n in document["methods"].items()))
     for finding in document["findings"]:
         typer.echo(f"- {finding}")
 

@@ -43,6 +43,8 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     figure = _figure("What each gain in the domain costs", f"one mark is one merge; bars are 95 % intervals on {judge}")
     if points.empty:
         return _nothing_yet(figure)
+    if points["method"].nunique() == 1:  # then it need not be said of each mark
+        points = points.drop(columns="method")
     figure.add_traces(_front_traces(points, unseen=unseen))
     _axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
     left, right = _span(points["forgetting"], below=0.04, above=0.12)
@@ -211,7 +213,8 @@ def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, floa
 def _knee_label(knee: int, row: Row) -> str:
     prefix = "holdout_" if math.isfinite(row["holdout_domain"]) else ""
     gain, loss = (percent(row[f"{prefix}{name}"]) for name in ("domain", "forgetting"))
-    return f"<b>trial {knee}, the knee</b><br>keeps {gain}, forgets {loss}"
+    method = f" ({row['method']})" if "method" in row else ""
+    return f"<b>trial {knee}, the knee{method}</b><br>keeps {gain}, forgets {loss}"
 
 
 def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
@@ -344,7 +347,8 @@ def _hover(rows: pd.DataFrame) -> dict[str, object]:
 
 
 def _told(trial: object, row: Row) -> str:
-    lines = [f"<b>trial {trial}</b> {'' if row['kind'] == 'search' else _escaped(row['kind'])}"]
+    about = [_escaped(row["kind"])] if row["kind"] != "search" else []
+    lines = [" ".join([f"<b>trial {trial}</b>", *about, *([row["method"]] if "method" in row else [])])]
     for prefix, items in (("", "search items"), ("holdout_", "unseen items")):
         if math.isfinite(row[f"{prefix}domain"]):
             gain, loss = (

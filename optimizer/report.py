@@ -135,9 +135,10 @@ def _findings(run: Run) -> str:
 
 def _figures(run: Run) -> str:
     knee = run.knee()
+    names = {trial: _named(run.named(trial), row["kind"]) for trial, row in rows_of(run.front()).items()}
     options = "".join(
-        f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(_named(trial, row["kind"]))}</option>'
-        for trial, row in rows_of(run.front()).items()
+        f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(name)}</option>'
+        for trial, name in names.items()
     )
     choice = f'<p><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
     return (
@@ -151,12 +152,15 @@ def _figures(run: Run) -> str:
 def _table(run: Run) -> str:
     knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
     titles = [f"{_title(name)},<br>{items}" for items in ("search items", "unseen items") for name in names]
-    head = "".join(f"<th>{title}</th>" for title in ("trial", "what", *titles, "recipe"))
+    several = len(run.methods) > 1
+    columns = ("trial", "what", *(["method"] if several else []), *titles, "recipe")
+    head = "".join(f"<th>{title}</th>" for title in columns)
     digests = run.trials()["recipe"].to_dict()
     rows = []
     for trial, row in rows_of(run.front()).items():
         figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
-        cells = _cells([trial, _what(row["kind"]), *figures, digests[trial]])
+        method = [row["method"]] if several else []
+        cells = _cells([trial, _what(row["kind"]), *method, *figures, digests[trial]])
         rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
     export = f"mergefront export {run.path.name} --trial {knee}"
     return (
@@ -174,8 +178,8 @@ def _what(kind: str) -> str:
     return "" if kind == SEARCH else kind.replace("expert:", "expert ")
 
 
-def _named(trial: object, kind: str) -> str:
-    return f"trial {trial}" if kind == SEARCH else f"trial {trial} ({_what(kind)})"
+def _named(name: str, kind: str) -> str:
+    return name if kind == SEARCH else f"{name} ({_what(kind)})"
 
 
 def _interval(row: Row, name: str) -> str:

@@ -36,7 +36,7 @@ from search_spaces.recipe import Recipe
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-TRIAL_COLUMNS = ("state", "kind", "seconds", "reason", "recipe")
+TRIAL_COLUMNS = ("state", "kind", "method", "seconds", "reason", "recipe")
 
 
 def open_run(path: Path | str, *, storage: str | None = None) -> Run:
@@ -68,12 +68,13 @@ class Run:
     # --- trials and points ---------------------------------------------------------------------------------------
 
     def trials(self) -> pd.DataFrame:
-        """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), seconds, reason of
-        failure, and the recipe's digest."""
+        """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), merge method, seconds,
+        reason of failure, and the recipe's digest."""
         rows = {
             number: (
                 trial.state.name.lower(),
                 _kind(trial),
+                self._methods.get(number, ""),
                 trial.user_attrs.get("seconds", np.nan),
                 str(trial.user_attrs.get("reason", "")),
                 self.recipe(number).digest if "recipe" in trial.user_attrs else "",
@@ -84,8 +85,8 @@ class Run:
         return frame.rename_axis("trial")
 
     def points(self) -> pd.DataFrame:
-        """Every scored trial by number: kind, the objectives with `_low`, `_high`, `_stderr`, the same again with
-        `holdout_` before (NaN where a trial was not scored there), and `front`. Empty until base and experts are in."""
+        """Every scored trial by number: kind, method, the objectives with `_low`, `_high`, `_stderr`, the same again
+        with `holdout_` before (NaN where it was not scored there), and `front`. Empty until base and experts are in."""
         return self._points.copy()
 
     def front(self, suite: str = SEARCH) -> pd.DataFrame:
@@ -104,6 +105,11 @@ class Run:
         """The objectives' column names: domain (one per expert where there are several), forgetting."""
         names = self.experts
         return (*(["domain"] if len(names) < 2 else [f"domain_{name}" for name in names]), "forgetting")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge methods of its trials, in order of appearance."""
+        return tuple(dict.fromkeys(self._methods.values()))
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -167,6 +173,10 @@ class Run:
         )
         return frame.reset_index(drop=True)
 
+    def named(self, trial: int) -> str:
+        """A trial as people call it: its number, and its method where the run has several."""
+        return f"trial {trial} ({self._methods[trial]})" if len(self.methods) > 1 else f"trial {trial}"
+
     def suite_of(self, trial: int) -> str:
         """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
         scored = trial in self._points.index and bool(self._points["holdout_domain"].notna()[trial])
@@ -178,7 +188,7 @@ class Run:
         row = rows_of(self._require_points())[trial]
         gain, loss = (_said(row, f"{prefix}{name}") for name in ("domain", "forgetting"))
         items = "items the search never saw" if prefix else "the items the search used"
-        return f"Trial {trial} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
+        return f"{self._titled(trial)} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
 
     # --- picking a point -----------------------------------------------------------------------------------------
 
@@ -290,7 +300,9 @@ class Run:
         """The weights of one trial over the depth of the model, by module and expert."""
         from optimizer import plots
 
-        return plots.weights(self.weights(trial), title=f"Trial {trial}: how much of the expert each layer takes")
+        return plots.weights(
+            self.weights(trial), title=f"{self._titled(trial)}: how much of the expert each layer takes"
+        )
 
     def plot_hypervolume(self) -> go.Figure:
         """The hypervolume over trials, against what the anchors alone cover."""
@@ -307,7 +319,7 @@ class Run:
         """What one trial kept of each general task and won of each domain task, with intervals."""
         from optimizer import plots
 
-        return plots.retention(self.retention(trial), title=f"Trial {trial}: what it won and what it kept")
+        return plots.retention(self.retention(trial), title=f"{self._titled(trial)}: what it won and what it kept")
 
     def __repr__(self) -> str:
         return f"<run {self.name}>"
@@ -326,11 +338,13 @@ class Run:
         measured_from = self._measured_from_or_none
         if measured_from is None:
             empty = pd.DataFrame(columns=[*columns, *(f"holdout_{name}" for name in columns)], dtype=float)
-            empty.insert(0, "kind", pd.Series(dtype=str))
+            for column in ("method", "kind"):
+                empty.insert(0, column, pd.Series(dtype=str))
             return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
         frame = self._objectives(SEARCH)
         frame = frame.join(self._holdout_objectives(columns).add_prefix("holdout_"))
         frame.insert(0, "kind", [_kind(self._frozen[number]) for number in frame.index])
+        frame.insert(1, "method", [self._methods[number] for number in frame.index])
         frame["front"] = non_dominated(_losses(frame, self.objectives, "").to_numpy())
         return frame
 
@@ -402,6 +416,14 @@ class Run:
     @cached_property
     def _any_recipe(self) -> Recipe | None:
         return next((self.recipe(n) for n, trial in self._frozen.items() if "recipe" in trial.user_attrs), None)
+
+    def _titled(self, trial: int) -> str:
+        return self.named(trial).replace("t", "T", 1)
+
+    @cached_property
+    def _methods(self) -> dict[int, str]:
+        """The merge method of every trial that has a recipe."""
+        return {n: self.recipe(n).method for n, trial in self._frozen.items() if "recipe" in trial.user_attrs}
 
     def _require_points(self) -> pd.DataFrame:
         if self._points.empty:

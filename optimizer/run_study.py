@@ -124,7 +124,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "base": plan.base.fingerprint,
         "experts": {name: expert.fingerprint for name, expert in plan.experts.items()},
         "space": {
-            "method": plan.space.method,
+            "method": ", ".join(plan.space.methods),
             "parameters": {name: repr(part) for name, part in plan.space.distributions().items()},
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},

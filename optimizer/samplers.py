@@ -8,33 +8,38 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
+from optimizer.errors import StudyFileError
+
 GP_DIMENSIONS = 20
 GP_TRIALS = 200
 POPULATION = (8, 16)
+CONDITIONAL = ("tpe", "random")  # the others learn from the parameters that every trial has, and draw the rest blindly
 
 
-def make_sampler(name: str, *, dimensions: int, budget: int, seed: int, told: int) -> BaseSampler:
+def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, seed: int, told: int) -> BaseSampler:
     """A sampler for a study of several objectives.
 
     "auto" is the Gaussian process (expected hypervolume improvement) for up to 20 dimensions and 200 trials: it needs
     the fewest trials, which cost minutes each; its own cost grows with the cube of the trials, and it stops learning
-    in many dimensions, so beyond that "auto" is multivariate TPE, whose cost stays small.
+    in many dimensions, so beyond that "auto" is multivariate TPE, whose cost stays small. With several merge methods
+    it is TPE too, one joint density for each set of parameters that occur together.
 
     Args:
-        name: auto, tpe, nsga2, gp or random.
+        name: auto, tpe, nsga2, gp or random; where `conditional`, one that `require_learns` lets pass.
         dimensions: parameters searched.
+        conditional: some trials have parameters that others lack.
         budget: trials the study may finish.
         seed: the study's.
         told: trials in the study so far. It is mixed into the seed, or a resumed study would repeat its first points.
     """
     mixed = int(np.random.SeedSequence((seed, told)).generate_state(1)[0])
     if name == "auto":
-        name = "gp" if dimensions <= GP_DIMENSIONS and budget <= GP_TRIALS else "tpe"
+        name = "gp" if dimensions <= GP_DIMENSIONS and budget <= GP_TRIALS and not conditional else "tpe"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match name:
             case "tpe":  # weights of neighbouring layers interact, so one joint density; running trials count as bad
-                return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=mixed)
+                return optuna.samplers.TPESampler(multivariate=True, group=conditional, constant_liar=True, seed=mixed)
             case "gp":
                 return optuna.samplers.GPSampler(
                     deterministic_objective=True, warn_independent_sampling=False, seed=mixed
@@ -45,3 +50,16 @@ def make_sampler(name: str, *, dimensions: int, budget: int, seed: int, told: in
             case "random":
                 return optuna.samplers.RandomSampler(seed=mixed)
     raise AssertionError(f"unknown sampler {name}")
+
+
+def require_learns(name: str, *, conditional: bool) -> None:
+    """Refuse a sampler that would draw blindly what only some of the methods have.
+
+    Raises:
+        StudyFileError: gp and nsga2, where trials have parameters that others lack.
+    """
+    if conditional and name not in ("auto", *CONDITIONAL):
+        raise StudyFileError(
+            f"a study over methods with parameters of their own needs a sampler that learns from each of them; "
+            f"given {name}, which learns only from what all trials have; write {', '.join(CONDITIONAL)} or auto"
+        )

@@ -35,6 +35,7 @@ from optimizer.pool import Job, Pool, Result
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler
 from optimizer.trial_words import DRIVER_DIED, DUPLICATE, NOT_COUNTED, SEARCHED, WORKER_DIED
+from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
@@ -78,7 +79,7 @@ def run_search(
     study: Study,
     run: RunFolder,
     *,
-    space: Space,
+    space: Space | Choice,
     pool: Pool,
     tasks: Sequence[TaskInfo],
     events: Callable[[Event], None],
@@ -206,7 +207,7 @@ class _Search:
         study: Study,
         run: RunFolder,
         storage: RDBStorage,
-        space: Space,
+        space: Space | Choice,
         pool: Pool,
         tasks: Sequence[TaskInfo],
         events: Callable[[Event], None],
@@ -215,7 +216,6 @@ class _Search:
         self.settings, self.run, self.space, self.tasks = study.search, run, space, tasks
         self.events, self.interrupt = events, interrupt
         self.crew = _Crew(pool, study.search.max_attempts, self._retried)
-        self.distributions = space.distributions()
         self.anchors = {anchor.name: dict(anchor.params) for anchor in space.anchors()}
         self.experts = [name for name, _ in space.experts]
         self.names = objective_names(self.experts)
@@ -267,7 +267,8 @@ class _Search:
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:
         return make_sampler(
             name,
-            dimensions=len(self.distributions),
+            dimensions=self.space.size,
+            conditional=self.space.is_conditional,
             budget=self.budget,
             seed=self.settings.seed,
             told=len(self.optuna.get_trials(deepcopy=False)),
@@ -352,8 +353,9 @@ class _Search:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*greenlet")  # optuna's GP sampler: slower without it
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self.optuna.ask(self.distributions)
-        number, recipe = trial.number, self.space.recipe(trial.params)
+            trial = self.optuna.ask()
+            params = self.space.suggest(trial)
+        number, recipe = trial.number, self.space.recipe(params)
         kind = trial.user_attrs.get("kind", SEARCHED)
         self.kinds[number], self.digests[number] = kind, recipe.digest
         trial.set_user_attr("recipe", recipe.to_json())

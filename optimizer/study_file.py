@@ -29,9 +29,10 @@ from pydantic import (
 
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
-from search_spaces.parameters import METHODS
+from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
 if TYPE_CHECKING:
+    from search_spaces.choice import Choice
     from search_spaces.space import Space
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
@@ -227,11 +228,35 @@ def _read_shape(value: object) -> object:
     raise ValueError(f"must be {SHAPES}")
 
 
+_METHODS_SCHEMA = {
+    "anyOf": [
+        {"enum": list(METHODS)},
+        {"type": "array", "items": {"enum": list(METHODS)}, "minItems": 1, "uniqueItems": True},
+    ],
+    "default": "task_arithmetic",
+    "description": "The merge method, or a list from which each trial chooses; the first of it gives the anchors.",
+}
+
+
+def _read_methods(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names:
+        raise ValueError("must be a merge method or a list of them")
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(str(name), METHODS, n=1)
+            mend = f'did you mean "{close[0]}"?' if close else f"they are {', '.join(METHODS)}"
+            raise ValueError(f"there is no merge method {name!r}; {mend}")
+    if len(set(names)) < len(names):
+        raise ValueError("must not name a method twice")
+    return tuple(names) if isinstance(value, list) else value
+
+
 class SpaceSection(_Section):
     """What may vary."""
 
-    method: Literal["linear", "task_arithmetic", "slerp", "ties", "dare_ties"] = Field(
-        default="task_arithmetic", description="The merge method."
+    method: Annotated[str | tuple[str, ...], BeforeValidator(_read_methods), WithJsonSchema(_METHODS_SCHEMA)] = (
+        "task_arithmetic"
     )
     shape: Annotated[ShapeEntry, BeforeValidator(_read_shape), WithJsonSchema(_SHAPE_SCHEMA)] = ShapeEntry(
         kind="curve", n=4
@@ -251,8 +276,13 @@ class SpaceSection(_Section):
     )
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge methods, one or more."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    @property
     def ranges(self) -> dict[str, Range]:
-        """The ranges a person gave, by parameter."""
+        """The ranges a person gave, by parameter; each is meant for every method that has the parameter."""
         given = {"weight": self.weight, "t": self.t, "density": self.density, "lambda": self.lambda_}
         return {name: bounds for name, bounds in given.items() if bounds is not None}
 
@@ -411,20 +441,26 @@ def _items(given: int | float | Literal["rest"]) -> int | float:
     return REST if given == "rest" else given
 
 
-def space_of(study: Study, tensors: Iterable[str]) -> Space:
+def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
     """The study's search space on a base with these tensor names."""
-    from search_spaces.space import Shape, Space  # brings optuna
+    from search_spaces.choice import Choice  # brings optuna, as does the next
+    from search_spaces.space import Shape, Space
 
-    shape = study.space.shape
-    return Space.build(
-        study.space.method,
-        study.models.base,
-        experts=study.models.experts,
-        tensors=tensors,
-        shape=Shape(shape.kind, shape.n),
-        modules=study.space.modules,
-        ranges=study.space.ranges,
-    )
+    section, names = study.space, list(tensors)
+
+    def space(method: str) -> Space:
+        return Space.build(
+            method,
+            study.models.base,
+            experts=study.models.experts,
+            tensors=names,
+            shape=Shape(section.shape.kind, section.shape.n),
+            modules=section.modules,
+            ranges={name: ends for name, ends in section.ranges.items() if METHODS[method].parameter(name)},
+        )
+
+    spaces = [space(method) for method in section.methods]
+    return Choice(tuple(spaces)) if len(spaces) > 1 else spaces[0]
 
 
 def masked_url(url: str) -> str:
@@ -561,11 +597,11 @@ def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
     """(key path, problem) of everything that is well typed and cannot be meant."""
     yield from _range_problems(study.space)
     experts = list(study.models.experts)
-    spec = METHODS[study.space.method]
-    if spec.max_experts is not None and len(experts) > spec.max_experts:
-        yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
-    if len(experts) < spec.min_experts:
-        yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {len(experts)}"
+    for spec in (METHODS[name] for name in study.space.methods):
+        if spec.max_experts is not None and len(experts) > spec.max_experts:
+            yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
+        if len(experts) < spec.min_experts:
+            yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {len(experts)}"
     if len(set(study.space.modules)) < len(study.space.modules):
         yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
     yield from _task_problems(study, experts)
@@ -576,20 +612,31 @@ def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:
-    has = {parameter.name for parameter in METHODS[space.method].parameters}
-    must_hold = {"weight": (0.0, 1.0), "t": (0.0, 1.0), "density": (1.0,), "lambda": (1.0,)}
-    meaning = {0.0: "the base", 1.0: "the expert"}
+    specs = [METHODS[name] for name in space.methods]
     for name, (low, high) in space.ranges.items():
         key, given = f"space.{name}", f"given [{low:g}, {high:g}]"
-        if name not in has:
-            yield key, f"{space.method} has no {name}; {given}; it has {', '.join(sorted(has))}"
-        elif low > high:
+        having = [spec for spec in specs if spec.parameter(name)]
+        if low > high:
             yield key, f"must be [low, high]; {given}"
-        elif missing := [value for value in must_hold[name] if not low <= value <= high]:
-            why = f" ({meaning[missing[0]]})" if len(must_hold[name]) == 2 else ""
-            yield key, f"must hold {missing[0]:g}{why}; {given}"
-        elif name == "density" and (low <= 0 or high > 1):
-            yield key, f"must lie above 0 and end at 1; {given}"
+        elif not having:
+            known = sorted({parameter.name for spec in specs for parameter in spec.parameters})
+            yield key, f"{' or '.join(space.methods)} has no {name}; {given}; it has {', '.join(known)}"
+        for problem in dict.fromkeys(_range_problem(spec, name, low, high) for spec in having):
+            if problem and low <= high:
+                yield key, f"{problem}; {given}"
+
+
+def _range_problem(spec: MethodSpec, name: str, low: float, high: float) -> str:
+    parameter = spec.parameter(name)
+    assert parameter is not None, "the caller looks for it"
+    if name == spec.scale:
+        missing = [
+            f"{value:g} ({who})" for value, who in ((0, "the base"), (1, "the expert")) if not low <= value <= high
+        ]
+        return f"must hold {missing[0]}" if missing else ""
+    if not low <= parameter.default <= high:
+        return f"must hold {parameter.default:g}"
+    return "" if parameter.allows(low) and parameter.allows(high) else f"must hold {DOMAINS[parameter.domain]} only"
 
 
 def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -711,7 +758,7 @@ models:
 {experts_text}
 
 space:
-  method: task_arithmetic  # linear, task_arithmetic, slerp, ties, dare_ties
+  method: task_arithmetic  # linear, slerp, ties, dare_ties, …; or several: [task_arithmetic, ties]
   shape: {{curve: 4}}  # weight over depth: uniform, slope, layers, {{curve: points}} or {{blocks: count}}
   modules: [attn, mlp]  # kinds with weights of their own; add embed and head to let them differ
   weight: [0, 1]  # must hold 0 (the base) and 1 (the expert)

@@ -71,19 +71,23 @@ def front_table(run: Run, *, width: int) -> Table:
     chosen = sorted(front | set(run.anchors().index))
     shown = run.points().loc[chosen].sort_values(["forgetting", "domain"], kind="stable")
     figures = [(suite, name) for suite in SUITES for name in run.objectives]
+    several = len(run.methods) > 1
     seam = " [" if width >= 30 + 18 * len(figures) else "\n["
     rows = (
         (
             "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
             row["trial"],
             row["kind"],
+            *([row["method"]] if several else []),
             *(_interval(row, *figure).replace(" [", seam) for figure in figures),
         )
         for row in _records(shown.reset_index())
     )
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
     title = f"Front of {run.name} (+) with its knee (*), and the anchors"
-    return table(title, ["", "trial", "kind", *titles], rows, right=["trial", *titles])
+    return table(
+        title, ["", "trial", "kind", *(["method"] if several else []), *titles], rows, right=["trial", *titles]
+    )
 
 
 def front_document(run: Run) -> dict[str, Any]:
@@ -97,6 +101,7 @@ def front_document(run: Run) -> dict[str, Any]:
             {
                 "trial": row["trial"],
                 "kind": row["kind"],
+                "method": row["method"],
                 "knee": row["trial"] == knee,
                 **{suite: _figures(run, row, suite) for suite in SUITES},
             }
@@ -181,7 +186,7 @@ def trial_document(run: Run, trial: int) -> dict[str, Any]:
     return {
         "run": run.name,
         "trial": trial,
-        **{name: plain(about[name]) for name in ("state", "kind", "seconds", "reason")},
+        **{name: plain(about[name]) for name in ("state", "kind", "method", "seconds", "reason")},
         "digest": recipe.digest,
         "recipe": json.loads(recipe.to_json()),
         "weights": _records(run.weights(trial)),
@@ -198,12 +203,14 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def status_document(run: Run) -> dict[str, Any]:
     """How far a run is, as plain values."""
-    states = run.trials()["state"].value_counts()
+    trials = run.trials()
+    states, methods = trials["state"].value_counts(), trials["method"].value_counts(sort=False)
     return {
         "run": run.name,
         "path": str(run.path),
         "running": _is_locked(run.path / "lock"),
         "trials": {str(state): int(number) for state, number in states.items()},
+        "methods": {name: int(methods[name]) for name in run.methods},
         "front": len(run.front()),
         "findings": run.findings(),
     }

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Literal, get_args
 
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of
@@ -22,6 +23,7 @@ from search_spaces.recipe import Recipe, Setting, check_experts, method_spec
 Kind = Literal["uniform", "slope", "curve", "blocks", "layers"]
 Profile = Callable[[float], float]
 Range = tuple[float, float]
+Params = Mapping[str, float | str]  # what Optuna sampled; the only word is the method, where a study has several
 
 MODULES = ("embed", "attn", "mlp", "head")
 ALPHAS = (0.25, 0.5, 0.75)
@@ -67,7 +69,7 @@ class Anchor:
     """A point every study scores first, with the name it goes by in reports."""
 
     name: str
-    params: Mapping[str, float]
+    params: Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +174,45 @@ class Space:
             for name, (low, high) in self._dimensions.items()
         }
 
-    def recipe(self, params: Mapping[str, float]) -> Recipe:
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge method, as the only one of its kind."""
+        return (self.method,)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether some trials have parameters that others lack: no."""
+        return False
+
+    @property
+    def scale_names(self) -> list[str]:
+        """Names of the parameters that say how much of an expert the layers take."""
+        return [name for expert in self._names for name in self._scale_depths(expert)]
+
+    def suggest(self, trial: Trial, names: Mapping[str, str] | None = None) -> Params:
+        """Have Optuna sample every parameter for a trial.
+
+        Args:
+            names: the name in the study of each of this space's parameters, where it has another there.
+        """
+        shown = {name: (names or {}).get(name, name) for name in self._dimensions}
+        return {shown[name]: trial.suggest_float(shown[name], *ends) for name, ends in self._dimensions.items()}
+
+    def recipe(self, params: Params) -> Recipe:
         """Turn sampled parameters into a recipe with an explicit weight for every expert and group.
 
         Raises:
             SpaceError: a parameter is missing, unknown or outside its range.
         """
-        self._check(params)
+        numbers = self._checked(params)
         settings = [
-            Setting(self.spec.scale, self._owner(expert), group, self._scale_value(expert, group, params))
+            Setting(self.spec.scale, self._owner(expert), group, self._scale_value(expert, group, numbers))
             for expert in self._names
             for group in self.groups
         ]
         for name, parameter in self._others():
             expert = name.split(".")[0] if parameter.scope == "expert" else ""
-            value = params[name] if self._varies(parameter) else self.ranges[parameter.name][0]
+            value = numbers[name] if self._varies(parameter) else self.ranges[parameter.name][0]
             settings.append(Setting(parameter.name, expert, "", value))
         settings += [Setting(name, "", "", value) for name, value in self.spec.fixed_in_search]
         return Recipe(self.method, self.base, self.experts, tuple(settings))
@@ -210,7 +236,7 @@ class Space:
             for name, depth in self._scale_depths(expert).items()
         }
         params |= {name: parameter.default for name, parameter in self._others() if self._varies(parameter)}
-        self._check(params)
+        self._checked(params)
         return params
 
     def anchors(self, alphas: Iterable[float] = ALPHAS, slopes: Iterable[tuple[float, float]] = SLOPES) -> list[Anchor]:
@@ -244,7 +270,7 @@ class Space:
     @cached_property
     def _dimensions(self) -> dict[str, Range]:
         """Range of every sampled parameter."""
-        scales = {name: self.ranges[self.spec.scale] for expert in self._names for name in self._scale_depths(expert)}
+        scales = dict.fromkeys(self.scale_names, self.ranges[self.spec.scale])
         others = {name: self.ranges[parameter.name] for name, parameter in self._others() if self._varies(parameter)}
         return scales | others
 
@@ -318,16 +344,17 @@ class Space:
         low, high = self.ranges[parameter.name]
         return low < high
 
-    def _check(self, params: Mapping[str, float]) -> None:
-        known = self._dimensions
+    def _checked(self, params: Params) -> dict[str, float]:
+        known, numbers = self._dimensions, {}
         for name in sorted(set(known) ^ set(params)):
             rule = "a parameter of the space is missing" if name in known else "the space has no such parameter"
             raise SpaceError(rule, given=repr(name), mend=f"the parameters are {', '.join(known)}")
         for name, (low, high) in known.items():
-            if not low <= params[name] <= high:
-                raise SpaceError(
-                    "a parameter lies in its range", given=params[name], where=f"{name} in [{low}, {high}]"
-                )
+            value = params[name]
+            if isinstance(value, str) or not low <= value <= high:
+                raise SpaceError("a parameter lies in its range", given=value, where=f"{name} in [{low}, {high}]")
+            numbers[name] = value
+        return numbers
 
 
 def _straight(first: float, last: float) -> Profile:

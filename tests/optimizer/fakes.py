@@ -20,6 +20,8 @@ from optimizer.run_folder import RunFolder
 from optimizer.search import Event, run_search
 from optimizer.study_file import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
 from optimizer.worker import Evaluation
+from search_spaces.choice import Choice
+from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape, Space
 
@@ -35,9 +37,10 @@ def tasks_of(experts: Sequence[str]) -> list[TaskInfo]:
     return [*(task(f"skill_{name}", "domain", name) for name in experts), task("general", "general")]
 
 
-def space_of(experts: Sequence[str], shape: Shape) -> Space:
+def space_of(experts: Sequence[str], shape: Shape, method: str = "task_arithmetic") -> Space:
     sources = tuple((name, f"/models/{name}") for name in experts)
-    return Space("task_arithmetic", "/models/base", sources, GROUPS, shape, ("attn", "mlp"), {"weight": (0.0, 1.0)})
+    ranges = {"weight": (0.0, 1.0)} | ({"density": (0.2, 1.0)} if METHODS[method].parameter("density") else {})
+    return Space(method, "/models/base", sources, GROUPS, shape, ("attn", "mlp"), ranges)
 
 
 def study_of(name: str, experts: Sequence[str], **search: object) -> Study:
@@ -156,10 +159,12 @@ class Bench:
     experts: Sequence[str] = ("clinical",)
     shape: Shape = field(default_factory=lambda: Shape("curve", 4))
     events: list[Event] = field(default_factory=list)
+    methods: Sequence[str] = ("task_arithmetic",)
 
     @property
-    def space(self) -> Space:
-        return space_of(self.experts, self.shape)
+    def space(self) -> Space | Choice:
+        spaces = [space_of(self.experts, self.shape, method) for method in self.methods]
+        return Choice(tuple(spaces)) if len(spaces) > 1 else spaces[0]
 
     @property
     def run(self) -> RunFolder:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,12 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.agreement import agreements
 from evals.demo_tasks import clinical_terms, clinical_training_texts, write_clinical_text, write_clinical_words
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.frames import rows_of
 from optimizer.run import open_run
+from optimizer.run_study import run_study
+from optimizer.tables import status_document
 from tests.conftest import demo_command, demo_environment
 
 
@@ -39,6 +45,26 @@ def test_a_second_time_starts_from_what_is_there(tiny_demo: Path) -> None:
     command, environment = demo_command(tiny_demo), demo_environment(tiny_demo.parent)
     subprocess.run(command, cwd=tiny_demo.parent, env=environment, check=True, capture_output=True, timeout=120)
     assert {path: path.stat().st_mtime_ns for path in tiny_demo.glob("outcomes/*")} == before
+
+
+def test_a_study_over_several_methods_names_them(demo_inputs: Path) -> None:
+    methods = ["task_arithmetic", "ties", "dare_ties"]
+    overrides = ["name=several", f"space.method=[{', '.join(methods)}]", "search.trials=22", "workers.count=0"]
+    study = demo_inputs / "study.yaml"
+    told = Console(file=io.StringIO(), width=160)
+    folder = run_study(study, [*overrides, f"runs={demo_inputs}"], told)
+    run = open_run(folder)
+    assert set(run.methods) == set(methods)
+    assert set(run.front()["method"]) <= set(methods)
+    assert all(run.recipe(trial).method == row["method"] for trial, row in rows_of(run.points()).items())
+    table = told.file.getvalue().partition("Front of several")[2]  # type: ignore[attr-defined]
+    report, hovers = (folder / "report.html").read_text(), json.dumps(run.plot_front().to_plotly_json(), default=list)
+    for trial, row in rows_of(run.front()).items():
+        assert re.search(rf"\s{trial}\s+\S.*\b{row['method']}\b", table), table
+        assert f"trial {trial} ({row['method']})" in report
+        assert re.search(rf"trial {trial}</b>[^<]*{row['method']}", hovers)
+    assert status_document(run)["methods"].keys() == set(methods)
+    assert f"({run.recipe(run.knee()).method}) keeps" in run.summary()
 
 
 def test_killed_half_way_it_ends_with_as_many_trials(tiny_demo: Path, demo_inputs: Path, tmp_path: Path) -> None:

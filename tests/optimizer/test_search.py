@@ -12,10 +12,10 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer import search as search_module
-from optimizer.errors import SearchError
+from optimizer.errors import SearchError, StudyFileError
 from optimizer.pool import Job, Result, SerialPool
 from optimizer.run_folder import RunFolder
-from optimizer.samplers import make_sampler
+from optimizer.samplers import make_sampler, require_learns
 from optimizer.search import Event, objective_names
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
@@ -319,7 +319,11 @@ def test_every_sampler_proposes_points_of_the_space(bench: Bench, sampler: str) 
 
 def test_auto_is_gp_where_it_can_learn_and_tpe_elsewhere() -> None:
     def kind(**wanted: int) -> type:
-        return type(make_sampler("auto", **{"dimensions": 8, "budget": 100, "seed": 0, "told": 0, **wanted}))
+        return type(
+            make_sampler(
+                "auto", **{"dimensions": 8, "conditional": False, "budget": 100, "seed": 0, "told": 0, **wanted}
+            )
+        )
 
     assert kind() is optuna.samplers.GPSampler
     assert kind(dimensions=21) is kind(budget=201) is optuna.samplers.TPESampler
@@ -327,7 +331,9 @@ def test_auto_is_gp_where_it_can_learn_and_tpe_elsewhere() -> None:
 
 def test_a_sampler_follows_from_the_seed_and_the_number_of_trials() -> None:
     def first(seed: int, told: int) -> float:
-        study = optuna.create_study(sampler=make_sampler("random", dimensions=1, budget=9, seed=seed, told=told))
+        study = optuna.create_study(
+            sampler=make_sampler("random", dimensions=1, conditional=False, budget=9, seed=seed, told=told)
+        )
         return float(study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params["x"])
 
     with warnings.catch_warnings():
@@ -357,3 +363,27 @@ def test_a_stranger_on_the_database_is_named_as_the_cause(bench: Bench, monkeypa
 
 def test_jobs_are_plain_and_small() -> None:
     assert deque([Job(1, "{}", "search")])[0] == Job(1, "{}", "search")
+
+
+@pytest.mark.parametrize("sampler", ["auto", "random"])
+def test_several_methods_are_searched_and_taken_up_again(tmp_path: Path, sampler: str) -> None:
+    bench = Bench(tmp_path / "toy", methods=("task_arithmetic", "ties", "dare_ties"))
+    bench.search(trials=12, sampler=sampler)
+    bench.search(trials=24, sampler=sampler)
+    trials = finished(trials_of(bench))
+    recipes = [Recipe.from_json(trial.user_attrs["recipe"]) for trial in trials]
+    assert len(trials) == 24
+    assert {recipe.method for recipe in recipes} == {"task_arithmetic", "ties", "dare_ties"}
+    assert all(trial.params["method"] == recipe.method for trial, recipe in zip(trials, recipes, strict=True))
+    anchors = [trial for trial in trials if trial.user_attrs.get("kind")]
+    assert [trial.number for trial in anchors] == list(range(len(anchors)))
+    assert {trial.params["method"] for trial in anchors} == {"task_arithmetic"}
+
+
+@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
+def test_a_sampler_that_learns_nothing_of_a_methods_own_parameters_is_refused(sampler: str) -> None:
+    require_learns(sampler, conditional=False)
+    with pytest.raises(StudyFileError, match=f"given {sampler}.*; write tpe, random or auto"):
+        require_learns(sampler, conditional=True)
+    for name in ("auto", "tpe", "random"):
+        require_learns(name, conditional=True)

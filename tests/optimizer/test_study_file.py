@@ -126,6 +126,18 @@ def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str,
     assert set(space.ranges) == {parameter.name for parameter in METHODS[method].parameters if parameter.searched}
 
 
+def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: Path, good: str) -> None:
+    several = read_study(written(tmp_path, good), ["space.method=[ties, task_arithmetic]", "space.density=[0.5, 1]"])
+    space = space_of(several, TENSORS)
+    assert space.methods == ("ties", "task_arithmetic")
+    assert "ties.clinical.density" in space.distributions()
+    assert read_study(written(tmp_path, dump_study(several))) == several
+    alone = space_of(read_study(written(tmp_path, good), ["space.method=[ties]"]), TENSORS)
+    assert list(alone.distributions()) == list(
+        space_of(read_study(written(tmp_path, good), ["space.method=ties"]), TENSORS).distributions()
+    )
+
+
 # --- refusing ---
 
 
@@ -145,6 +157,10 @@ def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str,
         ("trials: 40", "trials: true", "search.trials: must be a valid integer; given True"),
         ("trials: 40", "trials: 4.0", "search.trials: must be a valid integer; given 4.0"),
         ("trials: 40", "trials: 012", "search.trials: must be a valid integer; given '012'"),
+        ("method: task_arithmetic", "method: tise", "there is no merge method 'tise'; did you mean .ties"),
+        ("method: task_arithmetic", "method: [ties, ties]", "space.method: must not name a method twice"),
+        ("method: task_arithmetic", "method: []", "space.method: must be a merge method or a list of them"),
+        ("method: task_arithmetic", "method: [linear, slerp]\n  lambda: [0, 1]", "linear or slerp has no lambda"),
         ("[0, 1]", "[0.1, 1]", r"space.weight: must hold 0 \(the base\); given \[0.1, 1\]"),
         ("[0, 1]", "[0, 0.9]", r"space.weight: must hold 1 \(the expert\); given \[0, 0.9\]"),
         ("[0, 1]", "[0, .nan]", "space.weight.1: must be a finite number; given nan"),
@@ -284,7 +300,8 @@ def test_the_committed_schema_is_fresh() -> None:
 
 
 def test_the_schema_knows_every_method() -> None:
-    assert set(study_schema()["$defs"]["SpaceSection"]["properties"]["method"]["enum"]) == set(METHODS)
+    one, several = study_schema()["$defs"]["SpaceSection"]["properties"]["method"]["anyOf"]
+    assert set(one["enum"]) == set(several["items"]["enum"]) == set(METHODS)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
