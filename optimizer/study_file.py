@@ -252,6 +252,9 @@ def _read_methods(value: object) -> object:
     return tuple(names) if isinstance(value, list) else value
 
 
+RANGES = ("weight", "t", "density", "lambda", "epsilon", "gamma", "select_topk", "r", "alpha")
+
+
 class SpaceSection(_Section):
     """What may vary."""
 
@@ -267,13 +270,20 @@ class SpaceSection(_Section):
     weight: Range | None = Field(
         default=None, description="Range of the weights; holds 0 (base) and 1 (expert). Default: the method's own."
     )
-    t: Range | None = Field(default=None, description="slerp only: range of the interpolation; holds 0 and 1.")
+    t: Range | None = Field(
+        default=None, description="slerp: range of the interpolation; holds 0 and 1. nearswap: of the largest step."
+    )
     density: Range | None = Field(
-        default=None, description="ties and dare_ties: range of the kept share; holds 1. Default: the method's own."
+        default=None, description="Range of the share of a delta that is kept; holds 1. Default: the method's own."
     )
     lambda_: Range | None = Field(
         default=None, alias="lambda", description="Range of the scale on the summed deltas. Default: fixed at 1."
     )
+    epsilon: Range | None = Field(default=None, description="della, ram: range of epsilon. Default: mergekit's.")
+    gamma: Range | None = Field(default=None, description="breadcrumbs: range of gamma. Default: fixed at 0.01.")
+    select_topk: Range | None = Field(default=None, description="sce: range of the share of elements kept; holds 1.")
+    r: Range | None = Field(default=None, description="ramplus_tl: range of r. Default: fixed at 0.1.")
+    alpha: Range | None = Field(default=None, description="ramplus_tl: range of alpha. Default: fixed at 0.2.")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -283,8 +293,8 @@ class SpaceSection(_Section):
     @property
     def ranges(self) -> dict[str, Range]:
         """The ranges a person gave, by parameter; each is meant for every method that has the parameter."""
-        given = {"weight": self.weight, "t": self.t, "density": self.density, "lambda": self.lambda_}
-        return {name: bounds for name, bounds in given.items() if bounds is not None}
+        given = {(field.alias or name): getattr(self, name) for name, field in type(self).model_fields.items()}
+        return {name: bounds for name, bounds in given.items() if name in RANGES and bounds is not None}
 
 
 class TaskEntry(_Section):
@@ -598,6 +608,8 @@ def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
     yield from _range_problems(study.space)
     experts = list(study.models.experts)
     for spec in (METHODS[name] for name in study.space.methods):
+        if spec.unsearchable:
+            yield "space.method", f"{spec.name} cannot be searched: {spec.unsearchable}"
         if spec.max_experts is not None and len(experts) > spec.max_experts:
             yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
         if len(experts) < spec.min_experts:

@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Literal, get_args
 
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
@@ -166,7 +166,7 @@ class Space:
         """Number of dimensions."""
         return len(self._dimensions)
 
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, FloatDistribution]:
         """Give the distributions Optuna samples, by parameter name such as `clinical.weight.attn.block.0`."""
         others = {name: parameter.log for name, parameter in self._others()}
         return {
@@ -195,8 +195,11 @@ class Space:
         Args:
             names: the name in the study of each of this space's parameters, where it has another there.
         """
-        shown = {name: (names or {}).get(name, name) for name in self._dimensions}
-        return {shown[name]: trial.suggest_float(shown[name], *ends) for name, ends in self._dimensions.items()}
+        params = {}
+        for name, part in self.distributions().items():
+            shown = (names or {}).get(name, name)
+            params[shown] = trial.suggest_float(shown, part.low, part.high, log=part.log)
+        return params
 
     def recipe(self, params: Params) -> Recipe:
         """Turn sampled parameters into a recipe with an explicit weight for every expert and group.

@@ -16,7 +16,9 @@ from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
 from optimizer.study_file import (
     LARGEST_FILE,
+    RANGES,
     SCHEMA_FILE,
+    SpaceSection,
     Study,
     commented_study,
     dump_study,
@@ -119,9 +121,12 @@ def test_every_shape_makes_a_space(tmp_path: Path, good: str, shape: str) -> Non
     assert dict(space.ranges)["weight"] == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if not spec.unsearchable])
 def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str, method: str) -> None:
-    text = good.replace("  weight: [0, 1]", "  #")
+    second = METHODS[method].min_experts > 1
+    text = good.replace("  weight: [0, 1]", "  #").replace(
+        "expert\n", "expert\n    law: ./law\n" if second else "expert\n"
+    )
     space = space_of(read_study(written(tmp_path, text), [f"space.method={method}"]), TENSORS)
     assert set(space.ranges) == {parameter.name for parameter in METHODS[method].parameters if parameter.searched}
 
@@ -136,6 +141,13 @@ def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: P
     assert list(alone.distributions()) == list(
         space_of(read_study(written(tmp_path, good), ["space.method=ties"]), TENSORS).distributions()
     )
+
+
+def test_a_range_can_be_given_for_all_that_is_searched() -> None:
+    searched = {p.name for spec in METHODS.values() for p in spec.parameters if p.searched and not spec.unsearchable}
+    assert searched <= set(RANGES)
+    fields = {field.alias or name for name, field in SpaceSection.model_fields.items()}
+    assert set(RANGES) <= fields
 
 
 # --- refusing ---
@@ -161,6 +173,8 @@ def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: P
         ("method: task_arithmetic", "method: [ties, ties]", "space.method: must not name a method twice"),
         ("method: task_arithmetic", "method: []", "space.method: must be a merge method or a list of them"),
         ("method: task_arithmetic", "method: [linear, slerp]\n  lambda: [0, 1]", "linear or slerp has no lambda"),
+        ("method: task_arithmetic", "method: [ties, arcee_fusion]", "space.method: arcee_fusion cannot be searched"),
+        ("method: task_arithmetic", "method: model_stock", "space.method: model_stock needs 2 experts; given 1"),
         ("[0, 1]", "[0.1, 1]", r"space.weight: must hold 0 \(the base\); given \[0.1, 1\]"),
         ("[0, 1]", "[0, 0.9]", r"space.weight: must hold 1 \(the expert\); given \[0, 0.9\]"),
         ("[0, 1]", "[0, .nan]", "space.weight.1: must be a finite number; given nan"),
