@@ -12,11 +12,12 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -63,6 +64,7 @@ class Checkpoint:
     _entries: Mapping[str, Entry] = field(repr=False)
     _stamps: Mapping[Path, tuple[int, ...]] = field(repr=False)
     _deltas: Mapping[str, LowRank] = field(repr=False)
+    _is_mapped: bool = field(default=True, repr=False)
 
     @classmethod
     def open(cls, source: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
@@ -115,9 +117,17 @@ class Checkpoint:
         """The file that holds a tensor (of an adapter: the base's)."""
         return self._entries[name].file
 
+    def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Safetensors dtype code and shape of one tensor."""
+        return self._entries[name].dtype, self._entries[name].shape
+
+    def read_anew(self) -> Checkpoint:
+        """The same checkpoint, whose tensors are read from the file each time: they take memory only while in use."""
+        return replace(self, _is_mapped=False)
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in its stored dtype: mapped, so it must not be written to; of an adapter, folded anew."""
-        tensor = self._mapped[name]
+        tensor = self._mapped[name] if self._is_mapped else _read(self._entries[name])
         return self._deltas[name].folded_into(tensor) if name in self._deltas else tensor
 
     def require_unchanged(self) -> None:
@@ -265,15 +275,27 @@ def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(f"{checkpoint.folder}: tie_word_embeddings is false, but no tensor is the head")
     if not tied or not heads or not embeddings:
         return checkpoint
-    if not torch.equal(checkpoint.tensor(heads[0]), checkpoint.tensor(embeddings[0])):
+    unmapped = checkpoint.read_anew()
+    if not torch.equal(unmapped.tensor(heads[0]), unmapped.tensor(embeddings[0])):
         raise CheckpointError(
             f"{checkpoint.folder}: tie_word_embeddings is true, but {heads[0]} differs from {embeddings[0]}; "
             "set it to false in config.json to keep the head"
         )
     kept = {name: entry for name, entry in checkpoint._entries.items() if name != heads[0]}
-    return Checkpoint(
-        checkpoint.source, checkpoint.folder, checkpoint.config, checkpoint.fingerprint, kept, checkpoint._stamps, {}
-    )
+    return replace(checkpoint, _entries=kept)
+
+
+def _read(entry: Entry) -> torch.Tensor:
+    """Read one tensor into memory of its own."""
+    if entry.bytes == 0:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    try:
+        numbers = np.fromfile(entry.file, dtype=np.uint8, count=entry.bytes, offset=entry.start)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} can no longer be read ({error.strerror}); restore it") from error
+    if numbers.size < entry.bytes:
+        raise CheckpointError(f"{entry.file} was cut short after it was opened; restore it")
+    return torch.from_numpy(numbers).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _require_depth(checkpoint: Checkpoint) -> None:

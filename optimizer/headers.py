@@ -26,9 +26,10 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: where it is, its safetensors dtype code, shape and size in bytes."""
+    """One tensor of a file: where it starts, its safetensors dtype code, shape and size in bytes."""
 
     file: Path
+    start: int  # bytes from the file's beginning
     dtype: str
     shape: tuple[int, ...]
     bytes: int
@@ -63,7 +64,7 @@ def read_header(file: Path) -> Header:
     spans = {name: _span(file, name, fields) for name, fields in table.items()}
     _require_covered(file, spans, payload)
     entries = {
-        name: Entry(file, table[name]["dtype"], tuple(table[name]["shape"]), end - start)
+        name: Entry(file, 8 + len(text) + start, table[name]["dtype"], tuple(table[name]["shape"]), end - start)
         for name, (start, end) in spans.items()
     }
     return Header(entries, hashlib.sha256(text).hexdigest()[:16])

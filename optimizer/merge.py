@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from optimizer.checkpoints import (
@@ -31,6 +30,7 @@ from optimizer.checkpoints import (
 )
 from optimizer.errors import MergeError
 from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks
+from optimizer.tensor_file import write_tensors
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, group_of
 
@@ -58,6 +58,10 @@ class Sources:
         for expert in sources.experts.values():
             require_compatible(opened, expert)
         return sources
+
+    def read_anew(self) -> Sources:
+        """The same sources, each tensor read from its file when it is asked for."""
+        return Sources(self.base.read_anew(), {name: expert.read_anew() for name, expert in self.experts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recip
 
 
 def merge_to_folder(sources: Sources, recipe: Recipe, out: Path, *, shard_bytes: int = 5_000_000_000) -> None:
-    """Write the merge as safetensors to a new folder, one shard in memory at a time.
+    """Write the merge as safetensors to a new folder, one tensor in memory at a time.
 
     The folder appears under its name only when it is whole.
 
@@ -140,12 +144,15 @@ def merge_to_folder(sources: Sources, recipe: Recipe, out: Path, *, shard_bytes:
 
 
 def write_shards(sources: Sources, recipe: Recipe, folder: Path, *, shard_bytes: int) -> None:
-    """Write the merge into an existing folder: model.safetensors, or shards with an index where it is larger."""
-    base, merger = sources.base, _Merger(sources, recipe)
+    """Write the merge into an existing folder: model.safetensors, or shards with an index where it is larger.
+
+    Sources are read tensor by tensor, not mapped: mapped pages stay, and would count, until memory is short.
+    """
+    base, merger = sources.base, _Merger(sources.read_anew(), recipe)
     shards = _planned_shards(base, shard_bytes)
     names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        save_file({name: merger.tensor(name) for name in shard}, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, {name: base.kind(name) for name in shard}, merger.tensor)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": base.bytes}, "weight_map": dict(sorted(weight_map.items()))}
