@@ -187,6 +187,8 @@ class _Merger:
         missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
         if missing:
             raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
+        if unknown := sorted(recipe.tensors - set(sources.base.names)):
+            raise MergeError(f"recipe {recipe.digest} has a number for {unknown[0]!r}, which the base does not have")
         self._sources = sources
         self._recipe = recipe
         self._kept = Kept() if kept is None else kept
@@ -227,10 +229,10 @@ class _Merger:
         return SPECS[self._recipe.method].random
 
     def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
-        group = group_of(name)
-        if group not in self._numbers:
-            self._numbers[group] = self._numbers_of(group)
-        return self._numbers[group]
+        place = name if name in self._recipe.tensors else group_of(name)
+        if place not in self._numbers:
+            self._numbers[place] = self._numbers_of(place)
+        return self._numbers[place]
 
     def _numbers_of(self, group: str) -> tuple[tuple[str, ...], Values | None]:
         """Return the experts that change a group and their numbers without seeds; none where the base stays."""

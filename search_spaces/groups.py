@@ -114,6 +114,18 @@ def depth_of(group: str, n_layers: int) -> float:
     return layer / max(n_layers - 1, 1)
 
 
+def group_at(place: str) -> str:
+    """Give the group of a place, which is a group itself or the name of one of its tensors.
+
+    Raises:
+        SpaceError: it is neither.
+    """
+    if "." not in place or place.startswith("layer."):  # no checkpoint calls its stack of layers so
+        _match(place)
+        return place
+    return group_of(place)
+
+
 def flow_order(group: str) -> tuple[int, str]:
     """Sort key that puts groups in the order data flows through them."""
     layer = layer_of(group)

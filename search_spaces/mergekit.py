@@ -1,13 +1,15 @@
 """Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
 
 What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness).
-Read in: `models:` with scalars, gradients over the layers and substring filters. Anything else is refused by name.
+Read in: `models:` or `slices:` that are the whole model, with scalars, gradients over the layers and substring filters.
+Anything else is refused by name.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -16,6 +18,7 @@ from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
 from search_spaces.parameters import MethodSpec, Parameter
 from search_spaces.recipe import Recipe, Setting, method_spec
+from search_spaces.slices import flattened
 
 # What mergekit takes and a recipe has no word for: read where it is set to what the recipe does anyway.
 _FIXED: dict[str, dict[str, float]] = {
@@ -26,7 +29,7 @@ _BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
 _MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
            "breadcrumbs_ties", "sce")  # fmt: skip
 _DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
-_TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -51,7 +54,9 @@ def to_mergekit(
     shared: dict[str, object] = {}
     for parameter in _parameters_written(recipe):
         if parameter.scope == "group":
-            shared[parameter.name] = _written({g: recipe.value(parameter.name, group=g) for g in groups}, groups)
+            shared[parameter.name] = _written(
+                {p: recipe.value(parameter.name, group=p) for p in _places(recipe, groups)}, groups
+            )
         elif parameter.scope == "recipe":
             value = recipe.value(parameter.name)
             shared[parameter.name] = bool(value) if parameter.domain == "switch" else value
@@ -86,7 +91,8 @@ def from_mergekit(
     Raises:
         SpaceError: the document asks for something a recipe cannot hold.
     """
-    return _Reader(document, group_tensors(tensor_names), expert_names or {}).recipe()
+    groups = group_tensors(tensor_names)
+    return _Reader(flattened(document, groups), groups, expert_names or {}).recipe()
 
 
 # --- writing ---
@@ -104,7 +110,7 @@ def _require_words(recipe: Recipe, groups: Iterable[str]) -> None:
     equal = 1 / (1 + len(recipe.experts))
     for parameter in spec.parameters:
         for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:
-            for group in groups if parameter.scope != "recipe" else [""]:
+            for group in _places(recipe, groups) if parameter.scope != "recipe" else [""]:
                 value = recipe.value(parameter.name, expert=expert, group=group)
                 where = " of ".join(filter(None, [parameter.name, expert])) + (f" in {group}" if group else "")
                 if recipe.method == "karcher" and parameter.name == "weight":
@@ -131,7 +137,8 @@ def _base_is_a_model(recipe: Recipe) -> bool:
 
 
 def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
-    left = {g: 1.0 - math.fsum(recipe.value("weight", expert=e, group=g) for e, _ in recipe.experts) for g in groups}
+    names, places = [name for name, _ in recipe.experts], _places(recipe, groups)
+    left = {place: 1.0 - math.fsum(recipe.value("weight", expert=e, group=place) for e in names) for place in places}
     return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
 
 
@@ -140,11 +147,22 @@ def _model_written(
 ) -> dict[str, object]:
     reference = {"model": {"path": recipe.base}, "lora": {"path": source}} if adapter else _reference(source)
     parameters = {
-        parameter.name: _written({g: recipe.value(parameter.name, expert=name, group=g) for g in groups}, groups)
+        parameter.name: _written(
+            {p: recipe.value(parameter.name, expert=name, group=p) for p in _places(recipe, groups)}, groups
+        )
         for parameter in _parameters_written(recipe)
         if parameter.scope == "expert"
     }
     return {"model": reference} | ({"parameters": parameters} if parameters else {})
+
+
+def _places(recipe: Recipe, groups: Iterable[str]) -> list[str]:
+    """Give all groups, and the tensors with numbers of their own."""
+    return [*groups, *sorted(recipe.tensors)]
+
+
+def _numbers(recipe: Recipe, parameter: str, groups: Iterable[str], expert: str = "") -> dict[str, float]:
+    return {place: recipe.value(parameter, expert=expert, group=place) for place in _places(recipe, groups)}
 
 
 def _reference(source: str) -> object:
@@ -153,10 +171,11 @@ def _reference(source: str) -> object:
 
 
 def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> object:
-    """Write values by group as a number, or as filters (outer groups, attention) with a gradient over the layers."""
+    """Write values as a number, or as filters (tensors, outer groups, attention) with a gradient over the layers."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    rules: list[dict[str, object]] = []
+    rules: list[dict[str, object]] = [{"filter": name, "value": values[name]} for name in values if name not in groups]
+    values = {group: value for group, value in values.items() if group in groups}
     for group in ("embed", "head"):
         others = [name for other, names in groups.items() if other != group for name in names]
         for word in sorted({_outer_filter(name, others) for name in groups.get(group, ())}):
@@ -326,24 +345,18 @@ class _Reader:
         if parameter.name == "weight" and self.spec.name == "karcher":
             return dict.fromkeys(self.groups, 1 / (1 + len(self._experts())))
         if parameter.name == "weight" and (self.spec.name == "linear" or self.baseless):
-            return self._by_group(lambda tensor: self._share(model, tensor), "weight")
+            return self._by_group(lambda tensor: self._share(model, tensor))
         if parameter.name == "scale":
             model = self.models[0]
-        return self._by_group(lambda tensor: self._one(parameter, model, tensor), parameter.name)
+        return self._by_group(lambda tensor: self._one(parameter, model, tensor))
 
-    def _by_group(self, value_of: Callable[[str], float], name: str) -> dict[str, float]:
-        found = {}
+    def _by_group(self, value_of: Callable[[str], float]) -> dict[str, float]:
+        """Give each group the value most of its tensors have, and the others theirs by their names."""
+        found: dict[str, float] = {}
         for group, tensors in self.groups.items():
             values = {tensor: value_of(tensor) for tensor in tensors}
-            if len(set(values.values())) > 1:
-                first, other = tensors[0], next(t for t in tensors if values[t] != values[tensors[0]])
-                raise SpaceError(
-                    f"the tensors of a group have one {name}",
-                    given=f"{values[first]:g} for {first}, {values[other]:g} for {other}",
-                    where=group,
-                    mend="let the filters cover whole groups: attention or feed-forward with the norm before it",
-                )
-            found[group] = next(iter(values.values()))
+            found[group] = Counter(values.values()).most_common(1)[0][0]
+            found |= {tensor: value for tensor, value in values.items() if value != found[group]}
         return found
 
     def _share(self, model: _Model | None, tensor: str) -> float:

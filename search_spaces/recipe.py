@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import layer_of
+from search_spaces.groups import group_at
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec, Parameter
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -22,7 +22,10 @@ _KEYS = ("method", "base", "experts", "settings")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Setting:
-    """One number. An empty expert means every expert, an empty group every group."""
+    """One number. An empty expert means every expert, an empty group every group.
+
+    Where a group's tensors differ, `group` is the name of a tensor, as its checkpoint writes it.
+    """
 
     parameter: str
     expert: str
@@ -43,7 +46,7 @@ class Recipe:
         method: a key of METHODS.
         base: source of the base checkpoint.
         experts: (name, source) of each expert; names are letters, digits, `_` and `-`.
-        settings: at most one for each (parameter, expert, group).
+        settings: at most one for each (parameter, expert, group or tensor).
 
     Raises:
         SpaceError: an unknown method, parameter, expert or group, a value outside the parameter's domain, a duplicate.
@@ -72,16 +75,23 @@ class Recipe:
         Args:
             parameter: one of the method's parameters.
             expert: an expert's name; empty for a parameter that has no value per expert.
-            group: a layer group; empty for a parameter of the whole recipe.
+            group: a layer group or the name of a tensor; empty for a parameter of the whole recipe.
         """
         known = _parameter(self.method, parameter)
+        places = dict.fromkeys([group, group_at(group), ""] if group else [""])
         if expert and all(expert != name for name, _ in self.experts):
             names = ", ".join(name for name, _ in self.experts)
             raise SpaceError(f"the recipe's experts are {names}", given=repr(expert), where=parameter)
-        for key in ((parameter, expert, group), (parameter, expert, ""), (parameter, "", group), (parameter, "", "")):
-            if key in self._values:
-                return self._values[key]
+        for owner in dict.fromkeys([expert, ""]):
+            for place in places:
+                if (parameter, owner, place) in self._values:
+                    return self._values[parameter, owner, place]
         return known.default
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The tensors that have numbers of their own."""
+        return frozenset(place for _, _, place in self._values if place and group_at(place) != place)
 
     @property
     def digest(self) -> str:
@@ -160,7 +170,7 @@ def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str]) -> Set
             raise SpaceError(f"{parameter.name} has one value for all experts", given=given, where=setting.where)
         raise SpaceError(f"the recipe's experts are {', '.join(experts)}", given=given, where=setting.where)
     if setting.group:
-        layer_of(setting.group)  # raises where the group is misspelt
+        group_at(setting.group)  # raises where the group is misspelt
         if parameter.scope == "recipe":
             raise SpaceError(f"{parameter.name} has one value for all groups", given=setting.group, where=setting.where)
     value = float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe

@@ -11,6 +11,7 @@ from tests.search_spaces.names import llama
 LAYERS = 4
 TENSORS = tuple(llama(LAYERS))
 GROUPS = tuple(group_tensors(TENSORS))
+OWN = tuple(name for name in TENSORS if "layers.1.mlp" in name or name == "model.norm.weight")  # have numbers too
 EXPERTS = (("clinical", "runs/clinical"), ("law", "org/law"), ("b-3_x", "somewhere/b-3_x"))
 
 
@@ -38,7 +39,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     settings = []
     for parameter in spec.parameters:
         owners = ["", *(name for name, _ in experts)] if parameter.scope == "expert" else [""]
-        groups = ["", *GROUPS] if parameter.scope != "recipe" else [""]
+        groups = ["", *GROUPS, *OWN] if parameter.scope != "recipe" else [""]
         for owner in owners:
             for group in draw(st.lists(st.sampled_from(groups), unique=True)):
                 settings.append(Setting(parameter.name, owner, group, draw(values(parameter))))

@@ -37,7 +37,7 @@ def weight_of(recipe: Recipe, group: str) -> float:
     return recipe.value("weight", expert="clinical", group=group)
 
 
-def assert_same_numbers(one: Recipe, other: Recipe, groups: tuple[str, ...] = GROUPS) -> None:
+def assert_same_numbers(one: Recipe, other: Recipe, groups: tuple[str, ...] = (*GROUPS, *TENSORS)) -> None:
     assert (one.method, one.base, one.experts) == (other.method, other.base, other.experts)
     for parameter in METHODS[one.method].parameters:
         experts = [name for name, _ in one.experts] if parameter.scope == "expert" else [""]
@@ -190,6 +190,19 @@ def test_scalars_gradients_and_filters_are_read() -> None:
     assert weight_of(read(with_weight({"value": 0.2})), "head") == 0.2
 
 
+def test_filters_may_cut_through_groups() -> None:
+    recipe = read(
+        with_weight([{"filter": "self_attn", "value": 0.9}, {"filter": "up_proj", "value": 0.5}, {"value": 0.1}])
+    )
+    assert weight_of(recipe, "model.layers.1.self_attn.q_proj.weight") == weight_of(recipe, "layer.01.attn") == 0.9
+    assert weight_of(recipe, "model.layers.1.input_layernorm.weight") == 0.1
+    assert weight_of(recipe, "model.layers.2.mlp.up_proj.weight") == 0.5
+    assert weight_of(recipe, "model.layers.2.mlp.down_proj.weight") == weight_of(recipe, "layer.02.mlp") == 0.1
+    own = {"input_layernorm", "up_proj"}
+    assert recipe.tensors == {name for name in TENSORS if any(word in name for word in own)}
+    assert_same_numbers(recipe, read(to_mergekit(recipe, TENSORS, out_dtype="float32")))
+
+
 def test_a_models_own_number_comes_before_the_shared_and_the_shared_before_the_default() -> None:
     own = with_weight([{"filter": "layers", "value": 0.9}])
     own["parameters"] = {"weight": 0.1}
@@ -272,7 +285,7 @@ def test_experts_are_named_after_their_folders() -> None:
         ({"merge_method": "crumbs"}, "crumbs.*one of linear"),
         ({"merge_method": None}, "merge_method"),
         ({"base_model": None}, "base_model"),
-        ({"slices": []}, "'slices'"),
+        ({"slices": []}, "models or slices"),
         ({"modules": {}}, "'modules'"),
         ({"tokenizer": {"source": "union"}}, "'tokenizer'"),
         ({"chat_template": "auto"}, "'chat_template'"),
@@ -290,7 +303,7 @@ def test_experts_are_named_after_their_folders() -> None:
         ({"models": [{"model": "a", "parameters": {"density": 1}}]}, "ties needs weight for every tensor"),
         ({"models": [{"model": "a", "parameters": [1]}]}, r"mapping of keys.*models\[0\].parameters"),
         ({"parameters": {"epsilon": 0.1}}, "recipe of ties.*'epsilon'"),
-        ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "one normalize"),
+        ({"parameters": {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}}, "normalize has one"),
         ({"parameters": {"rescale": [0, 1]}}, "rescale has one value for all groups"),
     ],
 )
@@ -311,8 +324,6 @@ def test_what_a_recipe_cannot_hold_is_refused_by_name(change: dict[str, object],
         ([{"filter": 3, "value": 1}], "a word stands here.*filter"),
         ([{"filter": "mlp", "value": 1, "t": 2}], "'t'"),
         ([{"filter": "mlp", "value": 1}], "ties needs weight for every tensor"),
-        ([{"filter": "self_attn", "value": 1}, {"value": 0}], "tensors of a group have one weight.*layer.00.attn"),
-        ([{"filter": "layers.1.", "value": 1}, {"filter": "up_proj", "value": 0.5}, {"value": 0}], "layer.00.mlp"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_place(weight: object, message: str) -> None:

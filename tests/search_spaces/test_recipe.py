@@ -70,6 +70,17 @@ def test_the_most_specific_setting_wins() -> None:
     assert ties().value("normalize") == 1.0
 
 
+def test_a_tensors_own_number_comes_before_its_groups() -> None:
+    tensor, other = "model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.down_proj.weight"
+    settings = [Setting("weight", "", place, i / 10) for i, place in enumerate(("", "layer.03.mlp", tensor))]
+    recipe = ties(*settings)
+    assert recipe.tensors == {tensor}
+    found = [recipe.value("weight", expert="law", group=place) for place in (tensor, other, "layer.03.mlp", "head")]
+    assert found == [0.2, 0.1, 0.1, 0.0]
+    assert ties(*settings, Setting("weight", "law", "", 0.9)).value("weight", expert="law", group=tensor) == 0.9
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
 def test_short_says_the_span_of_each_number() -> None:
     recipe = ties(
         Setting("weight", "law", "embed", 0.1), Setting("weight", "law", "head", 0.9), Setting("density", "", "", 0.5)
@@ -93,6 +104,9 @@ def test_the_digest_does_not_change_between_versions() -> None:
         (Setting("wieght", "", "", 1.0), "no such parameter.*wieght.*one of weight"),
         (Setting("weight", "lawyer", "", 1.0), "experts are clinical, law.*lawyer"),
         (Setting("weight", "", "layer.7.attn", 1.0), "layer.7.attn"),
+        (Setting("weight", "", "layer.07.atn", 1.0), "layer.07.atn"),
+        (Setting("weight", "", "heads", 1.0), "heads"),
+        (Setting("weight", "", "vision.patch.weight", 1.0), "vision.patch.weight"),
         (Setting("weight", "law", "head", float("nan")), "finite number.*nan.*weight of law in head"),
         (Setting("weight", "law", "head", float("inf")), "finite number.*inf"),
         (Setting("density", "", "", 0.0), "above 0, at most 1.*0.0"),
