@@ -15,14 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from optimizer.checkpoints import INDEX_FILE
-from optimizer.tensor_file import Kind, write_tensors
+from optimizer.tensor_file import Kind, write_sharded
 
 ALLOWED = 500e6  # bytes beside two shards
 HIDDEN, INNER, VOCABULARY = 2048, 8192, 32_000
@@ -50,20 +48,13 @@ def write_model(folder: Path, *, shards: int, shard_bytes: int, seed: int, hidde
     kinds: dict[str, Kind] = {**outer, "model.norm.weight": ("BF16", (hidden,))}
     kinds |= {f"model.layers.{i}.{name}": kind for i in range(layers) for name, kind in layer.items()}
     noise = _noise(max(torch.Size(shape).numel() for _, shape in kinds.values()), seed)
-    weight_map, total = {}, 0
-    planned = list(_planned(kinds, shard_bytes))
-    for i, shard in enumerate(planned):
-        file = f"model-{i + 1:05d}-of-{len(planned):05d}.safetensors"
-        write_tensors(folder / file, shard, partial(_tensor, shard, noise))
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(2 * torch.Size(shape).numel() for _, shape in shard.values())
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    write_sharded(folder, kinds, partial(_tensor, kinds, noise), shard_bytes=shard_bytes)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": 16, "vocab_size": vocabulary, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    return total
+    return 2 * sum(torch.Size(shape).numel() for _, shape in kinds.values())
 
 
 def _layer(hidden: int, inner: int) -> dict[str, Kind]:
@@ -76,19 +67,6 @@ def _layer(hidden: int, inner: int) -> dict[str, Kind]:
         "input_layernorm.weight": norm,
         "post_attention_layernorm.weight": norm,
     }
-
-
-def _planned(kinds: dict[str, Kind], shard_bytes: int) -> Iterator[dict[str, Kind]]:
-    shard: dict[str, Kind] = {}
-    room = shard_bytes
-    for name, kind in kinds.items():
-        size = 2 * torch.Size(kind[1]).numel()
-        if size > room and shard:
-            yield shard
-            shard, room = {}, shard_bytes
-        shard[name] = kind
-        room -= size
-    yield shard
 
 
 def _noise(count: int, seed: int) -> torch.Tensor:

@@ -26,9 +26,8 @@ from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.adapters import LowRank, read_adapter
 from optimizer.errors import CheckpointError
 from optimizer.headers import Entry, read_header
+from optimizer.tensor_file import INDEX_FILE, WEIGHTS_FILE
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HEADS = ("lm_head.weight", "embed_out.weight")

@@ -7,7 +7,6 @@ the device of the model, and is rounded once to the base's dtype: the bytes are 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,8 +20,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimizer.checkpoints import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
     Checkpoint,
     count_nonfinite,
     require_compatible,
@@ -30,7 +27,7 @@ from optimizer.checkpoints import (
 )
 from optimizer.errors import MergeError
 from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks
-from optimizer.tensor_file import write_tensors
+from optimizer.tensor_file import write_sharded
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, group_of
 
@@ -148,15 +145,9 @@ def write_shards(sources: Sources, recipe: Recipe, folder: Path, *, shard_bytes:
 
     Sources are read tensor by tensor, not mapped: mapped pages stay, and would count, until memory is short.
     """
-    base, merger = sources.base, _Merger(sources.read_anew(), recipe)
-    shards = _planned_shards(base, shard_bytes)
-    names = [WEIGHTS_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(folder / file, {name: base.kind(name) for name in shard}, merger.tensor)
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": base.bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    base, anew = sources.base, sources.read_anew()
+    kinds = {name: base.kind(name) for name in base.names}
+    write_sharded(folder, kinds, lambda name: merged_tensor(name, anew, recipe), shard_bytes=shard_bytes)
 
 
 @contextmanager
@@ -307,23 +298,6 @@ def _require_same_tensors(parameters: Mapping[str, Tensor], base: Checkpoint) ->
         elif (tuple(parameter.shape), parameter.dtype) != (base.shape(name), base.dtype(name)):
             given = f"{tuple(parameter.shape)} {parameter.dtype}, {base.shape(name)} {base.dtype(name)}"
             raise MergeError(f"a parameter has its tensor's shape and dtype; {name} in model and base: {given}")
-
-
-def _planned_shards(base: Checkpoint, shard_bytes: int) -> list[list[str]]:
-    """Fill shards in name order; a tensor larger than the limit has a shard of its own."""
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in base.names:
-        if base.size(name) > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= base.size(name)
-    return shards
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _sync(folder: Path) -> None:

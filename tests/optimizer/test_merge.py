@@ -366,7 +366,7 @@ def test_a_failed_export_leaves_nothing(distant: Sources, tmp_path: Path, monkey
 
     with pytest.raises(MergeError, match="must be finite"):
         merge_to_folder(distant, recipe("linear", ("weight", "", 3e38)), tmp_path / "out")
-    monkeypatch.setattr(merge, "write_tensors", full)
+    monkeypatch.setattr(merge, "write_sharded", full)
     with pytest.raises(MergeError, match="No space left on device"):
         merge_to_folder(distant, recipe("linear"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -21,25 +21,27 @@ def resident(field: str) -> int:
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
-def merge(folder: Path, shards: int) -> None:
+def merge(folder: Path, shards: int, method: str) -> None:
     """Merge two models of so many shards into one file."""
     for seed, name in enumerate(("base", "law")):
         write_model(folder / name, shards=shards, shard_bytes=SHARD, seed=seed, hidden=256)
     sources = Sources.open(folder / "base", {"law": str(folder / "law")})
-    recipe = Recipe("task_arithmetic", "base", (("law", "law"),), (Setting("weight", "", "", 0.3),))
+    density = [Setting("density", "", "", 0.5)] if method == "ties" else []
+    recipe = Recipe(method, "base", (("law", "law"),), (Setting("weight", "", "", 0.3), *density))
     before = resident("VmRSS")
     merge_to_folder(sources, recipe, folder / "out", shard_bytes=20 * SHARD)
     assert (folder / "out/model.safetensors").stat().st_size > 0.8 * shards * SHARD
     assert shards == 2 or resident("VmHWM") - before < 2 * SHARD
 
 
-def test_a_merge_to_disk_takes_less_than_two_shards(tmp_path: Path) -> None:
-    merge(tmp_path / "small", 2)  # whatever is loaded once
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_merge_to_disk_takes_less_than_two_shards(method: str, tmp_path: Path) -> None:
+    merge(tmp_path / "small", 2, method)  # whatever is loaded once
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts anew
     except OSError:
         pytest.skip("this kernel does not reset the peak")
-    merge(tmp_path / "large", 12)
+    merge(tmp_path / "large", 12, method)
 
 
 def test_what_is_read_anew_is_what_is_mapped(tmp_path: Path) -> None:
