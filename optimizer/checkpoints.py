@@ -352,7 +352,7 @@ def _tensor_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
 def _config_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     if expert.config is base.config:
         return
-    ours, theirs = _full_config(base.folder), _full_config(expert.folder)
+    ours, theirs = full_config(base.folder), full_config(expert.folder)
     for key in sorted(set(ours) | set(theirs)):
         if key.startswith("_") or key in FREE_CONFIG_KEYS or key.endswith("dropout"):
             continue
@@ -360,7 +360,7 @@ def _config_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
             yield f"config.json: {key} is {ours.get(key)!r} in the base and {theirs.get(key)!r} in the expert"
 
 
-def _full_config(folder: Path) -> dict[str, Any]:
+def full_config(folder: Path) -> dict[str, Any]:
     """Return a config with its defaults filled in and old spellings (rope_theta, rope_scaling) brought to new ones."""
     from transformers import AutoConfig
 

@@ -53,7 +53,7 @@ def export_model(
     base = sources.base
     with new_folder(out) as folder:
         write_shards(sources, recipe, folder, shard_bytes=SHARD_BYTES)
-        _copy_files(base.folder, folder)
+        copy_files(base.folder, folder)
         (folder / "recipe.json").write_text(recipe.to_json() + "\n", encoding="utf-8")
         adapters = [name for name, expert in sources.experts.items() if expert.is_adapter]
         dtype = str(base.dtype(base.names[0])).removeprefix("torch.")
@@ -81,15 +81,9 @@ def model_card(
 
     Args:
         unsaid: why there is no mergekit document beside it; empty where there is one.
+        title, scores, card: as in `export_model`.
     """
-    from optimizer.study_file import dump_yaml
-
     models = {"base": sources.base, **{name: sources.experts[name] for name, _ in recipe.experts}}
-    front = {
-        "base_model": [public_name(model) for model in models.values()],
-        "library_name": "transformers",
-        "tags": ["merge", "mergefront"],
-    }
     about = (
         f"A merge of {len(models)} models by {recipe.method} ({METHODS[recipe.method].source}), "
         f"recipe `{recipe.digest}`. "
@@ -99,14 +93,26 @@ def model_card(
     else:
         about += "`recipe.json` and `mergekit.yaml` hold all that is needed to make it again."
     model_rows = [[name, public_name(model), f"`{model.fingerprint}`"] for name, model in models.items()]
-    parts = [f"---\n{dump_yaml(front)}---", f"# {_plain(title)}", about, card.strip()]
-    parts += ["## Models", _table(["", "model", "fingerprint"], model_rows)]
+    parts = [card_head(models.values(), title), about, card.strip()]
+    parts += ["## Models", table(["", "model", "fingerprint"], model_rows)]
     parts += ["## Recipe", _recipe_table(recipe, sources.base.names)]
     if scores:
         columns = list(dict.fromkeys(column for row in scores.values() for column in row))
         rows = [[task, *(_number(row.get(column)) for column in columns)] for task, row in scores.items()]
-        parts += ["## Scores", _table(["", *columns], rows)]
+        parts += ["## Scores", table(["", *columns], rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_head(models: Iterable[Checkpoint], title: str) -> str:
+    """Return a card's front matter and title."""
+    from optimizer.study_file import dump_yaml
+
+    front = {
+        "base_model": [public_name(model) for model in models],
+        "library_name": "transformers",
+        "tags": ["merge", "mergefront"],
+    }
+    return f"---\n{dump_yaml(front)}---\n\n# {_plain(title)}"
 
 
 def public_name(checkpoint: Checkpoint) -> str:
@@ -116,7 +122,8 @@ def public_name(checkpoint: Checkpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(checkpoint.source).expanduser().resolve().name).strip("-.") or "model"
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer, templates and licences byte for byte."""
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
@@ -126,8 +133,8 @@ def _copy_files(source: Path, folder: Path) -> None:
 
 
 def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
-    """One row per layer group, one column per number that differs between groups; the others in a line above it."""
-    groups = list(group_tensors(names))
+    """One row per layer group (or tensor with numbers of its own), one column per number that differs between them."""
+    groups = [*group_tensors(names), *sorted(recipe.tensors)]
     columns: dict[str, list[float]] = {}
     for parameter in METHODS[recipe.method].parameters:
         for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:
@@ -138,11 +145,12 @@ def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
     varied = {name: column for name, column in columns.items() if len(set(column)) > 1}
     line = f"In every group: {', '.join(constant)}." if constant else ""
     rows = [[group, *(_number(column[i]) for column in varied.values())] for i, group in enumerate(groups)]
-    table = _table(["group", *varied], rows) if varied else ""
-    return "\n\n".join(part for part in (line, table) if part)
+    grid = table(["group", *varied], rows) if varied else ""
+    return "\n\n".join(part for part in (line, grid) if part)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table whose cells show as they stand."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
 

@@ -14,6 +14,7 @@ from optimizer.run_folder import read_manifest
 from optimizer.study_file import LARGEST_FILE, read_yaml
 from search_spaces.mergekit import from_mergekit
 from search_spaces.recipe import Recipe
+from search_spaces.stack import Stack, is_stack, is_stack_text, stack_of, stack_sources
 
 if TYPE_CHECKING:
     from optimizer.run import Run
@@ -46,15 +47,28 @@ def merge_recipe(path: Path, out: Path) -> Path:
         SpaceError, StudyFileError: the file holds something no recipe can hold.
         CheckpointError, MergeError: as `export_model`.
     """
-    if path.suffix == ".json":
-        recipe = Recipe.from_json(_read(path))
-        return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
     from optimizer.checkpoints import Checkpoint
 
+    if path.suffix == ".json":
+        text = _read(path)
+        if is_stack_text(text):
+            return _write_stack(Stack.from_json(text), out)
+        recipe = Recipe.from_json(text)
+        return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
     document = read_yaml(path)
+    if is_stack(document):
+        names = {source: Checkpoint.open(source).names for source in dict.fromkeys(stack_sources(document))}
+        return _write_stack(stack_of(document, names), out)
     base = Checkpoint.open(_base_of(document, path))
     recipe = from_mergekit(document, base.names)
     return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
+
+
+def _write_stack(stack: Stack, out: Path) -> Path:
+    from optimizer.checkpoints import Checkpoint
+    from optimizer.stacking import write_stack
+
+    return write_stack(stack, {name: Checkpoint.open(source) for name, source in stack.models}, out)
 
 
 def _read(path: Path) -> str:
@@ -66,14 +80,25 @@ def _read(path: Path) -> str:
 
 
 def _base_of(document: Mapping[str, Any], path: Path) -> str:
-    """The base's path: `base_model: path` or `base_model: {model: {path: path}}`."""
-    base = document.get("base_model")
+    """The base's path: `base_model: path`, `base_model: {model: {path: path}}`, or else the first model there is."""
+    given = document.get("base_model")
+    base = _first_model(document) if given is None else given
     if isinstance(base, dict):
         inner = base.get("model")
         base = inner.get("path") if isinstance(inner, dict) else inner
     if not isinstance(base, str):
-        raise StudyFileError(f"{path}: base_model: must name the base's folder; given {document.get('base_model')!r}")
+        raise StudyFileError(f"{path}: base_model: must name the base's folder; given {given!r}")
     return base
+
+
+def _first_model(document: Mapping[str, Any]) -> object:
+    place: Any = document
+    for key in ("slices", 0, "sources", 0, "model") if "slices" in document else ("models", 0, "model"):
+        try:
+            place = place[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return place
 
 
 def _require_as_scored(run: Run, sources: Sources) -> None:

@@ -173,6 +173,10 @@ def _require_whole(slices: Sequence[Slice], layers: int) -> None:
             rule = f"the slice goes on where the one before it ended, at layer {position}"
             raise SpaceError(rule, given=part.sources[0].first, where=part.where, mend=mend)
         position = part.sources[0].last
+    if len(slices[-1].sources) > len(slices[0].sources):
+        rule = "the last slice has no more models than the first: mergekit would leave the others out of the head"
+        mend = "list the model in the first slice too, with weight 0"
+        raise SpaceError(rule, given=len(slices[-1].sources), where=slices[-1].where, mend=mend)
     if position != layers:
         raise SpaceError(f"slices end with the base's {layers} layers", given=position, where="slices", mend=mend)
 

@@ -86,6 +86,7 @@ def test_a_documents_gradient_runs_along_each_slice() -> None:
         ({"slices__1__sources": [{"model": "base", "layer_range": [2, 4]}]}, "ended, at layer 3.*given: 2"),
         ({"slices__1__sources": [{"model": "base", "layer_range": [3, 5]}]}, "base's 4 layers.*given: 5"),
         ({"slices__1__sources__0__model": "runs/law"}, "lists a model once"),
+        ({"slices__0__sources": DOCUMENT["slices"][0]["sources"][:1]}, r"no more models than the first.*slices\[1\]"),
         ({"slices__1__parameters__weight": ["a"]}, r"gradient is a list.*slices\[1\].parameters.weight"),
         ({"slices__1__parameters__weight": [{"filter": "a", "values": 1}]}, "'values'"),
         ({"slices__1__parameters__weight": "much"}, "weight is a number.*much"),

@@ -1,0 +1,171 @@
+"""`mergefront merge` makes of a mergekit document what mergekit 0.1.5 makes of it, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from optimizer.checkpoints import Checkpoint
+from optimizer.errors import CheckpointError, MergeError
+from optimizer.ship import merge_recipe
+from search_spaces import SpaceError
+from search_spaces.stack import Stack
+from tests.pico import pico_expert, pico_llama
+
+LAYERS = 4
+
+FLAT = """
+merge_method: ties
+base_model: base
+models:
+  - model: law
+    parameters:
+      weight:
+        - {filter: self_attn.q_proj, value: [0, 0.5, 1]}
+        - {filter: up_proj, value: 0.9}
+        - {filter: layers.1., value: 0.3}
+        - {value: 0.6}
+      density: 0.4
+  - {model: code, parameters: {weight: [{filter: norm, value: 0.25}, {value: 0.7}], density: [0.3, 0.8]}}
+parameters: {lambda: 0.7, normalize: true}
+dtype: float32
+"""
+SLICES = """
+merge_method: task_arithmetic
+base_model: base
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 3]}
+      - {model: law, layer_range: [0, 3], parameters: {weight: [{filter: mlp, value: [0.2, 0.9]}, {value: 0.4}]}}
+      - {model: code, layer_range: [0, 3], parameters: {weight: [0.1, 0.3]}}
+  - sources:
+      - {model: base, layer_range: [3, 4]}
+      - {model: law, layer_range: [3, 4]}
+    parameters: {weight: [{filter: down_proj, value: 0.8}]}
+parameters: {weight: [0.5, 0.7], lambda: 0.9}
+dtype: float32
+tokenizer_source: base
+"""
+SLERP = """
+merge_method: slerp
+base_model: base
+slices:
+  - sources: [{model: base, layer_range: [0, 4]}, {model: law, layer_range: [0, 4]}]
+parameters:
+  t: [{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}]
+dtype: float32
+"""
+STACK = """
+merge_method: passthrough
+slices:
+  - sources: [{model: base, layer_range: [0, 3], parameters: {scale: [{filter: o_proj, value: 0}, {value: [1, 1.5]}]}}]
+  - sources: [{model: law, layer_range: [1, 3]}]
+  - sources: [{model: law, layer_range: [1, 4], parameters: {scale: [{filter: layers.2., value: 0.5}, {value: 1}]}}]
+    parameters: {scale: 3}
+dtype: float32
+"""
+PLAIN_STACK = """
+merge_method: passthrough
+slices:
+  - sources: [{model: base, layer_range: [0, 2]}]
+  - sources: [{model: base, layer_range: [1, 4]}]
+dtype: float32
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = pico_llama(folder / "base", layers=LAYERS, tied=False, dtype="float32")
+    for seed, name in enumerate(("law", "code")):
+        pico_expert(base, folder / name, seed=seed, scale=0.1)
+    return folder
+
+
+def written(folder: Path, text: str, models: Path) -> Path:
+    for name in ("base", "law", "code"):
+        text = text.replace(f"model: {name},", f"model: {models / name},").replace(
+            f"model: {name}\n", f"model: {models / name}\n"
+        )
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "text", [FLAT, SLICES, SLERP, STACK, PLAIN_STACK], ids=["flat", "slices", "slerp", "stack", "plain"]
+)
+def test_mergekit_makes_the_same(text: str, models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    path = written(tmp_path, text, models)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, clone_tensors=True)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(path.read_text())), str(tmp_path / "peer"), options)
+    merge_recipe(path, tmp_path / "ours")
+    theirs = {
+        name: tensor for file in (tmp_path / "peer").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+    again = tmp_path / "again"  # and what is written beside it makes it once more
+    for file in ("recipe.json", "mergekit.yaml"):
+        merge_recipe(tmp_path / "ours" / file, again / file)
+        assert all(tensor.equal(ours[name]) for name, tensor in load_file(again / file / "model.safetensors").items())
+
+
+def test_a_stack_is_a_model_of_its_own_depth(models: Path, tmp_path: Path) -> None:
+    out = merge_recipe(written(tmp_path, PLAIN_STACK, models), tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_hidden_layers == len(model.model.layers) == 5
+    base, stacked = Checkpoint.open(models / "base"), Checkpoint.open(out)
+    for i, layer in enumerate((0, 1, 1, 2, 3)):
+        name = "model.layers.{}.self_attn.q_proj.weight"
+        assert stacked.tensor(name.format(i)).equal(base.tensor(name.format(layer)))
+    assert "| 2 | base | 1 |" in (out / "README.md").read_text()
+    assert Stack.from_json((out / "recipe.json").read_text()).layers == tuple(("m0", i) for i in (0, 1, 1, 2, 3))
+
+
+def test_what_a_config_says_of_each_layer_moves_with_it(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "base")
+    config = Gemma2Config(**(json.loads((models / "base/config.json").read_text()) | {"model_type": "gemma2"}))
+    config.layer_types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    config.save_pretrained(tmp_path / "base")
+    text = PLAIN_STACK.replace("model: base", f"model: {tmp_path / 'base'}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    out = merge_recipe(tmp_path / "recipe.yaml", tmp_path / "out")
+    types = json.loads((out / "config.json").read_text())["layer_types"]
+    assert [word[0] for word in types] == ["s", "f", "f", "f", "s"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        ("[1, 4]", "[1, 5]", CheckpointError, r"has no model.layers.4.*asks for as model.layers.5"),
+        ("dtype: float32", "tokenizer: {source: union}", SpaceError, "'tokenizer'"),
+        ("dtype: float32", "parameters: {weight: 1}", SpaceError, "'weight'.*only scale"),
+        ("dtype: float32", "parameters: {scale: much}", SpaceError, "scale is a number.*much"),
+        ("dtype: float32", "parameters: {scale: .inf}", MergeError, "must be finite"),
+        ("model: base,", "model: base+law,", SpaceError, "base.law.*merge an adapter"),
+        ("[0, 2]}]", "[0, 2]}, {model: law, layer_range: [0, 2]}]", SpaceError, "has one model"),
+    ],
+)
+def test_a_stack_that_cannot_be_is_refused(
+    old: str, new: str, error: type[Exception], message: str, models: Path, tmp_path: Path
+) -> None:
+    assert old in PLAIN_STACK
+    with pytest.raises(error, match=message):
+        merge_recipe(written(tmp_path, PLAIN_STACK.replace(old, new), models), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
