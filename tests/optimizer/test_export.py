@@ -113,7 +113,7 @@ def test_a_failing_export_leaves_nothing(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_copy_files", fail)
+    monkeypatch.setattr(export, "copy_files", fail)
     with pytest.raises(MergeError, match="No space left"):
         export_model(weighted("linear", models[1], models[0]), Sources.open(*models), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
