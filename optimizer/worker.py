@@ -73,6 +73,7 @@ class Worker:
         from evals.engine import Engine
         from evals.harness import load_tasks
         from optimizer.merge import Kept, Sources
+        from optimizer.places import tensor_places
 
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
@@ -82,7 +83,7 @@ class Worker:
         base = self._sources.base
         self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
         model = resident_model(base, dtype=spec.dtype, device=spec.device)
-        self._parameters: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+        self._parameters = tensor_places(model, base)
         self._merged = merge_target(self._parameters, base)
         self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget)
         self._harness = load_tasks(
