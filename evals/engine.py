@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from evals.errors import ScoreError, TaskError
-from evals.packing import Row, plan
+from evals.packing import PASS_TOKENS, Row, plan
 from evals.tokens import Encoder, Pair, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOGIT_BYTES = 2**27  # float32 logits made at a time
+CACHED_ROWS = (
+    32  # of which the log-sum is taken at a time: they stay in a CPU's cache, and it takes a third of the time
+)
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model and tokenizer that state none
 GENERATION_ROWS = 16  # prompts continued together at most
 # How far packed and plain log-likelihoods of the probe may lie apart per token, in nats: rounding, not another model.
@@ -33,12 +38,15 @@ class Batch:
     """One forward pass: B rows padded to N tokens, logits at Q of their nodes, P predicted tokens.
 
     Args:
+        stem: which batch, by its place in the plan, stands before every row; its keys and values are used again.
         tokens, depths: (B, N).
-        ends: (B, N), where each node's descendants end; None where no row branches, so that plain causal order holds.
+        ends: (B, N), where each node's descendants end; None where no row branches and none has a stem, so that plain
+            causal order holds.
         row, node: (Q,) where logits are wanted.
         source, target, request: (P,) of which of the Q, of which token, and whose log-likelihood it adds to.
     """
 
+    stem: int | None
     tokens: torch.Tensor
     depths: torch.Tensor
     ends: torch.Tensor | None
@@ -54,6 +62,7 @@ class Engine:
 
     A probe at construction compares the fast ways with a plain forward pass, and sets:
         packs: rows may branch (False: no custom masks, ALiBi, recurrence).
+        stems: keys and values of a prefix may be kept for the rows that share it.
         gathers: logits are the output embedding of the last hidden state (False: capped or scaled logits).
 
     Args:
@@ -68,10 +77,11 @@ class Engine:
         self.token_budget = token_budget
         self.max_length = _max_length(model.config, tokenizer)
         self._plans: dict[int, tuple[object, tuple[Batch, ...]]] = {}
-        self.packs = self.gathers = False
+        self.packs = self.stems = self.gathers = False
         expected = self._probe_plainly()
-        self.gathers = self._agrees(expected, packs=False, gathers=True)
-        self.packs = self._agrees(expected, packs=True, gathers=self.gathers)
+        self.gathers = self._agrees(expected, packs=False, stems=False, gathers=True)
+        self.packs = self._agrees(expected, packs=True, stems=False, gathers=self.gathers)
+        self.stems = self.packs and self._agrees(expected, packs=True, stems=True, gathers=self.gathers)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,7 +99,9 @@ class Engine:
     def rolling(self, texts: Sequence[Sequence[Pair]]) -> list[float]:
         """The log-likelihood of each text in nats, a text being the windows that predict it."""
         windows = [pair for text in texts for pair in text]
-        scored = iter(self._scored(self._planned(texts, lambda: self._batches(windows, branching=False)), len(windows)))
+        scored = iter(
+            self._scored(self._planned(texts, lambda: self._batches(windows, branching=self.packs)), len(windows))
+        )
         return [math.fsum(next(scored)[0] for _ in text) for text in texts]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -110,53 +122,74 @@ class Engine:
         if not torch.isfinite(logits).all():
             raise ScoreError("the candidate's logits are not finite: its weights are not a usable model")
 
-    def _planned(self, requests: object, make: Callable[[], Iterator[Batch]]) -> tuple[Batch, ...]:
+    def _planned(self, requests: object, make: Callable[[], Sequence[Batch]]) -> Sequence[Batch]:
         """Batches made once for these very requests; the requests are kept, so their id stays theirs."""
         if id(requests) not in self._plans:
-            self._plans[id(requests)] = (requests, tuple(make()))
+            self._plans[id(requests)] = (requests, make())
         return self._plans[id(requests)][1]
 
-    def _batches(self, pairs: Sequence[Pair], *, branching: bool) -> Iterator[Batch]:
+    def _batches(self, pairs: Sequence[Pair], *, branching: bool) -> Sequence[Batch]:
         pairs = [pair.cut(self.max_length) for pair in pairs]
-        batches = plan(pairs, token_budget=self.token_budget, branching=branching)
-        if branching and max((len(rows[0].tokens) for rows in batches), default=0) > _window(self.model.config):
+        longest = max((len(pair.context) + len(pair.continuation) for pair in pairs), default=0)
+        window = _window(self.model.config)
+        stems = self.stems and longest <= window
+        batches = plan(
+            pairs,
+            token_budget=self.token_budget,
+            branching=branching,
+            pass_tokens=PASS_TOKENS if stems else None,
+        )
+        if branching and max((len(rows[0].tokens) for rows in batches), default=0) > window:
             batches = plan(pairs, token_budget=self.token_budget, branching=False)
-        return (_batch(rows, pairs, self.model.device) for rows in batches)
+        return _batches_of(batches, pairs, self.model.device)
 
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
         sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
         greedy = torch.ones(requests, dtype=torch.bool, device=self.model.device)
+        last_use = {batch.stem: i for i, batch in enumerate(batches)}
+        kept: dict[int | None, Cache] = {}
         with torch.inference_mode():
-            for batch in batches:
-                logprobs, best = self._predictions(batch)
+            for i, batch in enumerate(batches):
+                states, cache = self._read(batch, kept.get(batch.stem), keep=i in last_use)
+                if cache is not None:
+                    kept[i] = cache
+                if last_use[batch.stem] == i:
+                    kept.pop(batch.stem, None)
+                logprobs, best = self._predictions(batch, states[batch.row, batch.node])
                 sums.index_add_(0, batch.request, logprobs.double())
-                greedy[batch.request[best != batch.target]] = False
+                greedy[batch.request[~best]] = False
         if not torch.isfinite(sums).all():
             bad = int((~torch.isfinite(sums)).sum())
             raise ScoreError(f"{bad} of {requests} log-likelihoods are not finite: the candidate is not a usable model")
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
-    def _predictions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the targets (P,) in float32, and the likeliest tokens in their places (P,)."""
-        states = self._states(batch)
+    def _read(self, batch: Batch, stem: Cache | None, *, keep: bool) -> tuple[torch.Tensor, Cache | None]:
+        """Hidden states of every node, or the logits themselves (B, N, width), and the keys and values if kept."""
+        cache = _widened(stem, len(batch.tokens)) if stem is not None else DynamicCache() if keep else None
+        reading: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": cache is not None, "past_key_values": cache}
+        if batch.ends is not None:
+            before = 0 if stem is None else stem.get_seq_length()
+            reading |= {"attention_mask": _mask(batch.ends, before, self.model.dtype), "position_ids": batch.depths}
+        read = self.model.base_model(**reading).last_hidden_state if self.gathers else self.model(**reading).logits
+        return read, cache if keep else None
+
+    def _predictions(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the targets (P,) in float32, and whether each is the likeliest token (P,).
+
+        Args:
+            states: what logits are made of at the wanted nodes, hidden states or the logits themselves (Q, width).
+        """
         step = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         chosen = torch.empty(len(batch.target), dtype=torch.float32, device=states.device)
-        best = torch.empty_like(batch.target)
+        best = torch.empty(len(batch.target), dtype=torch.bool, device=states.device)
         for start in range(0, len(states), step):
             logits = self._logits(states[start : start + step]).float()  # (step, V)
             wanted = ((batch.source >= start) & (batch.source < start + step)).nonzero()[:, 0]
-            source = batch.source[wanted] - start
-            chosen[wanted] = logits[source, batch.target[wanted]] - logits.logsumexp(-1)[source]
-            best[wanted] = logits.argmax(-1)[source]
+            source, target = batch.source[wanted] - start, batch.target[wanted]
+            norms = torch.cat([part.logsumexp(-1) for part in logits.split(CACHED_ROWS)])
+            chosen[wanted] = logits[source, target] - norms[source]
+            best[wanted] = _is_first_best(logits, source, target)
         return chosen, best
-
-    def _states(self, batch: Batch) -> torch.Tensor:
-        """What logits are made of at the wanted nodes: hidden states, or the logits themselves (Q, width)."""
-        reading: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
-        if batch.ends is not None:
-            reading |= {"attention_mask": _mask(batch.ends, self.model.dtype), "position_ids": batch.depths}
-        states = self.model.base_model(**reading).last_hidden_state if self.gathers else self.model(**reading).logits
-        return states[batch.row, batch.node]
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(states) if self.gathers else states
@@ -207,13 +240,14 @@ class Engine:
         first = len(pair.context) - 1
         return float(logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum())
 
-    def _agrees(self, expected: Sequence[float], *, packs: bool, gathers: bool) -> bool:
+    def _agrees(self, expected: Sequence[float], *, packs: bool, stems: bool, gathers: bool) -> bool:
         """Whether the probe, read this way, gives the plain log-likelihoods."""
         pairs = self._probe_pairs()
+        budget, pass_tokens = (20, 0) if stems else (64, None)  # 20 are too few for one row, so that a stem pays
         before, self.gathers = self.gathers, gathers
         try:
-            batches = [*self._batches(pairs, branching=packs)]
-            found = self._scored(batches, len(pairs))
+            rows = plan(pairs, token_budget=budget, branching=packs, pass_tokens=pass_tokens)
+            found = self._scored(_batches_of(rows, pairs, self.model.device), len(pairs))
         except Exception:  # whatever an architecture makes of arguments that it does not know: read it plainly
             return False
         finally:
@@ -228,16 +262,23 @@ class Engine:
         return (7 + 31 * torch.arange(n, device=self.model.device)) % self.model.config.get_text_config().vocab_size
 
 
-def _batch(rows: Sequence[Row], pairs: Sequence[Pair], device: torch.device) -> Batch:
+def _batches_of(plan: Sequence[Sequence[Row]], pairs: Sequence[Pair], device: torch.device) -> list[Batch]:
+    stems = {id(rows[0]): i for i, rows in enumerate(plan)}  # a stem is alone in its batch
+    return [
+        _batch(rows, pairs, None if rows[0].stem is None else stems[id(rows[0].stem)], device=device) for rows in plan
+    ]
+
+
+def _batch(rows: Sequence[Row], pairs: Sequence[Pair], stem: int | None, *, device: torch.device) -> Batch:
     width = len(rows[0].tokens)  # rows come longest first
     wanted: dict[tuple[int, int], int] = {}
     source: list[int] = []
     target: list[int] = []
     request: list[int] = []
     for r, row in enumerate(rows):
-        for index, nodes in row.requests:
+        for index, skipped, nodes in row.requests:
             source += [wanted.setdefault((r, node), len(wanted)) for node in nodes]
-            target += pairs[index].continuation
+            target += pairs[index].continuation[skipped : skipped + len(nodes)]
             request += [index] * len(nodes)
     branches = any(end != len(row.tokens) for row in rows for end in row.ends)
 
@@ -249,9 +290,10 @@ def _batch(rows: Sequence[Row], pairs: Sequence[Pair], device: torch.device) -> 
 
     ends = tensor([[*row.ends, *range(len(row.ends) + 1, width + 1)] for row in rows])  # padding reads itself only
     return Batch(
+        stem=stem,
         tokens=tensor([padded(row.tokens) for row in rows]),
         depths=tensor([padded(row.depths) for row in rows]),
-        ends=ends if branches else None,
+        ends=ends if branches or stem is not None else None,
         row=tensor([r for r, _ in wanted]),
         node=tensor([node for _, node in wanted]),
         source=tensor(source),
@@ -260,12 +302,39 @@ def _batch(rows: Sequence[Row], pairs: Sequence[Pair], device: torch.device) -> 
     )
 
 
-def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where node i may read node j, its ancestor or itself, else the lowest number: (B, 1, N, N), i before j."""
+def _mask(ends: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a node may read another, its ancestor or itself, else the lowest number: (B, 1, N, before + N).
+
+    Args:
+        ends: (B, N), where each node's descendants end.
+        before: tokens of the stem, which every node reads.
+    """
     order = torch.arange(ends.shape[1], device=ends.device)
     hidden = (order[:, None] < order) | (order[:, None] >= ends[:, None, :])  # (B, N, N)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+    mask = torch.zeros(*ends.shape, before + ends.shape[1], dtype=dtype, device=ends.device)
+    mask[..., before:].masked_fill_(hidden, torch.finfo(dtype).min)
+    return mask[:, None]
+
+
+def _widened(stem: Cache, rows: int) -> Cache:
+    """The stem's keys and values for each of the rows, for a model to add its own to."""
+    cache = DynamicCache()
+    for i, layer in enumerate(stem.layers):
+        assert isinstance(layer, CacheLayerMixin)
+        assert layer.keys is not None
+        assert layer.values is not None
+        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
+    return cache
+
+
+def _is_first_best(logits: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Whether target p is what argmax gives in row source[p] of the logits: (P,).
+
+    argmax over a vocabulary takes ten times as long as its maximum, so only rows whose maximum is a target are asked.
+    """
+    best = logits[source, target] == logits.amax(-1)[source]
+    best[best.clone()] = logits[source[best]].argmax(-1) == target[best]  # of equal ones the first
+    return best
 
 
 def _prompt_batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]]:

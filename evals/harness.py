@@ -30,7 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, Outcome, TaskInfo, TaskSpec
-from evals.packing import plan
+from evals.packing import PASS_TOKENS, plan
 from evals.task_files import Sandbox, find_task_file, make_paths_absolute, read_rows, require_plain
 from evals.tokens import Encoder, Pair, Prompt
 
@@ -181,7 +181,8 @@ class Harness:
         pairs = [p for p, asker in zip(prepared.pairs, prepared.pair_askers, strict=True) if id(asker) in mine]
         texts = [t for t, asker in zip(prepared.texts, prepared.text_askers, strict=True) if id(asker) in mine]
         prompts = [p for p, asker in zip(prepared.prompts, prepared.prompt_askers, strict=True) if id(asker) in mine]
-        packed = sum(len(row.tokens) for rows in plan(pairs, token_budget=2048, branching=True) for row in rows)
+        batches = plan(pairs, token_budget=2048, branching=True, pass_tokens=PASS_TOKENS)
+        packed = sum(len(row.tokens) for rows in batches for row in rows)
         return packed + sum(map(len, texts)) + sum(len(p.tokens) + p.max_new_tokens for p in prompts)
 
 

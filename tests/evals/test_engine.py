@@ -57,6 +57,16 @@ def pairs(n: int = 30, *, seed: int = 0, longest: int = 40) -> list[Pair]:
     return made
 
 
+def pairs_after_shots(n: int = 60) -> list[Pair]:
+    """Items that begin with the same 150 tokens, half of them with 80 more: a stem on a stem."""
+    rng = random.Random(1)
+    shots, more = (tuple(rng.randrange(3, 259) for _ in range(size)) for size in (150, 80))
+    return [
+        Pair(shots + more * (i % 2) + pair.context, pair.continuation)
+        for i, pair in enumerate(pairs(n, seed=2, longest=20))
+    ] + [Pair(shots[:-2], shots[-2:]), Pair(shots, (5,))]
+
+
 def plainly(model: PreTrainedModel, pair: Pair) -> float:
     tokens = torch.tensor([pair.context + pair.continuation])
     with torch.inference_mode():
@@ -90,11 +100,12 @@ PLAIN = {
 def test_every_architecture_gives_the_plain_numbers(kind: str, packs: bool) -> None:
     model = toy(kind, **(PACKING if packs else PLAIN)[kind])
     engine = Engine(model, byte_tokenizer(), token_budget=256)
-    asked = pairs()
-    found = [score for score, _ in engine.loglikelihoods(asked)]
-    assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
-    branches = any(batch.ends is not None for _, batches in engine._plans.values() for batch in batches)
-    assert branches == packs
+    for asked in (pairs(), pairs_after_shots()):
+        found = [score for score, _ in engine.loglikelihoods(asked)]
+        assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
+    items, after_shots = (batches for _, batches in engine._plans.values())
+    assert any(batch.ends is not None for batch in items) == packs
+    assert len({batch.stem for batch in after_shots} - {None}) == 2 * packs
 
 
 def test_capped_logits_are_not_made_from_hidden_states() -> None:
@@ -155,8 +166,10 @@ def test_text_that_begins_with_the_prefix_token_is_not_given_another() -> None:
         encoder.pair("  ", "ab")
 
 
-def ancestors(row: Row, node: int) -> list[int]:
-    return [j for j in range(node + 1) if row.ends[j] > node]
+def ancestors(row: Row, node: int) -> list[tuple[int, int]]:
+    """Tokens and depths of all that a node reads, through the stems."""
+    below = [] if row.stem is None else ancestors(row.stem, len(row.stem.tokens) - 1)
+    return below + [(row.tokens[j], row.depths[j]) for j in range(node + 1) if row.ends[j] > node]
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,24 +183,29 @@ def ancestors(row: Row, node: int) -> list[int]:
         max_size=40,
     ),
     st.booleans(),
+    st.sampled_from([None, 0, -20]),
     st.integers(1, 60),
 )
-def test_each_token_is_predicted_after_exactly_its_own_past(asked: list[Pair], branching: bool, budget: int) -> None:
-    seen = []
-    for batch in plan(asked, token_budget=budget, branching=branching):
+def test_each_token_is_predicted_after_exactly_its_own_past(
+    asked: list[Pair], branching: bool, pass_tokens: int | None, budget: int
+) -> None:
+    seen: list[tuple[int, int]] = []
+    read: list[Row] = []
+    for batch in plan(asked, token_budget=budget, branching=branching, pass_tokens=pass_tokens):
         assert len(batch) == 1 or len(batch) * len(batch[0].tokens) <= budget
         for row in batch:
-            for request, nodes in row.requests:
-                seen.append(request)
-                pair = asked[request]
-                assert len(nodes) == len(pair.continuation)
-                for i, node in enumerate(nodes):
+            for request, skipped, nodes in row.requests:
+                for i, node in enumerate(nodes, start=skipped):
                     past = ancestors(row, node)
-                    assert tuple(row.tokens[j] for j in past) == pair.context + pair.continuation[:i]
-                    assert [row.depths[j] for j in past] == list(range(len(past)))
+                    assert [token for token, _ in past] == [*asked[request].context, *asked[request].continuation[:i]]
+                    assert [depth for _, depth in past] == [*range(len(past))]
+                    seen.append((request, i))
             if not branching:
                 assert set(row.ends) == {len(row.tokens)}
-    assert sorted(seen) == list(range(len(asked)))
+        assert len({id(row.stem) for row in batch}) == 1
+        assert batch[0].stem is None or batch[0].stem in read
+        read += batch
+    assert sorted(seen) == [(request, i) for request, pair in enumerate(asked) for i in range(len(pair.continuation))]
 
 
 def test_each_context_is_read_once_also_where_a_row_ends() -> None:
