@@ -76,7 +76,7 @@ class Engine:
         self.encoder = Encoder(tokenizer)
         self.token_budget = token_budget
         self.max_length = _max_length(model.config, tokenizer)
-        self._plans: dict[int, tuple[object, tuple[Batch, ...]]] = {}
+        self._plans: dict[int, tuple[object, Sequence[Batch]]] = {}
         self.packs = self.stems = self.gathers = False
         expected = self._probe_plainly()
         self.gathers = self._agrees(expected, packs=False, stems=False, gathers=True)
