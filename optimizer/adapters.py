@@ -25,7 +25,8 @@ PREFIX = "base_model.model."
 # Keys that describe or restrict the training without changing what the two factors mean.
 NEUTRAL_KEYS = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform",
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
@@ -33,16 +34,17 @@ NEUTRAL_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The delta scale * up @ down of one tensor: up (out, r), down (r, in)."""
+    """The delta scale * up @ down of one tensor: up (out, r), down (r, in); the tensor (out, in), or (in, out)."""
 
     up: torch.Tensor
     down: torch.Tensor
     scale: float
+    is_transposed: bool
 
     def folded_into(self, base: torch.Tensor) -> torch.Tensor:
         """Return base + delta: float32 arithmetic, rounded once to the base's dtype."""
         delta = self.up.float() @ self.down.float()
-        return torch.add(base.float(), delta, alpha=self.scale).to(base.dtype)
+        return torch.add(base.float(), delta.T if self.is_transposed else delta, alpha=self.scale).to(base.dtype)
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LowRank]:
@@ -50,12 +52,13 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
-        shapes: the base's tensors, (out, in) for linear layers.
+        shapes: the base's tensors, (out, in) for linear layers, (in, out) for GPT-2's (fan_in_fan_out).
 
     Raises:
         CheckpointError: a setting that cannot be folded, a tensor without its partner, or one that does not fit.
     """
-    scale, rank = _scale_and_rank(folder)
+    config = _read_config(folder)
+    scale, rank = _scale_and_rank(folder, config)
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         _refuse(folder, f"{WEIGHTS_FILE} is missing (adapters are read from safetensors only)")
@@ -72,17 +75,18 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         up, down = factors[partner], factors[key]
         if name not in shapes:
             _refuse(folder, f"{key!r} changes {name!r}, which the base does not have")
-        if up.shape[1:] != (rank,) or down.shape[:1] != (rank,) or (up.shape[0], *down.shape[1:]) != shapes[name]:
+        full = (up.shape[0], *down.shape[1:])
+        is_transposed = bool(config.get("fan_in_fan_out")) and full[::-1] == shapes[name]
+        if up.shape[1:] != (rank,) or down.shape[:1] != (rank,) or (full != shapes[name] and not is_transposed):
             given = f"{tuple(up.shape)} by {tuple(down.shape)}"
             _refuse(folder, f"rank {rank} and shape {shapes[name]} of {name!r} do not fit its factors {given}")
-        deltas[name] = LowRank(up, down, scale)
+        deltas[name] = LowRank(up, down, scale, is_transposed)
     if 2 * len(deltas) != len(factors):
         _refuse(folder, "it holds lora_B tensors without their lora_A")
     return deltas
 
 
-def _scale_and_rank(folder: Path) -> tuple[float, int]:
-    config = _read_config(folder)
+def _scale_and_rank(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
     for key in sorted(config):
         if config[key] and key not in NEUTRAL_KEYS:
             _refuse(folder, f"{key}={config[key]!r} is not plain LoRA; merge the adapter with peft and give the folder")

@@ -5,7 +5,6 @@ Found once, when a worker starts, so that every merge can write each tensor wher
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimizer.checkpoints import Checkpoint
-
-NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]:
@@ -59,14 +56,19 @@ def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]
 
 def _parts(name: str, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Give what a tensor may be: a parameter, or what a fused one holds at the number of an expert, halved or not."""
-    layer, *inner = [int(number) for number in NUMBER.findall(name)] or [None]
+    layer, inner = _numbers(name)[:1], _numbers(name)[1:]
     for other, parameter in parameters.items():
-        if next(iter(map(int, NUMBER.findall(other))), None) != layer:
+        if _numbers(other)[:1] != layer:
             continue
         yield parameter
         if inner and parameter.dim() == 3 and inner[-1] < len(parameter):
             whole = parameter[inner[-1]]
             yield from (whole, *whole.tensor_split(2))
+
+
+def _numbers(name: str) -> list[int]:
+    """Give the whole numbers among a name's parts: the layer, then an expert."""
+    return [int(part) for part in name.split(".") if part.isdecimal()]
 
 
 def _holds(part: Tensor, tensor: Tensor) -> bool:
