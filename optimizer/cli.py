@@ -98,21 +98,33 @@ def options(
 
 @app.command()
 def init(
-    base: Annotated[str, typer.Argument(help="The base: a folder or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base: a folder or a hub id.", show_default=False)] = "",
     experts: Annotated[
         list[str], typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
-    ],
+    ] = [],  # noqa: B006  # typer makes a new list
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("study.yaml"),
     domain: Annotated[list[str] | None, typer.Option(help="A domain task; may be repeated.")] = None,
     general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
+    from_evolve: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file to start from."""
+    from optimizer.from_evolve import study_from_evolve
     from optimizer.study_file import new_study
 
     if out.exists() and not force:
         _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
-    text = new_study(out, base, experts, domain=domain or (), general=general or ())
+    if from_evolve is None and not (base and experts):
+        _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
+    if from_evolve is not None and (base or domain):
+        _fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
+    if from_evolve is not None:
+        text = study_from_evolve(from_evolve, out, general or ())
+    else:
+        text = new_study(out, base, experts, domain=domain or (), general=general or ())
     out.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
 

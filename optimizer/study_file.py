@@ -39,6 +39,7 @@ LARGEST_FILE = 1_000_000  # bytes; a study file is a page
 SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
+GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
 Range = tuple[float, float]
 # what lm-eval calls some of our keys
@@ -720,11 +721,11 @@ def new_study(
         name, source = _named(given)
         if name in named:
             raise StudyFileError(f"experts have different names; given {name!r} twice: write NAME=PATH for one of them")
-        named[name] = _from_folder(source, folder)
+        named[name] = source_from(source, folder)
     choices = {"domain": domain, "general": general}
-    tasks = {role: [_from_folder(task, folder) for task in given] for role, given in choices.items() if given}
+    tasks = {role: [source_from(task, folder) for task in given] for role, given in choices.items() if given}
     name = out.stem if re.match(NAME, out.stem) and out.stem != "study" else "-".join(named)[:64]
-    return commented_study(_from_folder(base, folder), named, name=name, **tasks)
+    return commented_study(source_from(base, folder), named, name=name, **tasks)
 
 
 def _named(given: str) -> tuple[str, str]:
@@ -733,13 +734,19 @@ def _named(given: str) -> tuple[str, str]:
         if not re.match(EXPERT_NAME, name):
             raise StudyFileError(f"{EXPERT_RULE}; given {name!r}")
         return name, source
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(given).name).strip("-_")[:32]
+    return expert_name(given), given
+
+
+def expert_name(source: str) -> str:
+    """A name for an expert, after its folder."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-_")[:32]
     if not stem:
-        raise StudyFileError(f"an expert without a name of its own needs one: write NAME={given}")
-    return stem, given
+        raise StudyFileError(f"an expert without a name of its own needs one: write NAME={source}")
+    return stem
 
 
-def _from_folder(source: str, folder: Path) -> str:
+def source_from(source: str, folder: Path) -> str:
+    """A path that exists, written from a folder; anything else as it stands."""
     path = Path(source).expanduser()
     if not path.exists():
         return source
@@ -753,7 +760,7 @@ def commented_study(
     *,
     name: str,
     domain: Sequence[str] = ("path/to/domain_task.yaml",),
-    general: Sequence[str] = ("arc_easy", "hellaswag"),
+    general: Sequence[str] = GENERAL,
 ) -> str:
     """The text of a study file with a comment on each thing a person may want to change."""
     experts_text = "\n".join(f"    {_scalar(key)}: {_scalar(source)}" for key, source in experts.items())

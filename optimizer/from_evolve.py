@@ -1,0 +1,196 @@
+"""A configuration of mergekit-evolve as a study file.
+
+What has a counterpart is written in a study's words, with a comment where a word means less or more here. What has none
+is refused by its name: a study that silently searched something else would be worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimizer.errors import StudyFileError
+from optimizer.study_file import GENERAL, dump_yaml, expert_name, read_yaml, source_from
+
+KEYS = (
+    "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",
+)  # fmt: skip
+GENOME_KEYS = (
+    "models", "merge_method", "base_model", "tokenizer_source", "layer_granularity", "normalize",
+    "allow_negative_weights", "filters", "smooth",
+)  # fmt: skip
+TASK_KEYS = ("name", "weight", "metric")
+METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp")
+# Filters that are a whole kind of module, and the kind; mergekit looks for them in a tensor's name.
+MODULES = {
+    "attn": "attn", "self_attn": "attn", "attention": "attn", "mlp": "mlp", "feed_forward": "mlp",
+    "embed_tokens": "embed", "lm_head": "head",
+}  # fmt: skip
+
+
+def study_from_evolve(path: Path, out: Path, general: Sequence[str] = ()) -> str:
+    """The text of a study file at `out` for a mergekit-evolve configuration.
+
+    Args:
+        path: the configuration; paths of models in it start at the current folder, as mergekit reads them.
+        general: tasks of general ability, for which mergekit-evolve has no word; empty for two to start with.
+
+    Raises:
+        StudyFileError: a key that has no counterpart, or is none of mergekit-evolve's.
+    """
+    return "\n".join(_Conversion(path, out, general).lines()) + "\n"
+
+
+class _Conversion:
+    def __init__(self, path: Path, out: Path, general: Sequence[str]) -> None:
+        self.path, self.out, self.general = path, out, general
+        self.document = read_yaml(path)
+        self._only(self.document, KEYS, "")
+        self.genome = self._mapping("genome", self.document.get("genome"))
+        self._only(self.genome, GENOME_KEYS, "genome.")
+        self.method = self.genome.get("merge_method")
+        if self.method not in METHODS:
+            self._refuse("genome.merge_method", f"must be one of {', '.join(METHODS)}", self.method)
+        self.base, self.experts = self._models()
+
+    def lines(self) -> Iterator[str]:
+        yield f"# From {self.path.name}, a configuration of mergekit-evolve. Look at it with `mergefront check FILE`,"
+        yield "# run it with `mergefront search FILE`. Relative paths start at this file's folder."
+        name = self.out.stem if self.out.stem != "study" else "-".join(self.experts)[:64]
+        yield dump_yaml({"name": name, "models": {"base": self.base, "experts": self.experts}})
+        yield dump_yaml({"space": self._space()}).rstrip()
+        if self.genome.get("normalize") is None and self.method in ("ties", "dare_ties"):
+            yield "# The sum of deltas is not divided by the weights (normalize), which would take their meaning away."
+        yield ""
+        yield "# mergekit-evolve adds its tasks up. Here they are the domain, and what a merge forgets is measured too:"
+        yield "# put under general what must be kept, and move there what is no skill of an expert."
+        if self.document.get("limit") is None:
+            yield "# Without a limit it scores every item of a task; here 100 of each, and 100 others judge the front."
+        yield dump_yaml({"evals": self._evals()})
+        yield "# mergekit-evolve: --max-fevals"
+        yield dump_yaml({"search": {"trials": 100}}).rstrip()
+
+    def _models(self) -> tuple[str, dict[str, str]]:
+        models = self.genome.get("models")
+        if not isinstance(models, list) or not models:
+            self._refuse("genome.models", "must be a list of models", models)
+        listed = [self._source(f"genome.models.{i}", model) for i, model in enumerate(models)]
+        given = self.genome.get("base_model")
+        if given is None and self.method != "slerp":
+            self._refuse("genome.base_model", "must name the base that the experts were trained from", None)
+        base = listed[0] if given is None else self._source("genome.base_model", given)
+        others = [source for source in dict.fromkeys(listed) if source != base]
+        if not others:
+            self._refuse("genome.models", "must hold a model besides the base", models)
+        names = [expert_name(source) for source in others]
+        if len(set(names)) < len(names):
+            names = [f"{name[:28]}-{i}" for i, name in enumerate(names, start=1)]
+        if self.genome.get("tokenizer_source") not in (None, "base", given):
+            self._refuse("genome.tokenizer_source", "must be the base's", self.genome["tokenizer_source"])
+        folder = self.out.resolve().parent
+        sources = {name: source_from(source, folder) for name, source in zip(names, others, strict=True)}
+        return source_from(base, folder), sources
+
+    def _source(self, key: str, given: object) -> str:
+        if not isinstance(given, str) or not given or "+" in given or "@" in given:
+            self._refuse(key, "must be a folder or a hub id, without revision and adapter", given)
+        return given
+
+    def _space(self) -> dict[str, Any]:
+        if self.genome.get("normalize") and self.method != "linear":
+            mend = "remove it: the weights of a study are not divided by their sum"
+            self._refuse("genome.normalize", "has no counterpart", True, mend)
+        scale = "t" if self.method == "slerp" else "weight"
+        low = -1.0 if self.genome.get("allow_negative_weights") and scale == "weight" else 0.0
+        shape = self._shape()
+        return {"method": self.method, "shape": shape, "modules": self._modules(), scale: [low, 1.0]} | (
+            {"density": [0.1, 1.0]} if self.method in ("ties", "dare_ties") else {}
+        )
+
+    def _shape(self) -> str | dict[str, int]:
+        step = self.genome.get("layer_granularity", 0)
+        if type(step) is not int or step < 0:
+            self._refuse("genome.layer_granularity", "must be a whole number", step)
+        if step == 0:
+            return "uniform"
+        layers = self._layers()
+        if layers % step:
+            self._refuse("genome.layer_granularity", f"must divide the base's {layers} layers", step)
+        blocks = layers // step
+        if blocks == 1:
+            return "uniform"
+        if self.genome.get("smooth"):
+            return {"curve": blocks}
+        return "layers" if step == 1 else {"blocks": blocks}
+
+    def _layers(self) -> int:
+        from optimizer.checkpoints import LAYER_COUNT_KEYS
+
+        file = (self.out.resolve().parent / self.base).resolve() / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return next(int(config[key]) for key in LAYER_COUNT_KEYS if key in config)
+        except (OSError, ValueError, StopIteration) as error:
+            raise StudyFileError(
+                f"{self.path}: genome.layer_granularity: the base's layers must be counted, and {file} does not tell "
+                f"them ({error}); name the base by its folder, or set layer_granularity to 0 and write space.shape"
+            ) from None
+
+    def _modules(self) -> list[str]:
+        filters = self.genome.get("filters") or []
+        if not isinstance(filters, list):
+            self._refuse("genome.filters", "must be a list of words", filters)
+        for i, word in enumerate(filters):
+            if word not in MODULES:
+                mend = f"weights go by kinds of modules: {', '.join(MODULES)}"
+                self._refuse(f"genome.filters.{i}", "has no counterpart", word, mend)
+        kinds = {MODULES[word] for word in filters}
+        if kinds & {"attn", "mlp"}:
+            kinds |= {"attn", "mlp"}  # what no filter names has a weight of its own too
+        return [kind for kind in ("attn", "mlp", "embed", "head") if kind in kinds]
+
+    def _evals(self) -> dict[str, Any]:
+        for key in ("shuffle", "random_init"):
+            if self.document.get(key):
+                self._refuse(key, "has no counterpart: a study's items and anchors are fixed by its seeds", True)
+        chat, shots = self.document.get("apply_chat_template", True), self.document.get("num_fewshot") or 0
+        if chat and shots and not self.document.get("fewshot_as_multiturn", True):
+            mend = "examples in a chat template are turns of a conversation"
+            self._refuse("fewshot_as_multiturn", "has no counterpart where it is off", False, mend)
+        tasks = self.document.get("tasks")
+        if not isinstance(tasks, list) or not tasks:
+            self._refuse("tasks", "must be a list of tasks", tasks)
+        domain = [self._task(f"tasks.{i}", task, shots) for i, task in enumerate(tasks)]
+        limit = self.document.get("limit")
+        items = {} if limit is None else {"items": limit, "holdout_items": limit}
+        folder = self.out.resolve().parent
+        general = [source_from(task, folder) for task in self.general or GENERAL]
+        return {"domain": domain, "general": general, **items, "chat_template": bool(chat)}
+
+    def _task(self, key: str, given: object, shots: int) -> dict[str, Any]:
+        task = {"name": given} if isinstance(given, str) else self._mapping(key, given)
+        self._only(task, TASK_KEYS, f"{key}.")
+        if not isinstance(task.get("name"), str):
+            self._refuse(f"{key}.name", "must be a task's name", task.get("name"))
+        if task.get("weight", 1.0) != 1.0:
+            mend = "domain gain and forgetting are kept apart and a metric's direction is known: remove it"
+            self._refuse(f"{key}.weight", "has no counterpart", task["weight"], mend)
+        metric, _, chosen = str(task.get("metric", "acc,none")).partition(",")
+        return {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"} | (
+            {"shots": shots} if shots else {}
+        )
+
+    def _mapping(self, key: str, value: object) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            self._refuse(key, "must hold keys and values", value)
+        return value
+
+    def _only(self, value: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+        for key in value:
+            if key not in known:
+                self._refuse(f"{prefix}{key}", f"is not known; the keys here are {', '.join(known)}", value[key])
+
+    def _refuse(self, key: str, rule: str, given: object, mend: str = "") -> Any:
+        raise StudyFileError(f"{self.path}: {key}: {rule}; given {given!r}" + (f"; {mend}" if mend else ""))
