@@ -136,6 +136,15 @@ class Harness:
         cut = _cut(prepared, engine.max_length)
         return [_outcome(task, suite, item, asked, cut) for task, item, asked in prepared.items]
 
+    def requests(self, suite: str) -> list[Instance]:
+        """What a prepared suite asks, as lm-eval's own instances in the order of the items."""
+        return [instance for _, _, asked in self._prepared[suite].items for instance in asked]
+
+    def pairs(self, suite: str, max_length: int) -> list[Pair]:
+        """What a prepared suite reads in order to score it: all but the prompts of answers that are written."""
+        prepared = self._prepared[suite]
+        return prepared.pairs + [pair for text in prepared.windows_of(max_length) for pair in text]
+
     def describe(self) -> list[dict[str, Any]]:
         """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
         return [
