@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from optimizer.errors import StudyFileError
 from optimizer.study_file import GENERAL, dump_yaml, expert_name, read_yaml, source_from
@@ -192,5 +192,5 @@ class _Conversion:
             if key not in known:
                 self._refuse(f"{prefix}{key}", f"is not known; the keys here are {', '.join(known)}", value[key])
 
-    def _refuse(self, key: str, rule: str, given: object, mend: str = "") -> Any:
+    def _refuse(self, key: str, rule: str, given: object, mend: str = "") -> NoReturn:
         raise StudyFileError(f"{self.path}: {key}: {rule}; given {given!r}" + (f"; {mend}" if mend else ""))
