@@ -6,9 +6,13 @@ import warnings
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optimizer.errors import StudyFileError
+from search_spaces.choice import METHOD
 
 GP_DIMENSIONS = 20
 GP_TRIALS = 200
@@ -22,7 +26,7 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
     "auto" is the Gaussian process (expected hypervolume improvement) for up to 20 dimensions and 200 trials: it needs
     the fewest trials, which cost minutes each; its own cost grows with the cube of the trials, and it stops learning
     in many dimensions, so beyond that "auto" is multivariate TPE, whose cost stays small. With several merge methods
-    it is TPE too, one joint density for each set of parameters that occur together.
+    it is TPE too.
 
     Args:
         name: auto, tpe, nsga2, gp or random; where `conditional`, one that `require_learns` lets pass.
@@ -39,7 +43,7 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match name:
             case "tpe":  # weights of neighbouring layers interact, so one joint density; running trials count as bad
-                return optuna.samplers.TPESampler(multivariate=True, group=conditional, constant_liar=True, seed=mixed)
+                return _MethodApart(multivariate=True, constant_liar=True, seed=mixed)
             case "gp":
                 return optuna.samplers.GPSampler(
                     deterministic_objective=True, warn_independent_sampling=False, seed=mixed
@@ -50,6 +54,17 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
             case "random":
                 return optuna.samplers.RandomSampler(seed=mixed)
     raise AssertionError(f"unknown sampler {name}")
+
+
+class _MethodApart(optuna.samplers.TPESampler):
+    """TPE that chooses the merge method by itself, before the parameters that all trials have are drawn jointly.
+
+    In one density with the weights, the anchors' method has all the good neighbours, and the others are hardly tried.
+    """
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        space = super().infer_relative_search_space(study, trial)
+        return {name: distribution for name, distribution in space.items() if name != METHOD}
 
 
 def require_learns(name: str, *, conditional: bool) -> None:

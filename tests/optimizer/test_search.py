@@ -17,9 +17,10 @@ from optimizer.pool import Job, Result, SerialPool
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler, require_learns
 from optimizer.search import Event, objective_names
+from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
-from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, mean_weight
+from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, mean_weight, space_of
 
 COMPLETE, FAIL, RUNNING, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING
 
@@ -387,3 +388,21 @@ def test_a_sampler_that_learns_nothing_of_a_methods_own_parameters_is_refused(sa
         require_learns(sampler, conditional=True)
     for name in ("auto", "tpe", "random"):
         require_learns(name, conditional=True)
+
+
+def test_every_method_is_tried_although_the_anchors_are_of_the_first() -> None:
+    choice = Choice(tuple(space_of(["law"], Shape("curve", 4), name) for name in ("task_arithmetic", "ties", "sce")))
+    asked: Counter[str] = Counter()
+    for seed in range(3):
+        sampler = make_sampler("tpe", dimensions=choice.size, conditional=True, budget=40, seed=seed, told=0)
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        for anchor in choice.anchors():
+            study.enqueue_trial(dict(anchor.params))
+        for _ in range(30):
+            trial = study.ask()
+            recipe = choice.recipe(choice.suggest(trial))
+            mean = mean_weight(recipe)
+            study.tell(trial, [mean + 0.1 * (recipe.method == "ties"), mean * mean])
+            asked[recipe.method] += "kind" not in trial.user_attrs and trial.number >= len(choice.anchors())
+    assert asked["ties"] > asked["task_arithmetic"] > 0
+    assert asked["sce"] >= 3

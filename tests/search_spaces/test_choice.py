@@ -50,12 +50,11 @@ def test_weights_of_another_range_or_name_are_a_methods_own() -> None:
     ]
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_trial_has_the_parameters_of_its_method_only(sampler: str) -> None:
     samplers = {
         "random": optuna.samplers.RandomSampler(seed=0),
-        "tpe": optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=6, seed=0),
+        "tpe": optuna.samplers.TPESampler(n_startup_trials=6, seed=0),
     }
     own = {"task_arithmetic": set(), "ties": {"ties.clinical.density"}, "dare_ties": {"dare_ties.clinical.density"}}
     chosen = choice()
