@@ -22,7 +22,7 @@ from optimizer.plots import GREY, INK
 
 DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points
-SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
+SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "star": "*"}
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 

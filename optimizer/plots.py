@@ -187,6 +187,7 @@ def library_script() -> str:
 def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
     kind = points["kind"]
     base, experts, uniform = kind == "base", kind.str.startswith("expert:"), kind.str.startswith("uniform")
+    start = kind.str.startswith("from ")
     chosen = points[points["front"]].sort_values(["forgetting", "domain"])
     found = chosen[chosen["kind"] == "search"]
     several = experts.sum() > 1  # then the front is a surface and has no edge, and the uniform line meets no expert
@@ -198,6 +199,7 @@ def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
         *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
         _marks(points[uniform], "uniform line", "triangle-up", ORANGE, 12, rank=4),
         _marks(points[kind.str.startswith("slope")], "depth slope", "triangle-down", GREEN, 12, rank=5),
+        *([_marks(points[start], "the recipe it starts from", "star", PURPLE, 14, rank=6)] if start.any() else []),
         _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
         _marks(points[base], "base", "square", INK, 13),
         _marks(points[experts], "expert", "diamond", RED, 14),

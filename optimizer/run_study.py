@@ -126,6 +126,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "space": {
             "method": ", ".join(plan.space.methods),
             "parameters": {name: repr(part) for name, part in plan.space.distributions().items()},
+            **{anchor.name: dict(anchor.params) for anchor in plan.space.anchors() if anchor.name.startswith("from ")},
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
         "shots": {row["task"]: row["shots"] for row in plan.harness.describe()},

@@ -33,6 +33,7 @@ from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
 if TYPE_CHECKING:
     from search_spaces.choice import Choice
+    from search_spaces.recipe import Recipe
     from search_spaces.space import Space
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
@@ -259,6 +260,13 @@ RANGES = ("weight", "t", "density", "lambda", "epsilon", "gamma", "select_topk",
 class SpaceSection(_Section):
     """What may vary."""
 
+    from_: str | None = Field(
+        default=None,
+        alias="from",
+        min_length=1,
+        description="A recipe.json or mergekit YAML file to start from: it is scored first, and what is not given here "
+        "(method, shape, modules, ranges) is what its numbers need.",
+    )
     method: Annotated[str | tuple[str, ...], BeforeValidator(_read_methods), WithJsonSchema(_METHODS_SCHEMA)] = (
         "task_arithmetic"
     )
@@ -285,6 +293,11 @@ class SpaceSection(_Section):
     select_topk: Range | None = Field(default=None, description="sce: range of the share of elements kept; holds 1.")
     r: Range | None = Field(default=None, description="ramplus_tl: range of r. Default: fixed at 0.1.")
     alpha: Range | None = Field(default=None, description="ramplus_tl: range of alpha. Default: fixed at 0.2.")
+
+    @property
+    def method_is_the_recipes(self) -> bool:
+        """Whether the method is left to the recipe that `from` names."""
+        return self.from_ is not None and "method" not in self.model_fields_set
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -401,7 +414,10 @@ def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
 
 def dump_study(study: Study) -> str:
     """The resolved study file, every default written out; a password in the storage's URL is masked."""
-    return dump_yaml(study.model_dump(mode="json", by_alias=True) | {"search": _masked_search(study)})
+    document = study.model_dump(mode="json", by_alias=True) | {"search": _masked_search(study)}
+    if study.space.from_ is not None:  # what the recipe decides stays open
+        document["space"] = study.space.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return dump_yaml(document)
 
 
 def stored_storage(run: Path) -> str | None:
@@ -458,6 +474,8 @@ def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
     from search_spaces.space import Shape, Space
 
     section, names = study.space, list(tensors)
+    if section.from_ is not None and section.method_is_the_recipes:
+        return _space_from(study, names)
 
     def space(method: str) -> Space:
         return Space.build(
@@ -471,7 +489,53 @@ def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
         )
 
     spaces = [space(method) for method in section.methods]
+    if section.from_ is not None:
+        start = _space_from(study, names)
+        if start.method not in section.methods:
+            rule = "space.method must hold the method of the recipe that space.from names"
+            raise StudyFileError(f"{rule}; given {', '.join(section.methods)}, needed {start.method}")
+        spaces = [start if space.method == start.method else space for space in spaces]
     return Choice(tuple(spaces)) if len(spaces) > 1 else spaces[0]
+
+
+def _space_from(study: Study, tensors: Sequence[str]) -> Space:
+    """The space around the recipe that space.from names."""
+    from search_spaces.recipe import Recipe
+    from search_spaces.space import Shape
+    from search_spaces.start import space_around
+
+    section, path = study.space, Path(study.space.from_ or "")
+    recipe = _recipe_in(path, study, tensors)
+    experts = tuple(study.models.experts.items())
+    merged, known = [", ".join(sorted(names)) for names in (dict(recipe.experts), study.models.experts)]
+    if merged != known:
+        raise StudyFileError(f"{path}: must merge the experts of the study, {known}; given {merged}")
+    given_by_hand = section.model_fields_set
+    return space_around(
+        Recipe(recipe.method, study.models.base, experts, recipe.settings),
+        name=f"from {path.name}",
+        tensors=tensors,
+        shape=Shape(section.shape.kind, section.shape.n) if "shape" in given_by_hand else None,
+        modules=section.modules if "modules" in given_by_hand else None,
+        ranges={name: ends for name, ends in section.ranges.items() if METHODS[recipe.method].parameter(name)},
+    )
+
+
+def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
+    """A recipe of ours, whose experts go by their names, or a mergekit document's, where they go by sources."""
+    from search_spaces.mergekit import from_mergekit
+    from search_spaces.recipe import Recipe
+
+    if path.suffix == ".json":
+        try:
+            return Recipe.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyFileError(f"{path}: cannot be read: {error}") from None
+    document = read_yaml(path)
+    names = {source: name for name, source in study.models.experts.items()}
+    names |= {os.path.relpath(source): name for source, name in names.items() if os.path.isabs(source)}
+    names |= {os.path.relpath(source, path.parent): name for source, name in names.items() if os.path.isabs(source)}
+    return from_mergekit(document, tensors, expert_names=names)
 
 
 def masked_url(url: str) -> str:
@@ -606,9 +670,10 @@ def _model_in(annotation: object) -> type[BaseModel] | None:
 
 def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
     """(key path, problem) of everything that is well typed and cannot be meant."""
-    yield from _range_problems(study.space)
+    if not study.space.method_is_the_recipes:  # else what does not fit is found with the recipe
+        yield from _range_problems(study.space)
     experts = list(study.models.experts)
-    for spec in (METHODS[name] for name in study.space.methods):
+    for spec in () if study.space.method_is_the_recipes else map(METHODS.__getitem__, study.space.methods):
         if spec.unsearchable:
             yield "space.method", f"{spec.name} cannot be searched: {spec.unsearchable}"
         if spec.max_experts is not None and len(experts) > spec.max_experts:
@@ -684,7 +749,10 @@ def _with_absolute_paths(study: Study, folder: Path) -> Study:
         for role, entries in (("domain", study.evals.domain), ("general", study.evals.general))
     }
     evals = study.evals.model_copy(update=tasks)
-    return study.model_copy(update={"models": models, "evals": evals, "runs": _absolute(study.runs, folder)})
+    start = study.space.from_ and _absolute(study.space.from_, folder)
+    space = study.space.model_copy(update={"from_": start} if start else {})
+    runs = _absolute(study.runs, folder)
+    return study.model_copy(update={"models": models, "space": space, "evals": evals, "runs": runs})
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -98,14 +98,18 @@ class Choice:
         return space.recipe({name: params[shown] for name, shown in names.items()})
 
     def anchors(self) -> list[Anchor]:
-        """Give the points every study scores first, by the first method: base and experts are the same in all."""
-        first = self.spaces[0]
-        names = self._names[first.method]
+        """Give the points every study scores first, by the first method: base and experts are the same in all.
 
-        def shown(params: Params) -> Params:
-            return {METHOD: first.method, **{names[name]: value for name, value in params.items()}}
+        A point that a method's space starts from comes last.
+        """
+        starts = [(space, space.start) for space in self.spaces[1:] if space.start]
+        found = [*((self.spaces[0], anchor) for anchor in self.spaces[0].anchors()), *starts]
+        return [Anchor(anchor.name, self._shown(space, anchor.params)) for space, anchor in found]
 
-        return [Anchor(anchor.name, shown(anchor.params)) for anchor in first.anchors()]
+    def _shown(self, space: Space, params: Params) -> Params:
+        """Give a space's parameters by their names in the study, and its method."""
+        names = self._names[space.method]
+        return {METHOD: space.method, **{names[name]: value for name, value in params.items()}}
 
     def _space(self, method: object) -> Space:
         found = next((space for space in self.spaces if space.method == method), None)

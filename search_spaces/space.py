@@ -12,6 +12,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Literal, get_args
 
+import numpy as np
 from optuna.distributions import FloatDistribution
 from optuna.trial import Trial
 
@@ -94,6 +95,7 @@ class Space:
             share a profile along the layers; embed follows the first layer, head the last (the mean of attn and mlp).
         ranges: (low, high) of each searched parameter; low = high fixes it. Weights run from the base's 0 to the
             expert's 1, so their range holds both; any other parameter's range holds its default.
+        start: a point of a person's own, scored with the anchors.
 
     Raises:
         SpaceError: a name, range or shape that does not fit the method or the model.
@@ -106,6 +108,7 @@ class Space:
     shape: Shape
     modules: tuple[str, ...]
     ranges: Mapping[str, Range]
+    start: Anchor | None = None
 
     def __post_init__(self) -> None:
         if self.spec.unsearchable:
@@ -220,6 +223,46 @@ class Space:
         settings += [Setting(name, "", "", value) for name, value in self.spec.fixed_in_search]
         return Recipe(self.method, self.base, self.experts, tuple(settings))
 
+    def params_of(self, recipe: Recipe) -> dict[str, float] | None:
+        """Give the parameters of a recipe of this method and these experts; None where the space does not hold it.
+
+        Weights are linear in the knots, so the knots are those whose weights come nearest, if they come exactly.
+        """
+        params = dict.fromkeys(self.scale_names, 0.0)
+        for expert in self._names:
+            for kind in ("embed", "head"):
+                if kind in self.modules:
+                    value = recipe.value(self.spec.scale, expert=self._owner(expert), group=kind)
+                    params[self._name(expert, module=kind, suffix="")] = value
+            for profile in self._profiles:
+                params |= self._knots_of(recipe, expert, profile)
+        for name, parameter in self._others():
+            owner = name.split(".")[0] if parameter.scope == "expert" else ""
+            if self._varies(parameter):
+                place = "" if parameter.scope == "recipe" else self.groups[0]
+                params[name] = recipe.value(parameter.name, expert=owner, group=place)
+        if any(not low <= params[name] <= high for name, (low, high) in self._dimensions.items()):
+            return None
+        made = self.recipe(params)
+        scale = [(self._owner(expert), group) for expert in self._names for group in self.groups]
+        gaps = (
+            made.value(self.spec.scale, expert=owner, group=group)
+            - recipe.value(self.spec.scale, expert=owner, group=group)
+            for owner, group in scale
+        )
+        return params if all(abs(gap) < 1e-9 for gap in gaps) else None
+
+    def _knots_of(self, recipe: Recipe, expert: str, profile: str) -> dict[str, float]:
+        names = [self._name(expert, module=profile, suffix=knot.suffix) for knot in self._knots]
+        kind = profile or next(kind for kind in ("attn", "mlp") if f"layer.00.{kind}" in self.groups)
+        layers = range(self._layers)
+        unit = np.eye(len(names))
+        shares = [[self._at(expert, profile, i, dict(zip(names, row, strict=True))) for row in unit] for i in layers]
+        owner = self._owner(expert)
+        values = [recipe.value(self.spec.scale, expert=owner, group=f"layer.{i:02d}.{kind}") for i in layers]
+        knots = np.linalg.lstsq(np.array(shares), np.array(values), rcond=None)[0]
+        return {name: round(float(knot), 12) + 0.0 for name, knot in zip(names, knots, strict=True)}
+
     def profile_params(self, profile: Profile | Mapping[str, Profile]) -> dict[str, float]:
         """Give the parameters whose weights follow a function of depth; all others stay at what changes nothing.
 
@@ -260,6 +303,7 @@ class Space:
         for a, b in slopes if len(self._knots) > 1 else ():
             name = f"slope {a:.2f}->{b:.2f}"
             anchors.append(Anchor(name, self.profile_params(_straight(a * share, b * share))))
+        anchors += [self.start] if self.start else []
         return [anchor for i, anchor in enumerate(anchors) if all(anchor.params != a.params for a in anchors[:i])]
 
     @property

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -321,3 +322,16 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_from_a_recipe_scores_it_with_the_anchors(searched: Path) -> None:
+    recipe, known = searched.parent / "recipe.json", open_run(searched.parent / "runs/small").recipe(3)
+    settings = tuple(replace(s, value=0.37) if s.parameter == "weight" else s for s in known.settings)
+    recipe.write_text(replace(known, settings=settings).to_json())
+    result = call("search", searched, "--set=name=again", f"--set=space.from={recipe}", "--set=search.trials=9")
+    assert result.exit_code == 0, result.output
+    points = open_run(searched.parent / "runs/again").points()
+    assert "from recipe.json" in set(points["kind"])
+    assert "from recipe.json" in "".join(result.stdout.split("\n"))
+    weights = open_run(searched.parent / "runs/again").weights(points.index[points["kind"] == "from recipe.json"][0])
+    assert set(weights["weight"]) == {0.37}

@@ -33,6 +33,7 @@ from optimizer.study_file import (
     study_schema,
     task_specs,
 )
+from search_spaces import SpaceError
 from search_spaces.parameters import METHODS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -141,6 +142,71 @@ def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: P
     assert list(alone.distributions()) == list(
         space_of(read_study(written(tmp_path, good), ["space.method=ties"]), TENSORS).distributions()
     )
+
+
+RECIPE = """
+merge_method: ties
+base_model: {folder}/base
+models: [{{model: {folder}/expert, parameters: {{weight: [0.2, 0.7], density: 0.4}}}}]
+parameters: {{normalize: false}}
+"""
+
+
+def from_recipe(folder: Path, good: str, recipe: str = RECIPE, space: str = "{from: recipe.yaml}") -> Study:
+    for name in ("base", "expert"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.format(folder=folder))
+    head, _, rest = good.partition("space:")
+    return read_study(written(folder, f"{head}space: {space}\n\nevals:{rest.partition('evals:')[2]}"))
+
+
+def test_a_study_starts_from_a_recipe(tmp_path: Path, good: str) -> None:
+    study = from_recipe(tmp_path, good)
+    space = space_of(study, TENSORS)
+    assert (space.methods, space.shape.kind, space.modules) == (("ties",), "slope", ())
+    assert list(space.distributions()) == [
+        f"clinical.{name}" for name in ("weight.slope.0", "weight.slope.1", "density")
+    ]
+    *_, last = space.anchors()
+    assert last.name == "from recipe.yaml"
+    assert list(last.params.values()) == pytest.approx([0.2, 0.7, 0.4])
+    again = read_study(written(tmp_path, dump_study(study)))
+    assert space_of(again, TENSORS).distributions() == space.distributions()
+    (tmp_path / "recipe.json").write_text(space.recipe(last.params).to_json())
+    ours = from_recipe(tmp_path, good, space="{from: recipe.json, shape: layers}")
+    assert space_of(ours, TENSORS).anchors()[-1].name == "from recipe.json"
+    assert space_of(ours, TENSORS).shape.kind == "layers"
+
+
+def test_a_recipe_may_be_a_point_of_one_of_several_methods(tmp_path: Path, good: str) -> None:
+    space = space_of(from_recipe(tmp_path, good, space="{from: recipe.yaml, method: [linear, ties]}"), TENSORS)
+    assert space.methods == ("linear", "ties")
+    assert space.anchors()[-1].params["method"] == "ties"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "space", "message"),
+    [
+        (RECIPE, "{from: none.yaml}", "none.yaml: cannot be read"),
+        (RECIPE, "{from: none.json}", "none.json: cannot be read"),
+        (
+            RECIPE,
+            "{from: recipe.yaml, method: linear}",
+            "must hold the method.*given linear, needed ties",
+        ),
+        (RECIPE, "{from: recipe.yaml, shape: uniform}", "holds the recipe it starts from"),
+        (
+            RECIPE.replace("/expert,", "/other,"),
+            "{from: recipe.yaml}",
+            "must merge the experts of the study, clinical",
+        ),
+        (RECIPE.replace("false", "true"), "{from: recipe.yaml}", "write normalize: false in the recipe"),
+    ],
+)
+def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: str, tmp_path: Path, good: str) -> None:
+    study = from_recipe(tmp_path, good, recipe, space)
+    with pytest.raises((StudyFileError, SpaceError), match=message):
+        space_of(study, TENSORS)
 
 
 def test_a_range_can_be_given_for_all_that_is_searched() -> None:
