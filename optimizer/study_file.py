@@ -849,6 +849,7 @@ space:
   shape: {{curve: 4}}  # weight over depth: uniform, slope, layers, {{curve: points}} or {{blocks: count}}
   modules: [attn, mlp]  # kinds with weights of their own; add embed and head to let them differ
   weight: [0, 1]  # must hold 0 (the base) and 1 (the expert)
+  # from: recipe.yaml  # start from a recipe.json or a mergekit document; the keys above may then be left out
 
 evals:
   domain:  # what the expert should have learned: an lm-eval task name, or the path of a task's YAML file

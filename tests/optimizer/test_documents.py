@@ -61,6 +61,24 @@ parameters:
   t: [{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}, {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}, {value: 0.5}]
 dtype: float32
 """
+BASELESS = """
+merge_method: linear
+slices:
+  - sources:
+      - {model: code, layer_range: [0, 2], parameters: {weight: [0.2, 0.9]}}
+      - {model: law, layer_range: [0, 2], parameters: {weight: [{filter: mlp, value: 0.7}, {value: 0.4}]}}
+  - sources:
+      - {model: code, layer_range: [2, 4], parameters: {weight: 1}}
+      - {model: law, layer_range: [2, 4]}
+parameters: {weight: 2}
+dtype: float32
+"""
+ONE_MODEL = """
+merge_method: passthrough
+models:
+  - {model: law, parameters: {scale: [{filter: down_proj, value: [0, 1]}, {value: 1}]}}
+dtype: float32
+"""
 STACK = """
 merge_method: passthrough
 slices:
@@ -100,7 +118,9 @@ def written(folder: Path, text: str, models: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "text", [FLAT, SLICES, SLERP, STACK, PLAIN_STACK], ids=["flat", "slices", "slerp", "stack", "plain"]
+    "text",
+    [FLAT, SLICES, SLERP, BASELESS, ONE_MODEL, STACK, PLAIN_STACK],
+    ids=["flat", "slices", "slerp", "baseless", "one-model", "stack", "plain-stack"],
 )
 def test_mergekit_makes_the_same(text: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("mergekit", reason="mergekit is not installed")
