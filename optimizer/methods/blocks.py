@@ -112,8 +112,8 @@ class Deltas:
     factors: Sequence[Factor]
 
     def __call__(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
-        total = torch.zeros_like(b)
-        for x, factor in zip(xs, self.factors, strict=True):
+        total = xs[0].sub_(b).mul_(_at(self.factors[0], b, start))
+        for x, factor in zip(xs[1:], self.factors[1:], strict=True):
             _add(total, x.sub_(b), _at(factor, b, start))
         return b.add_(total)
 

@@ -5,6 +5,7 @@ A fact follows from the checkpoints alone, so a merge gives the same bytes with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -127,10 +128,10 @@ class Cut:
                 return hardshrink(block, strict)  # zeroes |x| <= strict
             kept = hardshrink(block, loose)
             if self.equal_kept < self.equal and strict > 0:
-                equal = _places_of(block, strict)
-                if len(equal) > left:
-                    kept.view(-1)[equal[left:]] = 0.0
-                left = max(left - len(equal), 0)
+                equal = _count_of(block, strict)
+                if equal > left:
+                    kept.view(-1)[_places_of(block, strict)[left:]] = 0.0
+                left = max(left - equal, 0)
             return kept
 
         return keep
@@ -139,6 +140,19 @@ class Cut:
 def _between(block: Tensor, low: np.float32, high: np.float32) -> np.ndarray[Any, np.dtype[np.float32]]:
     numbers = block.reshape(-1).cpu().numpy()
     return numbers[(numbers >= low) & (numbers <= high)]
+
+
+def exact_sum(block: Tensor) -> float:
+    """Sum a float32 block: short float32 sums first, which no number of threads can change, then without rounding."""
+    flat = block.reshape(-1)
+    short = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(1)
+    return math.fsum(short.tolist())
+
+
+def _count_of(block: Tensor, magnitude: float) -> int:
+    if block.device.type == "cpu":  # numpy compares several times faster
+        return int(np.count_nonzero(np.abs(block.numpy()) == np.float32(magnitude)))
+    return int((block.abs() == magnitude).sum())
 
 
 def _places_of(block: Tensor, magnitude: float) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from optimizer.methods.blocks import Blend, Line, Mixture, Tensors, Values
-from optimizer.methods.facts import Cut, RankTable
+from optimizer.methods.facts import Cut, RankTable, exact_sum
+from optimizer.methods.task_vectors import SIGN, shares_of_agreeing
 
 
 def sce(tensors: Tensors, values: Values) -> Blend:
@@ -32,15 +33,15 @@ def sce(tensors: Tensors, values: Values) -> Blend:
     def blend(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
         deltas = [x.sub_(b) for x in xs]
         mask = select(deltas)
-        scaled = [
-            d.mul_(w) if mask is None else d.mul_(w).mul_(mask) for d, w in zip(deltas, values.weights, strict=True)
-        ]
-        elected = torch.ones_like(b).copysign_(torch.stack(scaled).sum(0))
-        agree = [torch.sign(d).mul_(elected).clamp_(min=0).mul_(share) for d, share in zip(scaled, shares, strict=True)]
-        divisor = torch.stack(agree).sum(0).clamp_(min=1e-6)
-        for delta, part in zip(scaled, agree, strict=True):
-            b.add_(part.mul_(delta).div_(divisor))
-        return b
+        total = torch.zeros_like(b)
+        for delta, weight in zip(deltas, values.weights, strict=True):
+            total.add_(delta.mul_(weight) if mask is None else delta.mul_(weight).mul_(mask))
+        agree = shares_of_agreeing(deltas, total.view(torch.int32) & SIGN, shares)
+        merged, divisor = total.zero_(), torch.zeros_like(b)
+        for delta, part in zip(deltas, agree, strict=True):
+            merged.addcmul_(delta, part)
+            divisor.add_(part)
+        return b.add_(merged.div_(divisor.clamp_(min=1e-6)))
 
     return blend
 
@@ -90,11 +91,16 @@ def arcee_fusion(tensors: Tensors, values: Values) -> Blend:
     """
     (weight,) = values.weights
     divergences, threshold = tensors.once("importance", lambda: _importance(tensors))
+    below = float(np.nextafter(np.float32(threshold), np.float32(-1)))
 
     def blend(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
         delta = xs[0].sub_(b)
         rows = divergences[start : start + b.shape[0], None].to(b.device)
-        return b.add_(delta.mul_((delta.abs() * rows) >= threshold), alpha=weight)
+        importance = delta.abs().mul_(rows)
+        if threshold <= 0:
+            return b.add_(delta.mul_(importance >= threshold), alpha=weight)
+        taken = hardshrink(importance.clamp_(min=0), below).sign_()  # products with masks are several times slower
+        return b.add_(delta.mul_(taken), alpha=weight)
 
     return blend
 
@@ -147,7 +153,7 @@ def _energies(tensors: Tensors, select: Select, size: int) -> list[float]:
         deltas = [x.sub_(b) for x in xs]
         mask = select(deltas)
         for i, delta in enumerate(deltas):
-            sums[i] += float((delta if mask is None else delta * mask).square_().sum(dtype=torch.float64))
+            sums[i] += exact_sum((delta if mask is None else delta.mul_(mask)).square_())
     return [total / size for total in sums]
 
 

@@ -6,6 +6,9 @@ place (Steele, Lea, Flood, OOPSLA 2014); each word of 64 bits serves four elemen
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,26 +18,30 @@ _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def random_steps(count: int, *, seed: int, start: int, device: torch.device) -> Tensor:
-    """Give `count` independent whole numbers from 0 to 65,535 as int32, for the elements from `start` on.
+    """Give `count` independent whole numbers from 0 to 65,535 as float32, for the elements from `start` on.
 
     Args:
         seed: of the stream, 64 bits.
     """
+    if device.type == "cpu":  # numpy is several times faster there
+        return torch.from_numpy(_cpu_steps(count, seed=seed, start=start).astype(np.float32))
     lead = start % 4
-    words = -(-(count + lead) // 4)
-    bits = (
-        _words_numpy(words, seed, start // 4) if device.type == "cpu" else _words_torch(words, seed, start // 4, device)
-    )
-    return bits[lead : lead + count]
+    return _words_torch(-(-(count + lead) // 4), seed, start // 4, device)[lead : lead + count].float()
+
+
+def _cpu_steps(count: int, *, seed: int, start: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """The numbers of `random_steps`, as numpy's."""
+    lead = start % 4
+    return _words_numpy(-(-(count + lead) // 4), seed, start // 4).view(np.uint16)[lead : lead + count]
 
 
 def random_mask(count: int, density: float, *, seed: int, start: int, device: torch.device) -> Tensor:
     """Give `count` numbers, each 1.0 with the chance `rounded(density)` and else 0.0."""
-    below = round(density * STEPS)
-    steps = random_steps(count, seed=seed, start=start, device=device)
-    if device.type == "cpu":  # numpy compares several times faster
-        return torch.from_numpy((steps.numpy() < max(1, below)).astype(np.float32))
-    return (steps < max(1, below)).float()
+    below = round(rounded(density) * STEPS)
+    if device.type != "cpu":
+        return (random_steps(count, seed=seed, start=start, device=device) < below).float()
+    kept = _cpu_steps(count, seed=seed, start=start) <= np.uint16(below - 1)
+    return torch.from_numpy(kept.astype(np.float32))
 
 
 def rounded(density: float) -> float:
@@ -42,19 +49,22 @@ def rounded(density: float) -> float:
     return max(1, round(density * STEPS)) / STEPS
 
 
-def _words_numpy(count: int, seed: int, start: int) -> Tensor:
-    with np.errstate(over="ignore"):
-        x = np.arange(start + 1, start + 1 + count, dtype=np.uint64)
-        spare = np.empty_like(x)
-        x *= np.uint64(_GOLDEN)
-        x += np.uint64(seed)
-        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-            np.right_shift(x, np.uint64(shift), out=spare)
-            x ^= spare
-            x *= np.uint64(factor)
-        np.right_shift(x, np.uint64(31), out=spare)
-        x ^= spare
-    return torch.from_numpy(x.view(np.uint16).astype(np.int32))
+def _words_numpy(count: int, seed: int, start: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    offset = np.uint64(((start + 1) * _GOLDEN + seed) % (1 << 64))
+    x = _weyl(1 << max(14, (count - 1).bit_length()))[:count] + offset
+    spare = np.empty_like(x)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        np.right_shift(x, np.uint64(shift), out=spare)
+        np.bitwise_xor(x, spare, out=x)
+        np.multiply(x, np.uint64(factor), out=x)
+    np.right_shift(x, np.uint64(31), out=spare)
+    return np.bitwise_xor(x, spare, out=x)
+
+
+@lru_cache(maxsize=2)
+def _weyl(count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Multiples of the golden ratio; modulo 2^64, as all of this."""
+    return np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
 
 
 def _words_torch(count: int, seed: int, start: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optimizer.errors import MergeError
 from optimizer.methods.blocks import Blend, Deltas, Factor, Line, Mixture, Tensors, Values, row_width
+from optimizer.methods.facts import exact_sum
 
 DOT_THRESHOLD = 0.9995  # beyond it the arc of slerp is numerically a line
 COLLINEAR = 1e-7  # squared sine below which nuslerp's arc is a line: what float32 can tell
@@ -226,11 +227,7 @@ def _vectors(tensors: Tensors, deltas: bool, width: int) -> Iterator[list[Tensor
 
 
 def _sum_along(block: Tensor, axis: Axis) -> Array:
-    """Sum to float64 of shape (vectors,): short float32 sums first, which no number of threads can change."""
-    if axis == "columns":
-        return block.double().sum(0).cpu().numpy()
-    if axis == "rows":
-        return block.double().sum(1).cpu().numpy()
-    flat = block.reshape(-1)
-    short = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(1)
-    return np.array([math.fsum(short.tolist())])
+    """Sum to float64 of shape (vectors,)."""
+    if axis == "whole":
+        return np.array([exact_sum(block)])
+    return block.double().sum(1 if axis == "rows" else 0).cpu().numpy()

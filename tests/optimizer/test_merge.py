@@ -249,7 +249,7 @@ def test_lerp_on_the_stored_dtype_is_float32_arithmetic_rounded_once(
 ) -> None:
     base, expert = (torch.tensor(column).to(dtype) for column in zip(*numbers, strict=True))
     out = torch.empty_like(base)
-    merge._apply_line(merge.Line(weight), base, expert, out)
+    merge._apply_line(merge.Line(weight), base, expert, out, check=True)
     wide = torch.lerp(base.float(), expert.float(), weight)
     assert same_bits(out, wide.to(dtype))
     exact = base.double() + weight * (expert.double() - base.double())
@@ -260,7 +260,7 @@ def test_lerp_on_the_stored_dtype_is_float32_arithmetic_rounded_once(
 def test_lerp_does_not_depend_on_blocks_or_vector_tails(size: int) -> None:
     base, expert = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     out, by_blocks = torch.empty_like(base), torch.empty_like(base)
-    merge._apply_line(merge.Line(0.3), base, expert, out)
+    merge._apply_line(merge.Line(0.3), base, expert, out, check=False)
     for start, b, xs in merge.float_blocks(base, [expert], 1):
         by_blocks[start : start + b.numel()] = merge.Line(0.3)(b, xs, start).reshape(-1)
     assert same_bits(out, by_blocks)
