@@ -26,7 +26,7 @@ from optimizer.checkpoints import (
     sum_is_finite,
 )
 from optimizer.errors import MergeError
-from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks
+from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks, row_blocks, row_width
 from optimizer.tensor_file import write_sharded
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, group_of
@@ -75,14 +75,13 @@ class Kept:
 
     def tensor(self, sources: Sources, expert: str, name: str, device: torch.device) -> Tensor:
         """Give a tensor of an expert, or of the base (""), on a device."""
+        source = sources.experts[expert] if expert else sources.base
+        if device.type == "cpu":
+            return source.tensor(name)
         if (expert, name) in self.copies:
             return self.copies[expert, name]
-        source = sources.experts[expert] if expert else sources.base
-        tensor = source.tensor(name)
-        if device.type == "cpu":
-            return tensor
         keep = fits(source.size(name), free_bytes(device))
-        copy = tensor.to(device)
+        copy = source.tensor(name).to(device)
         if keep:
             self.copies[expert, name] = copy
         return copy
@@ -262,12 +261,9 @@ def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
         ours, theirs = tensors.once("largest", lambda: (_largest(base), _largest(experts[0])))
         bounded = ours * abs(1 - blend.weight) + theirs * abs(blend.weight) < 0.9 * torch.finfo(out.dtype).max
         return _apply_line(blend, base.reshape(-1), experts[0].reshape(-1), out.view(-1), check=not bounded)
-    finite, flat, start = True, out.view(-1), 0
-    for row, b, xs in float_blocks(base, experts):
-        stop = start + b.numel()
-        block = flat[start:stop].copy_(blend(b, xs, row).reshape(-1))
-        finite &= sum_is_finite(block)
-        start = stop
+    finite = True
+    for (row, b, xs), place in zip(float_blocks(base, experts), row_blocks(out, row_width(out)), strict=True):
+        finite &= sum_is_finite(place.copy_(blend(b, xs, row)))
     return finite
 
 

@@ -5,7 +5,7 @@ Called by `merge` for one tensor at a time. The numbers each method takes are de
 
 from collections.abc import Callable
 
-from optimizer.methods.blocks import BLOCK, Blend, Line, Tensors, Values, float_blocks
+from optimizer.methods.blocks import BLOCK, Blend, Line, Tensors, Values, float_blocks, row_blocks, row_width
 from optimizer.methods.facts import Facts
 from optimizer.methods.fusion import arcee_fusion, nearswap, passthrough, ram, ramplus_tl, sce
 from optimizer.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
@@ -21,7 +21,7 @@ from optimizer.methods.task_vectors import (
     ties,
 )
 
-__all__ = ["BLOCK", "METHODS", "Blend", "Facts", "Line", "Tensors", "Values", "float_blocks"]
+__all__ = ["BLOCK", "METHODS", "Blend", "Facts", "Line", "Tensors", "Values", "float_blocks", "row_blocks", "row_width"]
 
 METHODS: dict[str, Callable[[Tensors, Values], Blend]] = {
     method.__name__: method

@@ -143,16 +143,24 @@ def float_blocks(
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """Yield (first row, base block, expert blocks): float32 copies of whole rows, about BLOCK elements each.
 
+    The copies lie in the same memory, hot in a core's cache, for every block: use them up before the next.
+
     Args:
         width: elements in a row; the last dimension by default.
     """
-    width = max(1, row_width(base) if width is None else width)
-    flat, others = base.reshape(-1, width), [expert.reshape(-1, width) for expert in experts]
-    step = max(1, (BLOCK if base.device.type == "cpu" else DEVICE_BLOCK) // width)
-    for start in range(0, flat.shape[0], step):
-        part = slice(start, start + step)
-        yield start, _float_copy(flat[part]), [_float_copy(other[part]) for other in others]
+    split = [row_blocks(tensor, row_width(base) if width is None else width) for tensor in (base, *experts)]
+    buffers = [torch.empty_like(blocks[0], dtype=torch.float32) for blocks in split if blocks]
+    start = 0
+    for blocks in zip(*split, strict=True):
+        rows = blocks[0].shape[0]
+        b, *xs = (buffer[:rows].copy_(block) for buffer, block in zip(buffers, blocks, strict=True))
+        yield start, b, xs
+        start += rows
 
 
-def _float_copy(block: Tensor) -> Tensor:
-    return block.to(torch.float32, copy=True)
+def row_blocks(tensor: Tensor, width: int) -> Sequence[Tensor]:
+    """Split a contiguous tensor into views of whole rows, about BLOCK elements each."""
+    if tensor.numel() == 0:
+        return ()
+    step = max(1, (BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK) // width)
+    return tensor.reshape(-1, width).split(step)

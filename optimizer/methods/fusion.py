@@ -21,11 +21,12 @@ def sce(tensors: Tensors, values: Values) -> Blend:
 
     Source: arXiv 2408.07990 (FuseChat), section 3.3: select, calculate, erase.
     """
-    keep, energies = _selection(tensors, values.shared["select_topk"])
+    topk = values.shared["select_topk"]
+    if len(tensors.experts) == 1:  # nothing varies, and it has all the energy
+        return Line(values.weights[0] if topk >= 1 else 0.0)
+    keep, energies = _selection(tensors, topk)
     if keep is None:
         return Line(0.0)
-    if len(tensors.experts) == 1 and values.shared["select_topk"] >= 1:
-        return Line(values.weights[0])
     total = sum(energies)
     shares = [energy / total for energy in energies] if total >= 1e-6 else [1 / len(energies)] * len(energies)
     select = keep()

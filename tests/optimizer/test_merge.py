@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from optimizer import merge
 from optimizer.checkpoints import INDEX_FILE, Checkpoint
 from optimizer.errors import CheckpointError, MergeError
-from optimizer.merge import Kept, Sources, merge_into, merge_to_folder, merged_tensor
+from optimizer.merge import DEVICE_ROOM, Kept, Sources, fits, free_bytes, merge_into, merge_to_folder, merged_tensor
 from search_spaces import METHODS, Recipe, Setting
 from tests.pico import pico_expert, pico_llama
 
@@ -377,3 +377,39 @@ def test_a_folder_is_never_overwritten(pico: Sources, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="exists"):
         merge_to_folder(pico, recipe("linear"), tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
+
+
+# Devices
+
+
+def test_a_device_keeps_what_leaves_it_room() -> None:
+    assert fits(1, DEVICE_ROOM + 1)
+    assert not fits(2, DEVICE_ROOM + 1)
+    assert free_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("free", [0, 1 << 50])
+def test_sources_stay_on_a_device_where_they_fit(free: int, pico: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "free_bytes", lambda device: free)
+    kept, device = Kept(), torch.device("meta")
+    for expert in ("", NAMES[0]):
+        for name in pico.base.names:
+            first = kept.tensor(pico, expert, name, device)
+            assert (first.device, first.shape) == (device, pico.base.shape(name))
+            assert (kept.tensor(pico, expert, name, device) is first) == (free > 0)
+    assert len(kept.copies) == (2 * len(pico.base.names) if free else 0)
+    assert kept.tensor(pico, "", pico.base.names[0], torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cuda_device_merges_as_the_cpu_does(method: str, sources: Sources) -> None:
+    parameters = {name: sources.base.tensor(name).cuda() for name in sources.base.names}
+    kept = Kept()
+    for number in (0.5, 0.2):
+        merge_into(parameters, sources, pruned(method, number), kept)
+        for name, wanted in all_merged(sources, pruned(method, number)).items():
+            ours, theirs = parameters[name].cpu().float(), wanted.float()
+            step = 2**-7 if wanted.dtype == torch.bfloat16 else 1e-5
+            far = (ours - theirs).abs() > step * theirs.abs() + 1e-6
+            assert far.float().mean() <= 0.002, (name, number)  # equal importance may fall on either side

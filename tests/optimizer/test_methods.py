@@ -45,7 +45,9 @@ def given_tensors(base: Tensor, experts: list[Tensor], facts: Facts | None = Non
 
 def merged(method: str, base: Tensor, experts: list[Tensor], numbers: Values, facts: Facts | None = None) -> Tensor:
     blend = METHODS[method](given_tensors(base, experts, facts), numbers)
-    return torch.cat([blend(b, xs, row).reshape(-1) for row, b, xs in float_blocks(base, experts)]).reshape(base.shape)
+    return torch.cat([blend(b, xs, row).reshape(-1).clone() for row, b, xs in float_blocks(base, experts)]).reshape(
+        base.shape
+    )
 
 
 def tensors(count: int, *shape: int, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
