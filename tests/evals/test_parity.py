@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -227,5 +228,109 @@ def test_chat_template(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
         folder = write_task(tmp_path / "chat", questions())
         harness = load(folder, chat_template=True)
         check(harness, engine, evaluate(reference, folder / "chat.yaml", apply_chat_template=True), "acc")
+    finally:
+        engine.tokenizer.chat_template = None
+
+
+def test_shots_of_another_split(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    folder = write_task(
+        tmp_path / "split",
+        [row for i, row in enumerate(questions()) if i % 7 != 6],
+        doc_to_text="{{question}}",
+        dataset_kwargs={"data_files": {"test": "split.jsonl", "train": "train.jsonl"}},
+        training_split="train",
+        fewshot_split="train",
+        fewshot_config={"sampler": "first_n"},
+    )
+    shots = [{"question": words(70 + i, 2), "choices": list("abcd"), "gold": i} for i in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots))
+    theirs = evaluate(reference, folder / "split.yaml", num_fewshot=2)
+    assert words(71, 2) in theirs["samples"]["split"][0]["arguments"][0][0]
+    check(load(folder, shots=2), engine, theirs, "acc")
+
+
+def test_shots_drawn_for_each_item(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    """lm-eval seeds a task's draws and we each item's, so HFLM is given our requests instead of its own."""
+    folder = write_task(tmp_path / "drawn", questions(30), doc_to_text="{{question}}", fewshot_delimiter="\n")
+    harness = load(folder, search=12, holdout=10, shots=2)
+    outcomes = harness.score(engine, SEARCH)
+    asked = harness.requests(SEARCH)
+    assert len({request.args[0] for request in asked}) == 12
+    assert len({request.args[0].split("\n")[0] for request in asked}) > 3
+    found = [score for outcome in outcomes for score in outcome.loglikelihoods]
+    assert found == pytest.approx(
+        [score for score, _ in reference.loglikelihood(asked, disable_tqdm=True)], abs=TOLERANCE
+    )
+
+
+def test_filters_before_the_metric(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    """An answer that a pattern picks from the text; one target is empty."""
+    prompts = [words(i, 1 + i % 4) for i in range(16)]
+    made = [engine.generate(prompt_of(engine, text))[0] for text in prompts]
+    rows = [{"text": text, "answer": (made[i].strip() or "x")[0] if i % 3 else ""} for i, text in enumerate(prompts)]
+    pick = [{"function": "regex", "regex_pattern": r"(\S)"}, {"function": "take_first"}]
+    folder = write_task(
+        tmp_path / "picked",
+        rows,
+        output_type="generate_until",
+        doc_to_text="{{text}}",
+        doc_to_target="{{answer}}",
+        doc_to_choice=None,
+        generation_kwargs={"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False},
+        filter_list=[
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+            {"name": "picked", "filter": pick},
+        ],
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    theirs = evaluate(reference, folder / "picked.yaml")
+    assert theirs["results"]["picked"]["exact_match,picked"] > theirs["results"]["picked"]["exact_match,whole"]
+    harness = load(folder, metric="exact_match,picked")
+    ours = scored(harness, engine)
+    assert sum(o.value for o in ours) / len(ours) == theirs["results"]["picked"]["exact_match,picked"]
+
+
+def test_a_tasks_own_code_and_metric(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    folder = write_task(tmp_path / "own", questions())
+    (folder / "own_code.py").write_text(
+        "def text(doc):\n    return doc['question'].upper()\n\n\n"
+        "def results(doc, answers):\n    best = max(range(4), key=lambda c: answers[c][0] / len(doc['choices'][c]))\n"
+        "    return {'near': 1.0 if best == doc['gold'] else 0.5 if abs(best - doc['gold']) == 1 else 0.0}\n"
+    )
+    file = folder / "own.yaml"
+    config = yaml.safe_load(file.read_text())
+    config |= {"metric_list": [{"metric": "near", "aggregation": "mean", "higher_is_better": True}]}
+    del config["doc_to_text"]
+    code = "doc_to_text: !function own_code.text\nprocess_results: !function own_code.results\n"
+    data = config["dataset_kwargs"]["data_files"]
+    data["test"] = str(folder / data["test"])
+    file.write_text(yaml.safe_dump(config) + code)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(
+        model=reference, tasks=["own"], task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    assert 0 < theirs["results"]["own"]["near,none"] < 1
+    check(load(folder, allow_task_code=True), engine, theirs, "near")
+
+
+def test_chat_with_shots_as_turns(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    engine.tokenizer.chat_template = template
+    try:
+        shots = [{"question": words(90 + i, 1), "choices": list("abcd"), "gold": i} for i in range(4)]
+        folder = write_task(
+            tmp_path / "turns",
+            [row | {"question": row["question"][:8]} for row in questions()],
+            doc_to_text="{{question}}",
+            fewshot_config={"sampler": "first_n", "samples": shots},
+        )
+        theirs = evaluate(
+            reference, folder / "turns.yaml", num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=True
+        )
+        assert theirs["samples"]["turns"][0]["arguments"][0][0].count("<user>") == 3
+        check(load(folder, shots=2, chat_template=True), engine, theirs, "acc")
     finally:
         engine.tokenizer.chat_template = None
