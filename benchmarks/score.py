@@ -155,7 +155,7 @@ def ask(lm: HFLM, asked: list[Instance], batch_size: int) -> list[Any]:
     return getattr(lm, asked[0].request_type)(asked, disable_tqdm=True)
 
 
-def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int, rates: tuple[float, float]) -> str:
+def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> str:
     """A line of the table."""
     wanted = max(5, round(case.share * items))
     spec = TaskSpec(str(case.folder), "general", search_items=wanted, holdout_items=1, shots=case.shots)
@@ -171,6 +171,7 @@ def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int, rate
     theirs = seconds(lambda: answers.extend(ask(lm, asked, size)))
     harness.score(engine, SEARCH)  # plans are made once for all candidates
     outcomes: list[Outcome] = []
+    before = [product_rate(dtype, model.device) for dtype in (torch.bfloat16, model.dtype)]
     with metered(model) as meter:
         ours = seconds(lambda: outcomes.extend(harness.score(engine, SEARCH)))
     line = f"{case.name:<21}{theirs:>8.2f} at {size:<2}{ours:>8.2f}{theirs / ours:>6.1f}x"
@@ -178,6 +179,8 @@ def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int, rate
     pairs = harness.pairs(SEARCH, engine.max_length)
     if not pairs:
         return f"{line}{'-':>8}{'-':>7}{'-':>6}{outside}{'-':>9}"
+    after = [product_rate(dtype, model.device) for dtype in (torch.bfloat16, model.dtype)]
+    rates = [(a + b) / 2 for a, b in zip(before, after, strict=True)]  # other work on the machine weighs on both
     read, predicted = read_and_predicted(pairs)
     head = model.get_output_embeddings().weight.numel()
     body = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
@@ -203,15 +206,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[arguments.dtype]).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    bf16, own = (product_rate(dtype, device) for dtype in (torch.bfloat16, DTYPES[arguments.dtype]))
-    print(f"{arguments.dtype} on {device}, {arguments.threads} threads; a plain matrix product:", end=" ")
-    print(f"{bf16 / 1e9:.0f} GFLOP/s in bf16, {own / 1e9:.0f} in {arguments.dtype}")
+    print(f"{arguments.dtype} on {device}, {arguments.threads} threads")
     print(f"{'':<21}{'HFLM s at batch':>14}{'ours s':>8}{'ratio':>7}{'sent':>8}{'/bf16':>7}{'/own':>6}", end="")
     print(f"{'outside':>9}{'apart':>9}")
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases(Path(scratch)):
             if arguments.only in case.name:
-                print(measure(case, model, tokenizer, arguments.items, (bf16, own)), flush=True)
+                print(measure(case, model, tokenizer, arguments.items), flush=True)
 
 
 if __name__ == "__main__":

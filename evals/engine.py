@@ -58,6 +58,21 @@ class Batch:
     request: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What greedy decoding made of a prompt.
+
+    Args:
+        text: up to the first stop string.
+        tokens: how many were written.
+        ended: at a stop string or the end token; False where the limit of tokens broke it off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 class Engine:
     """Scores token requests with the model as it is now; its weights may change between calls, its shape may not.
 
@@ -105,13 +120,12 @@ class Engine:
         )
         return [math.fsum(next(scored)[0] for _ in text) for text in texts]
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """What greedy decoding makes of each prompt, up to the first stop string."""
-        texts = [""] * len(prompts)
+        answers: dict[int, Answer] = {}
         for batch in _prompt_batches(prompts, self.token_budget):
-            for i, text in zip(batch, self._continued([prompts[i] for i in batch]), strict=True):
-                texts[i] = text
-        return texts
+            answers.update(zip(batch, self._continued([prompts[i] for i in batch]), strict=True))
+        return [answers[i] for i in range(len(prompts))]
 
     def check_finite(self) -> None:
         """Read 20 tokens and raise `ScoreError` unless every logit is finite.
@@ -196,7 +210,7 @@ class Engine:
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(states) if self.gathers else states
 
-    def _continued(self, prompts: Sequence[Prompt]) -> list[str]:
+    def _continued(self, prompts: Sequence[Prompt]) -> list[Answer]:
         room = self.max_length - prompts[0].max_new_tokens
         if room <= 0:
             raise TaskError(
@@ -222,8 +236,14 @@ class Engine:
             use_cache=True,
             stopping_criteria=[_stopper(tokenizer, stop, width)],
         )
-        texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-        return [_until(text, stop) for text in texts]
+        written = made[:, width:]
+        counts = [max(1, len(row) - _trailing(row, pad)) for row in written.tolist()]
+        whole = tokenizer.batch_decode(written)
+        shown = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [
+            Answer(_until(text, stop), tokens, any(term and term in all_of_it for term in stop))
+            for text, tokens, all_of_it in zip(shown, counts, whole, strict=True)
+        ]
 
     def _probe_pairs(self) -> list[Pair]:
         """Two choices after one context and one after another: a packed row of them branches and starts twice."""
@@ -366,6 +386,11 @@ def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int
         return torch.tensor(done, device=tokens.device)
 
     return stops
+
+
+def _trailing(tokens: Sequence[int], pad: int) -> int:
+    """How many of a row's last tokens are padding."""
+    return next((i for i, token in enumerate(reversed(tokens)) if token != pad), len(tokens))
 
 
 def _until(text: str, stop: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,7 @@ class _Prepared:
     text_askers: list[Instance] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
     prompt_askers: list[Instance] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)  # tokens that are predicted, by the asker's id
     prefix: int = 0
     windows: dict[int, list[tuple[Pair, ...]]] = field(default_factory=dict)  # of the texts, by the model's length
 
@@ -132,9 +133,33 @@ class Harness:
         engine.check_finite()
         _answer(prepared.pair_askers, engine.loglikelihoods(prepared.pairs))
         _answer(prepared.text_askers, engine.rolling(prepared.windows_of(engine.max_length)))
-        _answer(prepared.prompt_askers, engine.generate(prepared.prompts))
+        written = engine.generate(prepared.prompts)
+        _answer(prepared.prompt_askers, [answer.text for answer in written])
+        answers = dict(zip(map(id, prepared.prompt_askers), written, strict=True))
         cut = _cut(prepared, engine.max_length)
-        return [_outcome(task, suite, item, asked, cut) for task, item, asked in prepared.items]
+        lengths = prepared.lengths | {asker: answer.tokens for asker, answer in answers.items()}
+        broken_off = {asker for asker, answer in answers.items() if not answer.ended}
+        return [
+            replace(
+                _outcome(task, suite, item, asked),
+                lengths=tuple(lengths[id(instance)] for instance in asked),
+                truncated=any(id(instance) in cut for instance in asked),
+                broken_off=any(id(instance) in broken_off for instance in asked),
+            )
+            for task, item, asked in prepared.items
+        ]
+
+    def request_hashes(self) -> dict[str, dict[str, str]]:
+        """For each prepared suite and task, 16 hex digits of all that is asked: items, shots, templates, limits."""
+        return {
+            suite: {
+                task.info.name: _hash(
+                    repr([i.args for owner, _, asked in prepared.items if owner is task for i in asked])
+                )
+                for task in self.tasks
+            }
+            for suite, prepared in sorted(self._prepared.items())
+        }
 
     def requests(self, suite: str) -> list[Instance]:
         """What a prepared suite asks, as lm-eval's own instances in the order of the items."""
@@ -482,9 +507,11 @@ def _add(prepared: _Prepared, asked: Sequence[Instance], encoder: Encoder) -> No
         if instance.request_type == "loglikelihood":
             prepared.pairs.append(encoder.pair(*instance.args))
             prepared.pair_askers.append(instance)
+            prepared.lengths[id(instance)] = len(prepared.pairs[-1].continuation)
         elif instance.request_type == "loglikelihood_rolling":
             prepared.texts.append(encoder.text(*instance.args))
             prepared.text_askers.append(instance)
+            prepared.lengths[id(instance)] = len(prepared.texts[-1])
             if not prepared.texts[-1]:
                 raise TaskError("a text must have a token")
         else:
@@ -515,7 +542,7 @@ def _cut(prepared: _Prepared, length: int) -> set[int]:
     }
 
 
-def _outcome(task: LoadedTask, suite: str, item: Item, asked: list[Instance], cut: set[int]) -> Outcome:
+def _outcome(task: LoadedTask, suite: str, item: Item, asked: list[Instance]) -> Outcome:
     member = task.members[item.member]
     next(ensemble for ensemble in member._filters if ensemble.name == task.filter).apply(asked)
     answers = [instance.filtered_resps[task.filter] for instance in asked]
@@ -529,8 +556,7 @@ def _outcome(task: LoadedTask, suite: str, item: Item, asked: list[Instance], cu
         loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
     if not math.isfinite(value):
         raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
-    truncated = any(id(instance) in cut for instance in asked)
-    return Outcome(task.info.name, suite, item.hash, value, weight, loglikelihoods, truncated)
+    return Outcome(task.info.name, suite, item.hash, value, weight, loglikelihoods, truncated=False)
 
 
 def _bytes(member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float) -> tuple[float, int]:

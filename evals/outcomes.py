@@ -13,7 +13,7 @@ SEARCH = "search"
 HOLDOUT = "holdout"
 SUITES = (SEARCH, HOLDOUT)
 REST = -1  # as a number of holdout items: all that the search leaves
-OUTCOME_COLUMNS = ("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated")
+OUTCOME_COLUMNS = ("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,8 @@ class Outcome:
             bytes.
         loglikelihoods: of each choice in order, in nats; empty for generated text.
         truncated: the item was longer than the model's context and was cut, as lm-eval cuts it.
+        lengths: tokens of each choice in order, of the text, or of the answer that was written.
+        broken_off: the answer was still being written when it reached the task's limit of tokens.
     """
 
     task: str
@@ -80,6 +82,8 @@ class Outcome:
     weight: float
     loglikelihoods: tuple[float, ...]
     truncated: bool
+    lengths: tuple[int, ...] = ()
+    broken_off: bool = False
 
 
 def score_of(outcomes: Iterable[Outcome]) -> float:

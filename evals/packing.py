@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from evals.tokens import Pair
 
+PLAN = 2  # a new number whenever the same requests come to be read together in another way: that moves last bits
 ROW_TOKENS = 128  # attention costs the square of a row; 64 to 256 measured within a tenth on a CPU, 128 best
 OPEN_ROWS = 64  # the last of the rows begun, in which room is looked for
 PADDING = 0.03  # of a batch's tokens at most, unless it is less than a pass costs

@@ -46,6 +46,8 @@ SCHEMA = pa.schema(
         "weight": pa.float64(),
         "loglikelihoods": pa.list_(pa.float64()),
         "truncated": pa.bool_(),
+        "lengths": pa.list_(pa.int64()),
+        "broken_off": pa.bool_(),
     }
 )
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")

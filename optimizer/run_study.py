@@ -7,11 +7,13 @@ import os
 import shlex
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import SUITES
-from optimizer.check import Plan, make_plan, require_own_names, require_sound
+from evals.packing import PLAN
+from optimizer.check import Plan, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.pool import RayPool, SerialPool
 from optimizer.progress import Progress, event_text
 from optimizer.run import open_run
@@ -47,6 +49,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
     require_own_names()
     study = read_study(study_path, overrides)
     plan = make_plan(study)
+    count_tokens(plan)
     require_sound(plan)
     assert plan.base is not None
     assert plan.harness is not None
@@ -131,6 +134,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
         "shots": {row["task"]: row["shots"] for row in plan.harness.describe()},
         "items": {suite: plan.harness.suite_hash(suite) for suite in SUITES},
+        "requests": plan.harness.request_hashes(),
+        "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers")} | {"batch plan": PLAN},
     }
 
 

@@ -142,7 +142,7 @@ def test_rolling_text_shorter_and_longer_than_the_context(tmp_path: Path, engine
 
 def test_last_word(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     prompts = [words(i, 4) for i in range(20)]
-    made = [engine.generate(prompt_of(engine, text))[0] for text in prompts]  # half the items are right
+    made = [engine.generate(prompt_of(engine, text))[0].text for text in prompts]  # half the items are right
     rows = [{"text": text, "end": made[i][:1] if i % 2 else "?"} for i, text in enumerate(prompts)]
     folder = write_task(
         tmp_path / "last",
@@ -169,7 +169,7 @@ def prompt_of(engine: Engine, text: str) -> list[Any]:
 
 def test_generated_answers(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     prompts = [words(i, 1 + i % 4) for i in range(20)]
-    made = [engine.generate(prompt_of(engine, text))[0] for text in prompts]
+    made = [engine.generate(prompt_of(engine, text))[0].text for text in prompts]
     rows = [{"text": text, "answer": made[i] if i % 3 else "no"} for i, text in enumerate(prompts)]
     rows.append({"text": words(5, 40), "answer": "longer than the context"})
     folder = write_task(
@@ -186,7 +186,10 @@ def test_generated_answers(tmp_path: Path, engine: Engine, reference: HFLM) -> N
     theirs = evaluate(reference, folder / "answers.yaml")
     check(harness, engine, theirs, "exact_match")
     assert 0.3 < theirs["results"]["answers"]["exact_match,none"] < 0.9
-    assert [o.truncated for o in scored(harness, engine)].count(True) == 1
+    outcomes = scored(harness, engine)
+    assert [o.truncated for o in outcomes].count(True) == 1
+    assert {o.lengths for o in outcomes if o.broken_off} == {(4,)}
+    assert [o.broken_off for o in outcomes].count(True) > 0
 
 
 def test_stop_strings(engine: Engine, reference: HFLM) -> None:
@@ -195,13 +198,16 @@ def test_stop_strings(engine: Engine, reference: HFLM) -> None:
     from evals.tokens import Prompt
 
     texts = [words(i, 2) for i in range(12)]
-    free = engine.generate([Prompt(engine.encoder.text(text), (), 12) for text in texts])
+    free = [answer.text for answer in engine.generate([Prompt(engine.encoder.text(text), (), 12) for text in texts])]
     stop = tuple(sorted({text[3:5] for text in free if len(text) > 5})[:3])
     options = {"until": list(stop), "max_gen_toks": 12, "do_sample": False}
     asked = [Instance("generate_until", {}, (text, options), 0) for text in texts]
-    ours = engine.generate([Prompt(engine.encoder.text(text), stop, 12) for text in texts])
+    answers = engine.generate([Prompt(engine.encoder.text(text), stop, 12) for text in texts])
+    ours = [answer.text for answer in answers]
     assert ours == reference.generate_until(asked, disable_tqdm=True)
     assert ours != free
+    assert [answer.ended for answer in answers] == [answer.tokens < 12 for answer in answers]
+    assert {answer.ended for answer in answers} == {True, False}
 
 
 def test_a_group_is_one_task_of_all_its_items(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
@@ -266,7 +272,7 @@ def test_shots_drawn_for_each_item(tmp_path: Path, engine: Engine, reference: HF
 def test_filters_before_the_metric(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     """An answer that a pattern picks from the text; one target is empty."""
     prompts = [words(i, 1 + i % 4) for i in range(16)]
-    made = [engine.generate(prompt_of(engine, text))[0] for text in prompts]
+    made = [engine.generate(prompt_of(engine, text))[0].text for text in prompts]
     rows = [{"text": text, "answer": (made[i].strip() or "x")[0] if i % 3 else ""} for i, text in enumerate(prompts)]
     pick = [{"function": "regex", "regex_pattern": r"(\S)"}, {"function": "take_first"}]
     folder = write_task(

@@ -92,6 +92,7 @@ def test_the_fingerprint_holds_what_a_score_depends_on_and_nothing_else(study_pa
     same = fingerprint(plan_of(study_path))
     assert json.loads(json.dumps(same)) == same
     assert fingerprint(plan_of(study_path, "search.trials=99", "workers.count=2", "search.sampler=tpe")) == same
+    assert {"requests", "versions", "items"} < same.keys()
     for change in (
         "evals.seed=1",
         "evals.dtype=float32",

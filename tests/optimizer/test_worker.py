@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from evals.errors import ScoreError
 from evals.outcomes import TaskSpec
 from optimizer.checkpoints import Checkpoint
 from optimizer.errors import CheckpointError, MergeError
@@ -135,6 +139,40 @@ def test_a_driver_does_not_import_what_only_workers_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+KINDS = {
+    "multiple_choice": "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean}]\n",
+    "loglikelihood": "doc_to_target: ' red'\nmetric_list: [{metric: acc, aggregation: mean}]\n",
+    "loglikelihood_rolling": "doc_to_target: '{{q}}'\nmetric_list: [{metric: bits_per_byte}]\n",
+    "generate_until": "doc_to_target: red\ngeneration_kwargs: {until: ['.'], max_gen_toks: 3}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_an_error_that_names_it_and_never_a_score(
+    spec: WorkerSpec, tmp_path: Path, kind: str, bad: float
+) -> None:
+    path = write_task(tmp_path, "kind")
+    head = path.read_text().split("output_type")[0]
+    path.write_text(f"{head}output_type: {kind}\ndoc_to_text: '{{{{q}}}}'\n{KINDS[kind]}")
+    expert = Path(shutil.copytree(spec.experts[0][1], tmp_path / "expert"))
+    tensors = load_file(expert / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5] = bad
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    task = TaskSpec(str(path), "general", search_items=ITEMS, holdout_items=ITEMS)
+    worker = Worker(replace(spec, tasks=(task,), experts=(("e", str(expert)),)))
+    with pytest.raises(MergeError, match=re.escape(name)):
+        worker.evaluate(recipe(0.5), "search")
+    outcomes = worker.evaluate(recipe(0.0), "search").outcomes  # without the expert, and with no memory of it
+    assert len(outcomes) == ITEMS
+    assert all(math.isfinite(row.value) for row in outcomes)
+    worker._parameters[name][3, 5] = bad  # and an engine that is given such a model finds it too
+    with pytest.raises(ScoreError, match="not finite"):
+        worker._harness.score(worker._engine, "search")
 
 
 def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_path: Path) -> None:
