@@ -175,7 +175,8 @@ def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progres
     )
     for step in range(plan.steps):
         batch = rows[step].to(device)  # (batch, length)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        # bf16 halves the time on a GPU; on a CPU without matrix tiles float32 products are the faster ones
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
