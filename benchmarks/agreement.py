@@ -3,8 +3,8 @@
     python benchmarks/agreement.py runs/demo [TRIAL]
 
 Loads the model that `mergefront export` wrote for the trial (the knee unless named), runs lm-eval's own
-`simple_evaluate` with HFLM on exactly the items of each suite, and prints both scores. bf16 and other batches move
-log-likelihoods a little; the last column says by how much the scores differ.
+`simple_evaluate` with HFLM on exactly the items of each suite, and prints both scores. It does so twice: in the number
+format that the study scored in, and in bf16, as most people run lm-eval; that rounding alone moves scores a little.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from optimizer.run import open_run
 from optimizer.run_folder import outcomes_path, read_outcomes
 from optimizer.study_file import read_study, read_yaml, task_specs
 
+DTYPES = {"auto": "auto", "float32": "float32", "bf16": "bfloat16"}
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -37,10 +39,13 @@ class Agreement:
     theirs: float
 
 
-def agreements(run: Path, trial: int, model_folder: Path, *, batch_size: int = 8) -> Iterator[Agreement]:
-    """Score an exported trial again with `simple_evaluate`, for every task folder of its study and both suites."""
+def agreements(run: Path, trial: int, model_folder: Path, *, dtype: str, batch_size: int = 8) -> Iterator[Agreement]:
+    """Score an exported trial again with `simple_evaluate`, for every task folder of its study and both suites.
+
+    Args:
+        dtype: HFLM's, "auto" (the exported model's own), "float32" or "bf16".
+    """
     import lm_eval
-    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,7 +53,7 @@ def agreements(run: Path, trial: int, model_folder: Path, *, batch_size: int = 8
     study = read_study(run / "study.yaml")
     specs = task_specs(study)
     harness = load_tasks(specs, seed=study.evals.seed, chat_template=False, allow_task_code=False)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=DTYPES[dtype])
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(model_folder), batch_size=batch_size)
     with tempfile.TemporaryDirectory() as scratch:
         for suite in SUITES:
@@ -82,12 +87,15 @@ def main() -> None:
     parser.add_argument("trial", type=int, nargs="?")
     arguments = parser.parse_args()
     trial = open_run(arguments.run).knee() if arguments.trial is None else arguments.trial
-    print(f"{'task':<20}{'suite':<9}{'metric':<15}{'items':>6}{'run':>9}{'lm-eval':>9}{'differ':>9}")
-    for row in agreements(arguments.run, trial, arguments.run / "models" / f"trial-{trial}"):
-        print(
-            f"{row.task:<20}{row.suite:<9}{row.metric:<15}{row.items:>6}{row.ours:>9.4f}{row.theirs:>9.4f}"
-            f"{row.theirs - row.ours:>+9.4f}"
-        )
+    own = read_study(arguments.run / "study.yaml").evals.dtype
+    for dtype in dict.fromkeys((own, "bf16")):
+        print(f"trial {trial}, lm-eval in {dtype}")
+        print(f"{'task':<20}{'suite':<9}{'metric':<15}{'items':>6}{'run':>9}{'lm-eval':>9}{'differ':>9}")
+        for row in agreements(arguments.run, trial, arguments.run / "models" / f"trial-{trial}", dtype=dtype):
+            print(
+                f"{row.task:<20}{row.suite:<9}{row.metric:<15}{row.items:>6}{row.ours:>9.4f}{row.theirs:>9.4f}"
+                f"{row.theirs - row.ours:>+9.4f}"
+            )
 
 
 if __name__ == "__main__":
