@@ -435,7 +435,6 @@ def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias must be 'none'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa"}, "changes the base itself"),
         ({"r": 8}, "do not fit its factors"),
         ({"r": "4"}, "r must be a positive whole number"),

@@ -319,15 +319,13 @@ def test_every_sampler_proposes_points_of_the_space(bench: Bench, sampler: str) 
 
 
 def test_auto_is_gp_where_it_can_learn_and_tpe_elsewhere() -> None:
-    def kind(**wanted: int) -> type:
-        return type(
-            make_sampler(
-                "auto", **{"dimensions": 8, "conditional": False, "budget": 100, "seed": 0, "told": 0, **wanted}
-            )
-        )
+    def chosen(**wanted: int) -> optuna.samplers.BaseSampler:
+        usual = {"dimensions": 8, "conditional": False, "budget": 100, "seed": 0, "told": 0}
+        return make_sampler("auto", **(usual | wanted))
 
-    assert kind() is optuna.samplers.GPSampler
-    assert kind(dimensions=21) is kind(budget=201) is optuna.samplers.TPESampler
+    assert isinstance(chosen(), optuna.samplers.GPSampler)
+    for beyond in ({"dimensions": 21}, {"budget": 201}, {"conditional": True}):
+        assert isinstance(chosen(**beyond), optuna.samplers.TPESampler)
 
 
 def test_a_sampler_follows_from_the_seed_and_the_number_of_trials() -> None:
