@@ -37,7 +37,8 @@ class Facts:
     @property
     def bytes(self) -> int:
         """Memory of all that is kept, small numbers aside."""
-        return sum(getattr(fact, "nbytes", 0) for fact in self._kept.values())
+        facts = [part for fact in self._kept.values() for part in (fact if isinstance(fact, tuple) else (fact,))]
+        return sum(getattr(part, "nbytes", 0) for part in facts)
 
 
 @dataclass(frozen=True, slots=True)
