@@ -206,6 +206,15 @@ def test_ties_keeps_exactly_its_share_even_among_equal_magnitudes(size: int, den
     assert bool((torch.ones(size)[: max(1, int(density * size))] == kept[: max(1, int(density * size))]).all())
 
 
+@pytest.mark.parametrize("density", [0.1, 0.7])
+def test_ties_keeps_the_first_of_equal_magnitudes_over_all_blocks(density: float) -> None:
+    expert = torch.ones(3 * BLOCK // 512 + 5, 512)  # several blocks
+    kept = merged("ties", torch.zeros_like(expert), [expert], values("ties", density=density)).reshape(-1) != 0
+    wanted = int(density * expert.numel())
+    assert kept[:wanted].all()
+    assert not kept[wanted:].any()
+
+
 def test_ties_elects_the_sign_of_the_weighted_sum() -> None:
     base = torch.zeros(3)
     experts = [torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-1.0, -2.0, -3.0])]
