@@ -28,8 +28,9 @@ class Parameter:
 
     `scope` says what may have a value of its own: each expert in each group, each group, or only the whole recipe.
     `low` and `high` bound the search unless a study says otherwise; `searched` is false where only asking varies it,
-    `log` is true where its orders of magnitude are searched alike. What mergekit makes of it: `required` numbers have
-    no default there, and `ours` are unknown to it, so that only their defaults can be exported.
+    `log` is true where its orders of magnitude are searched alike, and with fewer than `least_experts` it is not searched,
+    since it compares experts. What mergekit makes of it: `required` numbers have no default there, and `ours` are
+    unknown to it, so that only their defaults can be exported.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Parameter:
     domain: Domain = "real"
     searched: bool = True
     log: bool = False
+    least_experts: int = 1
     required: bool = False
     ours: bool = False
 
@@ -116,7 +118,10 @@ _EPSILON = Parameter(
     searched=False,
 )  # fmt: skip
 _LAMBDA = Parameter("lambda", 1.0, 0.0, 1.0, "group", "scale of the merged delta", searched=False)
-_TOPK = Parameter("select_topk", 1.0, 0.1, 1.0, "group", "share of elements kept, where experts vary most", "unit")
+_TOPK = Parameter(
+    "select_topk", 1.0, 0.1, 1.0, "group", "share of elements kept, where experts vary most (one alone does not)", "unit",
+    least_experts=2,
+)  # fmt: skip
 _CHANGED = Parameter(
     "epsilon", 1e-5, 1e-7, 1e-3, "group", "an element changed where its delta is larger", "size", searched=False,
     log=True,

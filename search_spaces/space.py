@@ -147,7 +147,11 @@ class Space:
             tensors: the base checkpoint's tensor names.
             ranges: overrides; what the method searches by itself and is not named here gets its own range.
         """
-        own = {p.name: (p.low, p.high) for p in method_spec(method).parameters if p.searched}
+        own = {
+            parameter.name: (parameter.low, parameter.high)
+            for parameter in method_spec(method).parameters
+            if parameter.searched and len(experts) >= parameter.least_experts
+        }
         given = {name: _pair(name, span) for name, span in ranges.items()}
         return cls(
             method,

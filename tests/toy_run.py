@@ -152,7 +152,7 @@ def _effects(recipe: Recipe) -> tuple[dict[str, float], float]:
     groups = sorted({setting.group for setting in recipe.settings if setting.group.startswith("layer")})
     depth = np.array([depth_of(group, LAYERS) for group in groups])
     useful = np.exp(-(((depth - 0.45) / 0.2) ** 2))
-    fragile = 0.1 + 1.5 * (1 - depth) ** 3 + 0.9 * depth**3
+    fragile = 0.1 + 1.5 * (1 - depth) ** 3 + 1.5 * depth**3
     skill, harm = {}, 0.0
     for name, _ in recipe.experts:
         weight = np.array([recipe.value("weight", expert=name, group=group) for group in groups])

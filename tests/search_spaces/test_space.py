@@ -289,6 +289,11 @@ def test_wrong_modules_experts_and_methods_are_refused() -> None:
         Space("linear", "b", (("a", "x"),), GROUPS, Shape("uniform"), (), {})
 
 
+def test_what_compares_experts_is_searched_from_two_on() -> None:
+    assert "select_topk" not in build("sce").distributions()
+    assert "select_topk" in build("sce", experts=TWO).distributions()
+
+
 def test_a_model_of_one_layer_has_every_shape() -> None:
     for shape in ("uniform", "slope", "layers", {"curve": 2}, {"blocks": 1}):
         if shape == {"curve": 2}:
