@@ -28,8 +28,8 @@ class Parameter:
 
     `scope` says what may have a value of its own: each expert in each group, each group, or only the whole recipe.
     `low` and `high` bound the search unless a study says otherwise; `searched` is false where only asking varies it,
-    `log` is true where its orders of magnitude are searched alike, and with fewer than `least_experts` it is not searched,
-    since it compares experts. What mergekit makes of it: `required` numbers have no default there, and `ours` are
+    `log` is true where its orders of magnitude are searched alike, and with fewer experts than `least_experts` it is not
+    searched, since it compares them. What mergekit makes of it: `required` numbers have no default there, and `ours` are
     unknown to it, so that only their defaults can be exported.
     """
 
@@ -119,7 +119,7 @@ _EPSILON = Parameter(
 )  # fmt: skip
 _LAMBDA = Parameter("lambda", 1.0, 0.0, 1.0, "group", "scale of the merged delta", searched=False)
 _TOPK = Parameter(
-    "select_topk", 1.0, 0.1, 1.0, "group", "share of elements kept, where experts vary most (one alone does not)", "unit",
+    "select_topk", 1.0, 0.1, 1.0, "group", "share of elements kept, where experts vary most (one does not)", "unit",
     least_experts=2,
 )  # fmt: skip
 _CHANGED = Parameter(
