@@ -62,7 +62,7 @@ def agreements(run: Path, trial: int, model_folder: Path, *, dtype: str, batch_s
                 continue
             ours = task_scores(read_outcomes(path).assign(trial=trial), suite).set_index("task")["score"]
             for spec, task in zip(specs, harness.tasks, strict=True):
-                config = _only(harness, task.info.name, suite, Path(spec.name), Path(scratch))
+                config = suite_alone(harness, task.info.name, suite, Path(spec.name), Path(scratch))
                 found = lm_eval.simple_evaluate(
                     lm, tasks=[config], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
                 )
@@ -72,7 +72,7 @@ def agreements(run: Path, trial: int, model_folder: Path, *, dtype: str, batch_s
                 )
 
 
-def _only(harness: Harness, task: str, suite: str, source: Path, scratch: Path) -> dict[str, Any]:
+def suite_alone(harness: Harness, task: str, suite: str, source: Path, scratch: Path) -> dict[str, Any]:
     """The task's own configuration over the rows of one suite alone."""
     items = next(loaded for loaded in harness.tasks if loaded.info.name == task).items[suite]
     rows = scratch / f"{task}-{suite}.jsonl"

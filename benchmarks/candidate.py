@@ -1,0 +1,135 @@
+"""Whole candidates an hour: ours, beside what a user can put together from mergekit and lm-eval.
+
+    python benchmarks/candidate.py [STUDY] [--candidates 3] [--batch-size 8] [--peer-candidates 1]
+
+STUDY is a study file; the default is the one that `make demo` leaves in runs/demo-inputs. Ours: the study's number of
+workers, each with a resident model, that merge in place and score the search items; the first candidate of each worker,
+which pays for its start, is not counted. Theirs: one after another `mergekit-yaml`, loading the model, and
+`lm_eval.simple_evaluate` with HFLM on the same items, with all threads. The recipes are uniform weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+from agreement import suite_alone
+
+from evals.harness import Harness, load_tasks
+from evals.outcomes import SEARCH
+from optimizer.checkpoints import Checkpoint
+from optimizer.run_study import worker_spec
+from optimizer.study_file import Study, read_study, task_specs
+from optimizer.worker import Worker, WorkerSpec
+from search_spaces import Recipe, Setting
+from search_spaces.mergekit import to_mergekit
+
+DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
+_worker: list[Worker] = []
+
+
+def recipe(study: Study, weight: float) -> Recipe:
+    """A uniform weight on every expert."""
+    experts = tuple(study.models.experts.items())
+    return Recipe("task_arithmetic", study.models.base, experts, (Setting("weight", "", "", weight),))
+
+
+def start(spec: WorkerSpec) -> None:
+    _worker.append(Worker(spec))
+
+
+def evaluate(recipe_json: str) -> float:
+    """Score a recipe; return when it was done, on the machine's own clock."""
+    _worker[0].evaluate(recipe_json, SEARCH)
+    return time.monotonic()
+
+
+def our_seconds(study: Study, candidates: int) -> float:
+    """Seconds a candidate, with all workers at work."""
+    workers = max(1, study.workers.count)
+    recipes = [recipe(study, 0.2 + 0.6 * i / (candidates * workers)).to_json() for i in range(candidates * workers)]
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, (worker_spec(study),))
+    with pool:
+        begun = max(pool.map(evaluate, recipes[:workers]))  # the start of each worker, and its plans
+        ended = max(pool.map(evaluate, recipes))
+    return (ended - begun) / len(recipes)
+
+
+def their_seconds(study: Study, candidates: int, batch_size: int) -> tuple[float, float, float]:
+    """Seconds a candidate for the merge, the model's loading, and the evaluation."""
+    specs = task_specs(study)
+    harness = load_tasks(
+        specs,
+        seed=study.evals.seed,
+        chat_template=study.evals.chat_template,
+        allow_task_code=study.evals.allow_task_code,
+    )
+    spent = [0.0, 0.0, 0.0]
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(candidates):
+            folder = Path(scratch) / f"merged-{i}"
+            for step, seconds in enumerate(
+                _peer(study, harness, specs, 0.2 + 0.6 * i / candidates, folder, batch_size)
+            ):
+                spent[step] += seconds / candidates
+    return spent[0], spent[1], spent[2]
+
+
+def _peer(
+    study: Study, harness: Harness, specs: Sequence[Any], weight: float, folder: Path, batch_size: int
+) -> tuple[float, float, float]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    base = Checkpoint.open(study.models.base)
+    document = to_mergekit(recipe(study, weight), base.names, out_dtype="bfloat16")
+    written = folder.with_suffix(".yaml")
+    written.write_text(yaml.safe_dump(document, sort_keys=False))
+    tasks = [
+        suite_alone(harness, task.info.name, SEARCH, Path(spec.name), folder.parent)
+        for spec, task in zip(specs, harness.tasks, strict=True)
+    ]
+    times = [time.perf_counter()]
+    command = Path(sys.executable).with_name("mergekit-yaml")
+    subprocess.run([str(command), str(written), str(folder), "--quiet"], check=True, stderr=subprocess.DEVNULL)
+    times.append(time.perf_counter())
+    lm = HFLM(pretrained=str(folder), tokenizer=str(base.folder), batch_size=batch_size)
+    times.append(time.perf_counter())
+    manager = TaskManager(include_defaults=False)
+    lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1], times[3] - times[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, nargs="?", default=DEFAULT_STUDY)
+    parser.add_argument("--candidates", type=int, default=3, help="of ours, for each worker")
+    parser.add_argument("--peer-candidates", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8, help="of HFLM")
+    parser.add_argument("--set", action="append", default=[], help="change the study, as in mergefront search")
+    arguments = parser.parse_args()
+    if not arguments.study.exists():
+        parser.error(f"no study {arguments.study}: give one, or let `make demo` build its own")
+    study = read_study(arguments.study, arguments.set)
+    ours = our_seconds(study, arguments.candidates)
+    print(f"ours:   {ours:7.1f} s a candidate, {3600 / ours:6.0f} an hour, {study.workers.count} workers", flush=True)
+    merge, load, score = their_seconds(study, arguments.peer_candidates, arguments.batch_size)
+    theirs = merge + load + score
+    print(f"theirs: {theirs:7.1f} s a candidate, {3600 / theirs:6.0f} an hour", end=" ")
+    print(f"(mergekit-yaml {merge:.1f}, load {load:.1f}, lm-eval {score:.1f} at batch {arguments.batch_size})")
+    print(f"ratio:  {theirs / ours:7.1f}")
+
+
+if __name__ == "__main__":
+    main()
