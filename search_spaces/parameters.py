@@ -28,9 +28,9 @@ class Parameter:
 
     `scope` says what may have a value of its own: each expert in each group, each group, or only the whole recipe.
     `low` and `high` bound the search unless a study says otherwise; `searched` is false where only asking varies it,
-    `log` is true where its orders of magnitude are searched alike, and with fewer experts than `least_experts` it is not
-    searched, since it compares them. What mergekit makes of it: `required` numbers have no default there, and `ours` are
-    unknown to it, so that only their defaults can be exported.
+    `log` is true where its orders of magnitude are searched alike; with fewer experts than `least_experts` it is not
+    searched, since it compares them. What mergekit makes of it: `required` numbers have no default there, and `ours`
+    are unknown to it, so that only their defaults can be exported.
     """
 
     name: str
