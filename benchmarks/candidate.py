@@ -88,6 +88,7 @@ def _peer(
     study: Study, harness: Harness, specs: Sequence[Any], weight: float, folder: Path, batch_size: int
 ) -> tuple[float, float, float]:
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -103,7 +104,8 @@ def _peer(
     command = Path(sys.executable).with_name("mergekit-yaml")
     subprocess.run([str(command), str(written), str(folder), "--quiet"], check=True, stderr=subprocess.DEVNULL)
     times.append(time.perf_counter())
-    lm = HFLM(pretrained=str(folder), tokenizer=str(base.folder), batch_size=batch_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = HFLM(pretrained=str(folder), tokenizer=str(base.folder), batch_size=batch_size, device=device)
     times.append(time.perf_counter())
     manager = TaskManager(include_defaults=False)
     lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
