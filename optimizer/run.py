@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
+from evals.limits import cut_short
 from evals.objectives import carries, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
 from optimizer.comparison import difference, mixture_at
@@ -264,14 +265,21 @@ class Run:
             return [f"The knee needs no search: it is {self._points['kind'][knee]}. The search found no better one."]
         return [_verdict(gap) for gap in rows_of(self.does_search_pay()).values()]
 
+    def cut_short(self) -> list[str]:
+        """Tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence each,
+        over all finished trials and both suites."""
+        return cut_short(pd.concat([self._outcomes(suite) for suite in (SEARCH, HOLDOUT)], ignore_index=True))
+
     def findings(self) -> list[str]:
-        """What a reader should know first, in plain words: tasks that cannot carry a measurement, failed trials."""
+        """What a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
+        failed trials."""
         notes = []
         if len(self._points):
             base, experts = self._measured_from
             notes += carries(self._outcomes(SEARCH), tasks=self.tasks, suite=SEARCH, base=base, experts=experts)
         else:
             notes.append("No finished trial yet: the base and every expert must be scored first.")
+        notes += self.cut_short()
         notes += [self._holdout_trouble] if self._holdout_trouble else []
         trials = self.trials()
         failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_COUNTED)]

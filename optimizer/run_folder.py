@@ -211,8 +211,11 @@ def all_outcomes(folder: Path, suite: str) -> pd.DataFrame:
 
 
 def read_outcomes(path: Path) -> pd.DataFrame:
-    """One stored outcomes file: columns trial and OUTCOME_COLUMNS."""
+    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column."""
     table = _reading(path, pq.read_table)
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     frame = table.to_pandas()
     frame.insert(0, "trial", int(table.schema.metadata[b"trial"]))
     return frame

@@ -51,13 +51,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def print_front(run: Run, console: Console) -> None:
-    """Print the front beside the anchors, the tasks of its knee, and whether the search was worth it."""
+    """Print the front beside the anchors, the tasks of its knee, whether the search was worth it, and what was cut."""
     if not len(run.front()):
         console.print(run.summary(), highlight=False, markup=False)
         return
     console.print(front_table(run, width=console.width))
     console.print(retention_table(run, run.knee()))
-    for line in (run.describe(run.knee()), *run.verdict()):
+    for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short()):
         console.print(line, highlight=False, markup=False)
 
 
@@ -107,6 +107,7 @@ def front_document(run: Run) -> dict[str, Any]:
             }
             for row in points
         ],
+        "findings": run.findings(),
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,12 +15,15 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from evals.objectives import objectives
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
+from optimizer.report import report_html
 from optimizer.run import Run, open_run
 from optimizer.run_folder import RunFolder
+from optimizer.tables import front_document, print_front, status_document
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
 
 
@@ -209,3 +215,29 @@ def test_a_knee_that_needs_no_search_is_said_to_need_none(tmp_path: Path) -> Non
     run = open_run(toy_run(tmp_path / "toy", trials=0))
     assert run.does_search_pay().empty
     assert run.verdict() == [f"The knee needs no search: it is {run.points()['kind'][run.knee()]}. {NOT_BETTER}"]
+
+
+def test_what_was_cut_short_is_said_wherever_the_run_is_shown(tmp_path: Path) -> None:
+    assert open_run(toy_run(tmp_path / "whole", trials=12)).cut_short() == []
+    path = toy_run(tmp_path / "toy", trials=12)
+    folder = RunFolder(path)
+    for suite in ("search", "holdout"):
+        for trial, frame in folder.all_outcomes(suite).groupby("trial"):
+            rows = [Outcome(*row) for row in frame[list(OUTCOME_COLUMNS)].itertuples(index=False)]
+            digest = folder.outcomes_digest(int(str(trial)), suite)
+            first = next(i for i, row in enumerate(rows) if row.task == "science")
+            rows[first] = replace(rows[first], truncated=True)
+            rows[first + 1] = replace(rows[first + 1], lengths=(64,), broken_off=True)
+            folder.write_outcomes(int(str(trial)), suite, str(digest), rows)
+    run = open_run(path)
+    long, broken = run.cut_short()
+    assert long.startswith("task science: 2 of 400 items were longer than the model's context")
+    assert "broken off at the limit of 64 tokens" in broken
+    assert {long, broken} <= set(run.findings())
+    assert {long, broken} <= set(status_document(run)["findings"]) & set(front_document(run)["findings"])
+    assert html.escape(long) in report_html(run)
+    console = Console(file=io.StringIO(), width=400)
+    print_front(run, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert long in shown
+    assert broken in shown

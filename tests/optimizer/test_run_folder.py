@@ -11,11 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import optuna
+import pyarrow.parquet as pq
 import pytest
 
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import RunError
-from optimizer.run_folder import RunFolder, redacted, write_atomically
+from optimizer.run_folder import FRAME_COLUMNS, RunFolder, redacted, write_atomically
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
@@ -128,6 +129,15 @@ def test_outcomes_come_back_as_they_went(tmp_path: Path) -> None:
     assert run.all_outcomes("search").groupby("trial").size().to_dict() == {7: 5, 8: 2}
     assert run.all_outcomes("holdout").empty
     assert list(run.all_outcomes("holdout").columns) == list(frame.columns)
+
+
+def test_outcomes_of_an_earlier_version_have_no_value_where_it_had_no_column(tmp_path: Path) -> None:
+    run = made(tmp_path / "toy")
+    path = run.write_outcomes(7, "search", "d1", OUTCOMES)
+    pq.write_table(pq.read_table(path).drop_columns(["lengths", "broken_off"]), path)
+    assert list(run.read_outcomes(7, "search").columns) == list(FRAME_COLUMNS)
+    run.write_outcomes(8, "search", "d2", OUTCOMES)
+    assert run.all_outcomes("search").groupby("trial")["broken_off"].count().to_dict() == {7: 0, 8: 5}
 
 
 def test_a_damaged_outcomes_file_is_named(tmp_path: Path) -> None:
