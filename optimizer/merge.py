@@ -202,6 +202,7 @@ class _Merger:
         experts, values = self._numbers_at(name) if base.is_floating_point() else ((), None)
         if values is None:
             out.copy_(base)
+            self._require_finite(name, out, self._kept.facts.once((name, "finite"), lambda: sum_is_finite(base)))
             return
         if base.dtype not in MERGED_DTYPES:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
@@ -209,7 +210,10 @@ class _Merger:
         pairs = [(expert, self._kept.tensor(sources, expert, name, device)) for expert in experts]
         tensors = Tensors(name, base, pairs, self._kept.facts)
         blend = METHODS[self._recipe.method](tensors, replace(values, seeds=seeds))
-        if not _apply(blend, tensors, out) and (bad := count_nonfinite(out)):
+        self._require_finite(name, out, _apply(blend, tensors, out))
+
+    def _require_finite(self, name: str, out: Tensor, proven: bool) -> None:
+        if not proven and (bad := count_nonfinite(out)):
             raise MergeError(
                 f"a merge must be finite: recipe {self._recipe.digest} gives {bad} NaN or infinite values in {name}"
             )
@@ -255,8 +259,11 @@ def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
     base, experts = tensors.base, tensors.others
     same_dtype = all(expert.dtype == base.dtype for expert in experts)
     if isinstance(blend, Line) and blend.weight in (0.0, 1.0):
-        out.copy_(experts[0] if blend.weight else base)
-        return same_dtype or sum_is_finite(out)
+        end = experts[0] if blend.weight else base
+        out.copy_(end)
+        return (
+            tensors.once(f"finite at {blend.weight}", lambda: sum_is_finite(end)) if same_dtype else sum_is_finite(out)
+        )
     if isinstance(blend, Line) and same_dtype:
         ours, theirs = tensors.once("largest", lambda: (_largest(base), _largest(experts[0])))
         bounded = ours * abs(1 - blend.weight) + theirs * abs(blend.weight) < 0.9 * torch.finfo(out.dtype).max

@@ -289,14 +289,22 @@ def test_a_weight_beyond_float32_is_refused(pico: Sources) -> None:
         merged_tensor("model.layers.0.mlp.up_proj.weight", pico, recipe("linear", ("weight", "", 1e39)))
 
 
-def test_a_nan_in_a_source_does_not_pass_the_merge(pico: Sources, tmp_path: Path) -> None:
-    bad = pico_expert(pico.base.folder, tmp_path / "bad")
-    tensors = load_file(bad / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
-    sources = Sources.open(pico.base.folder, {NAMES[0]: str(bad)})
-    with pytest.raises(MergeError, match=r"1 NaN or infinite values in model\.norm\.weight"):
-        merged_tensor("model.norm.weight", sources, recipe("linear", ("weight", "", 0.5)))
+@pytest.mark.parametrize(("spoilt", "weights"), [("law", (0.5, 1.0)), ("base", (0.5, 0.0))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_that_is_not_finite_does_not_pass_the_merge_at_any_weight(
+    pico: Sources, tmp_path: Path, spoilt: str, weights: tuple[float, ...], value: float
+) -> None:
+    folders = {name: pico_expert(pico.base.folder, tmp_path / name, scale=0.1) for name in ("base", "law")}
+    tensors = load_file(folders[spoilt] / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, folders[spoilt] / "model.safetensors", metadata={"format": "pt"})
+    sources, kept = Sources.open(folders["base"], {"law": str(folders["law"])}), Kept()
+    _, parameters = resident(pico.base)
+    for weight in (*weights, *weights):  # again, with what the first merges left
+        with pytest.raises(MergeError, match=r"1 NaN or infinite values in model\.norm\.weight"):
+            merge_into(parameters, sources, recipe("linear", ("weight", "", weight)), kept)
+    other = 1.0 - weights[1]
+    merge_into(parameters, sources, recipe("linear", ("weight", "", other)), kept)  # takes nothing of the spoilt one
 
 
 def test_a_large_finite_sum_is_not_taken_for_an_infinity() -> None:
