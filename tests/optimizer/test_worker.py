@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -183,3 +184,39 @@ def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_p
     (expert / "new").rename(expert / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed after it was opened"):
         worker.evaluate(recipe(0.5), "search")
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+from evals.outcomes import TaskSpec
+from optimizer.worker import Worker, WorkerSpec
+
+spec, recipe = (eval(text) for text in sys.argv[1:])
+for row in Worker(spec).evaluate(recipe, "search").outcomes:
+    print(row)
+"""
+
+
+def test_another_process_gives_the_same_bits(spec: WorkerSpec, tmp_path: Path) -> None:
+    """A random method too: dare_linear draws its masks from the recipe, not from the process."""
+    tasks = []
+    for kind, settings in KINDS.items():
+        path = write_task(tmp_path, kind)
+        head = path.read_text().split("output_type")[0]
+        path.write_text(f"{head}output_type: {kind}\ndoc_to_text: '{{{{q}}}}'\n{settings}")
+        tasks.append(TaskSpec(str(path), "general", search_items=ITEMS, holdout_items=ITEMS))
+    spec = replace(spec, tasks=tuple(tasks), dtype="float32")
+    numbers = (Setting("weight", "", "", 0.7), Setting("density", "", "", 0.5))
+    asked = Recipe("dare_linear", "elsewhere", (("e", "elsewhere"),), numbers).to_json()
+    worker = Worker(spec)
+    worker.evaluate(recipe(0.3), "search")
+    here = worker.evaluate(asked, "search").outcomes
+    there = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, repr(spec), repr(asked)],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert there.stdout.splitlines() == [repr(row) for row in here]  # repr gives every bit of a float
+    assert len(here) == len(KINDS) * ITEMS
