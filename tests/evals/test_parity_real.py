@@ -1,0 +1,168 @@
+"""In bf16 two ways to batch give two numbers: ours lie no farther from HFLM's than HFLM's from its own.
+
+Minutes of a real model, so not in the default run: pytest -m slow tests/evals/test_parity_real.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.demo_tasks import OWN_TASKS, write_python_prose
+from evals.engine import Engine
+from evals.harness import Harness
+from evals.outcomes import SEARCH
+from optimizer.demo_models import build_base
+from optimizer.errors import CheckpointError
+from tests.conftest import ROOT
+from tests.evals.conftest import load, write_task
+from tests.evals.test_parity import evaluate
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+BATCH_SIZES = (1, 16)
+FACTOR = 2.0  # two draws of one rounding noise: their root mean squares differ, but not by that much
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """SmolLM2-135M in bf16."""
+    folder = ROOT / "runs" / "demo-inputs" / "base"
+    if not (folder / "config.json").exists():
+        try:
+            folder = build_base(tmp_path_factory.mktemp("real") / "base")
+        except CheckpointError as error:
+            pytest.skip(str(error))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return Engine(model, AutoTokenizer.from_pretrained(folder), token_budget=2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A task and how many of its items are scored."""
+
+    write: str
+    items: int
+    metric: str
+    shots: int = 0
+
+
+CASES = {
+    "four choices": Case("words", 40, "acc"),
+    "four choices, three shots": Case("words", 12, "acc_norm", shots=3),
+    "rolling text": Case("prose", 6, "bits_per_byte"),
+    "answers of 12 tokens": Case("written", 16, "exact_match"),
+}
+
+
+def write(case: Case, folder: Path) -> Path:
+    """The task's folder, with so many items and three more for the shots."""
+    if case.write == "prose":
+        made = write_python_prose(folder)
+        file = next(made.glob("*.jsonl"))
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[: case.items]))
+        return made
+    source = OWN_TASKS / "general_knowledge"
+    settings = yaml.safe_load((source / "general_knowledge.yaml").read_text())
+    rows = [json.loads(line) for line in (source / "general_knowledge.jsonl").read_text().splitlines()]
+    own: dict[str, Any] = {"task": case.write}
+    if case.shots:
+        own["fewshot_config"] = {"sampler": "first_n", "samples": rows[-case.shots - 1 :]}
+    if case.write == "written":
+        own |= {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[gold]}}",
+            "doc_to_choice": None,
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        }
+    kept = {key: value for key, value in settings.items() if key not in ("dataset_kwargs", "metadata")}
+    return write_task(folder / case.write, rows[: case.items], **kept | own)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Of every item in one order: log-likelihoods of its choices or its text, what was written, the metric's value."""
+
+    loglikelihoods: torch.Tensor  # (all choices of all items,)
+    texts: list[str]
+    values: list[float]
+
+    @classmethod
+    def of(cls, answers: Iterable[Any], values: Iterable[float]) -> Answers:
+        flat = [answer[0] if isinstance(answer, tuple | list) else answer for answer in answers]
+        numbers = [answer for answer in flat if not isinstance(answer, str)]
+        texts = [answer for answer in flat if isinstance(answer, str)]
+        return cls(torch.tensor(numbers, dtype=torch.float64), texts, list(values))
+
+    def distance(self, other: Answers) -> float:
+        """Root mean square of the differences between log-likelihoods, in nats; 0 where there are none."""
+        apart = self.loglikelihoods - other.loglikelihoods
+        return float(apart.square().mean().sqrt()) if len(apart) else 0.0
+
+    def flips(self, other: Answers) -> int:
+        """Answers of another text, or items that are right here and wrong there; a text that is scored never flips."""
+        if not set(self.values) <= {0.0, 1.0}:
+            return 0
+        mine, others = (self.texts, other.texts) if self.texts else (self.values, other.values)
+        return sum(a != b for a, b in zip(mine, others, strict=True))
+
+    @property
+    def score(self) -> float:
+        return fmean(self.values)
+
+
+def ours(harness: Harness, engine: Engine) -> Answers:
+    outcomes = harness.score(engine, SEARCH)
+    return Answers.of((asked.resps[0] for asked in harness.requests(SEARCH)), (o.value / o.weight for o in outcomes))
+
+
+def theirs(lm: HFLM, folder: Path, case: Case, docs: Sequence[str]) -> Answers:
+    logged = evaluate(lm, folder / f"{folder.name}.yaml", num_fewshot=case.shots)["samples"][folder.name]
+    samples = {repr(sample["doc"]): sample for sample in logged}
+    answers = [answer for doc in docs for answer in samples[doc]["filtered_resps"]]
+    return Answers.of(answers, (_value(samples[doc][case.metric]) for doc in docs))
+
+
+def _value(metric: float | tuple[float, int]) -> float:
+    """An item's value from lm-eval's: as it is, or bits per byte from log-likelihood and bytes."""
+    return -metric[0] / math.log(2) / metric[1] if isinstance(metric, tuple | list) else float(metric)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_near_to_hflm_as_hflm_is_to_itself(
+    name: str, tmp_path: Path, real: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HFLM's own log-softmax is in bf16 unless told otherwise, and ours in float32: both of its ways are shown."""
+    case = CASES[name]
+    folder = write(case, tmp_path)
+    harness = load(folder, search=case.items - 1, shots=case.shots, metric=case.metric)
+    found = ours(harness, real)
+    docs = [repr(item.doc) for item in harness.tasks[0].items[SEARCH]]
+    lms = [HFLM(real.model, tokenizer=real.tokenizer, batch_size=n, softmax_dtype="float32") for n in BATCH_SIZES]
+    alone, together = (theirs(lm, folder, case, docs) for lm in lms)
+    default = theirs(HFLM(real.model, tokenizer=real.tokenizer, batch_size=1), folder, case, docs)
+    pairs = {
+        "HFLM at 1 and 16": (alone, together),
+        "ours and HFLM at 1": (found, alone),
+        "ours and HFLM at 16": (found, together),
+        "HFLM with its softmax in float32 and bf16": (alone, default),
+    }
+    with capsys.disabled():
+        print(f"\n{name}, {len(docs)} items: scores {alone.score:.3f}, {together.score:.3f}, ours {found.score:.3f}")
+        for what, (a, b) in pairs.items():
+            print(f"  {what}: {a.distance(b):.4f} nats apart, {a.flips(b)} flips")
+    moved = min(found.distance(alone), found.distance(together))
+    assert moved <= FACTOR * alone.distance(together)
+    assert min(found.flips(alone), found.flips(together)) <= max(1, FACTOR * alone.flips(together))
