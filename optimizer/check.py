@@ -188,10 +188,14 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    from optimizer.words import count
+
     assert plan.base is not None
     for name, model in {"base": plan.base, **plan.experts}.items():
         dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})
         kind = " (adapter)" if model.is_adapter else ""
+        if model.is_matched:
+            kind = f" (matched to the base's tokens; {count(model.left_out, 'row')} of its own left out)"
         yield name, model.source + kind, _millions(_numbers(model)), _size(model.bytes), ", ".join(dtypes)
 
 

@@ -25,13 +25,15 @@ from optimizer.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.adapters import LowRank, read_adapter
 from optimizer.errors import CheckpointError
-from optimizer.headers import Entry, read_header
+from optimizer.headers import Entry, read_header, read_json
 from optimizer.tensor_file import INDEX_FILE, WEIGHTS_FILE
+from optimizer.vocabulary import match_rows, tokenizer_mismatches
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+TOKEN_ROWS = (*EMBEDDINGS, *HEADS, "lm_head.bias")  # a row for each token
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 LAYER_OF = re.compile(r"(?:^|\.)(\d+)\.")
 DTYPES = {
@@ -46,14 +48,35 @@ FREE_CONFIG_KEYS = {
 SHOWN = 5  # names listed in one message
 
 
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Rows in the base's order: those of a stored tensor by index, the base's own where the index is -1."""
+
+    stored: Entry
+    index: torch.Tensor  # (rows,)
+    own: Entry
+
+    def read(self) -> torch.Tensor:
+        """Read and gather them, in the stored dtype and in memory of their own."""
+        rows = _read(self.stored).index_select(0, self.index.clamp(min=0))
+        kept = self.index < 0
+        rows[kept] = _read(self.own)[kept].to(rows.dtype)
+        return rows
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One model on disk.
+
+    The embeddings and the head of an expert with other tokens than its base show the base's rows, matched by token:
+    a merge keeps the base's vocabulary and tokenizer. Where the ids coincide that is a part of the mapped tensor.
 
     Attributes:
         source: what the user gave: a folder or a hub id.
         folder: where it lies; for an adapter, the adapter's folder.
         config: config.json; for an adapter, the base's.
+        is_matched: its tokens or rows are other than the base's it was opened on, and were matched to them.
+        left_out: how many of its rows belong to no row of that base.
     """
 
     source: str
@@ -64,6 +87,9 @@ class Checkpoint:
     _stamps: Mapping[Path, tuple[int, ...]] = field(repr=False)
     _deltas: Mapping[str, LowRank] = field(repr=False)
     _is_mapped: bool = field(default=True, repr=False)
+    is_matched: bool = False
+    left_out: int = 0
+    _gathers: Mapping[str, Gather] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
@@ -71,10 +97,11 @@ class Checkpoint:
 
         Args:
             source: a folder, or a hub id whose files are in the local hub cache.
-            base: the checkpoint an adapter stands on; needed for adapters only.
+            base: for an expert, the checkpoint it was made from: an adapter stands on it, and the rows of other
+                tokens are matched to its tokens by the two tokenizer.json.
 
         Raises:
-            CheckpointError: the folder is missing, torn, unsafe or contradicts its config.
+            CheckpointError: the folder is missing, torn, unsafe or contradicts its config, or lacks a base's token.
         """
         folder = _folder_of(str(source))
         if (folder / ADAPTER_CONFIG_FILE).is_file():
@@ -85,7 +112,8 @@ class Checkpoint:
         entries, digests = _read_entries(folder)
         stamps = {file: _stamp(file) for file in [*digests, folder / "config.json"]}
         checkpoint = cls(str(source), folder, config, _fingerprint(stamps, digests), entries, stamps, {})
-        return _without_tied_head(checkpoint)
+        checkpoint = _without_tied_head(checkpoint)
+        return checkpoint if base is None else _with_rows_of(base, checkpoint)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,7 +154,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in its stored dtype: mapped, so it must not be written to; of an adapter, folded anew."""
-        tensor = self._mapped[name] if self._is_mapped else _read(self._entries[name])
+        tensor = self._mapped[name] if self._is_mapped else self._read(name)
         return self._deltas[name].folded_into(tensor) if name in self._deltas else tensor
 
     def require_unchanged(self) -> None:
@@ -144,7 +172,12 @@ class Checkpoint:
     def _mapped(self) -> dict[str, torch.Tensor]:
         # asked for once: safetensors keeps 64 bytes of every get_tensor for good
         maps = {file: safe_open(file, framework="pt") for file in {entry.file for entry in self._entries.values()}}
-        return {name: maps[entry.file].get_tensor(name) for name, entry in self._entries.items()}
+        mapped = {n: maps[e.file].get_tensor(n) for n, e in self._entries.items() if n not in self._gathers}
+        shown = {name: tensor[: self.shape(name)[0]] if tensor.dim() else tensor for name, tensor in mapped.items()}
+        return shown | {name: gather.read() for name, gather in self._gathers.items()}
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._gathers[name].read() if name in self._gathers else _read(self._entries[name])
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -177,7 +210,7 @@ def compare(base: Checkpoint, expert: Checkpoint) -> list[str]:
     return [
         *_tensor_mismatches(base, expert),
         *_config_mismatches(base, expert),
-        *_tokenizer_mismatches(base.folder, expert.folder),
+        *tokenizer_mismatches(base.folder, expert.folder, is_matched=expert.is_matched),
     ]
 
 
@@ -212,7 +245,7 @@ def _folder_of(source: str) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     if "auto_map" in config:
         raise CheckpointError(f"{file} has auto_map: it asks for code of its own to be run, which is never done")
     if config.get("quantization_config"):
@@ -230,7 +263,7 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, str]]:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which can run code when read: convert it" if pickles else ""
         raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}")
-    return _read_sharded(folder, _read_json(folder / INDEX_FILE))
+    return _read_sharded(folder, read_json(folder / INDEX_FILE))
 
 
 def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[Path, str]]:
@@ -282,6 +315,35 @@ def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
         )
     kept = {name: entry for name, entry in checkpoint._entries.items() if name != heads[0]}
     return replace(checkpoint, _entries=kept)
+
+
+def _with_rows_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """Give an expert with the rows of its embeddings and head in the base's order, none more and none less."""
+    names = [name for name in base.names if name.endswith(TOKEN_ROWS) and name in expert._entries]
+    names = [name for name in names if any(base.shape(name)[:1]) and any(expert.shape(name)[:1])]
+    if not names:
+        return expert
+    rows, given = base.shape(names[0])[0], expert.shape(names[0])[0]
+    index = match_rows(base.folder, expert.folder, rows=rows, given=given)
+    if index is None:
+        return expert
+    names = [name for name in names if (base.shape(name)[0], expert.shape(name)[0]) == (rows, given)]
+    stored = {name: expert._entries[name] for name in names}
+    shown = {
+        name: replace(entry, shape=(rows, *entry.shape[1:]), bytes=entry.bytes // given * rows)
+        for name, entry in stored.items()
+    }
+    is_start = rows <= given and index.equal(torch.arange(rows))
+    gathers = {} if is_start else {name: Gather(stored[name], index, base._entries[name]) for name in names}
+    order = hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16]
+    return replace(
+        expert,
+        fingerprint=_fingerprint({}, {expert.folder / expert.fingerprint: order}),
+        is_matched=True,
+        left_out=given - int((index >= 0).sum()),
+        _entries={**expert._entries, **shown},
+        _gathers=gathers,
+    )
 
 
 def _read(entry: Entry) -> torch.Tensor:
@@ -340,7 +402,8 @@ def _tensor_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     unlike = [name for name in shared if base.shape(name) != expert.shape(name)]
     for name in unlike[:SHOWN]:
         shapes = f"{base.shape(name)} in {base.file(name)}, {expert.shape(name)} in {expert.file(name)}"
-        hint = "; the vocabularies differ in size" if name.endswith((*EMBEDDINGS, *HEADS)) else ""
+        hint = "; the vocabularies differ in size: rows are matched by tokenizer.json, which both folders must hold"
+        hint = hint if name.endswith(TOKEN_ROWS) and not expert.is_matched else ""
         yield f"{name} has shape {shapes}{hint}"
     if len(unlike) > SHOWN:
         yield f"{len(unlike) - SHOWN} more tensors differ in shape"
@@ -353,11 +416,19 @@ def _config_mismatches(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
     if expert.config is base.config:
         return
     ours, theirs = full_config(base.folder), full_config(expert.folder)
+    if expert.is_matched:
+        ours, theirs = _without_size(ours), _without_size(theirs)
     for key in sorted(set(ours) | set(theirs)):
         if key.startswith("_") or key in FREE_CONFIG_KEYS or key.endswith("dropout"):
             continue
         if ours.get(key) != theirs.get(key):
             yield f"config.json: {key} is {ours.get(key)!r} in the base and {theirs.get(key)!r} in the expert"
+
+
+def _without_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the number of tokens, also of a nested language model."""
+    kept = {key: value for key, value in config.items() if key != "vocab_size"}
+    return {k: _without_size(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def full_config(folder: Path) -> dict[str, Any]:
@@ -373,71 +444,10 @@ def full_config(folder: Path) -> dict[str, Any]:
     return full
 
 
-def _tokenizer_mismatches(base: Path, expert: Path) -> Iterator[str]:
-    """Compare what turns text into token ids; an expert without tokenizer files uses the base's."""
-    for name in ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"):
-        if (base / name).is_file() and (expert / name).is_file() and not _same_bytes(base / name, expert / name):
-            yield f"{name} differs"
-    ours, theirs = base / "tokenizer.json", expert / "tokenizer.json"
-    if ours.is_file() and theirs.is_file() and not _same_bytes(ours, theirs):
-        yield from _tokenizer_json_mismatches(_read_json(ours, limit=None), _read_json(theirs, limit=None))
-    ours, theirs = base / "tokenizer_config.json", expert / "tokenizer_config.json"
-    if ours.is_file() and theirs.is_file():
-        one, other = _read_json(ours), _read_json(theirs)
-        for key in ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token"):
-            if key in one and key in other and _token_text(one[key]) != _token_text(other[key]):
-                yield f"tokenizer_config.json: {key} is {one[key]!r} in the base and {other[key]!r} in the expert"
-
-
-def _tokenizer_json_mismatches(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    one, other = _token_ids(ours), _token_ids(theirs)
-    differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
-    if differing:
-        shown = ", ".join(f"{t!r} is {one.get(t)} / {other.get(t)}" for t in differing[:SHOWN])
-        yield f"tokenizer.json: {len(differing)} tokens have other ids (base / expert): {shown}"
-    if _merges(ours) != _merges(theirs):
-        yield "tokenizer.json: the merges differ"
-    for key in ("normalizer", "pre_tokenizer"):
-        if ours.get(key) != theirs.get(key):
-            yield f"tokenizer.json: {key} differs"
-
-
-def _token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the id is the place
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-
-
-def _merges(tokenizer: Mapping[str, Any]) -> list[str]:
-    merges = tokenizer.get("model", {}).get("merges") or []
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
-def _token_text(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config; multimodal ones nest it."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
-
-
-def _read_json(file: Path, *, limit: int | None = 16_000_000) -> dict[str, Any]:
-    try:
-        if limit is not None and file.stat().st_size > limit:
-            raise CheckpointError(f"{file} is larger than {limit} bytes; refused")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}")
-    return content
 
 
 def _listed(names: list[str]) -> str:

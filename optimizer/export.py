@@ -60,6 +60,8 @@ def export_model(
         unsaid = ""
         try:
             mergekit = to_mergekit(recipe, base.names, out_dtype=dtype, adapters=adapters)
+            if any(expert.is_matched for expert in sources.experts.values()):
+                mergekit["tokenizer_source"] = "base"
             (folder / "mergekit.yaml").write_text(dump_yaml(mergekit), encoding="utf-8")
         except SpaceError as error:
             unsaid = str(error)
@@ -93,6 +95,10 @@ def model_card(
     else:
         about += "`recipe.json` and `mergekit.yaml` hold all that is needed to make it again."
     model_rows = [[name, public_name(model), f"`{model.fingerprint}`"] for name, model in models.items()]
+    about += " The tokenizer and the vocabulary are the base's."
+    matched = [f"{name} ({model.left_out} left out)" for name, model in models.items() if model.is_matched]
+    if matched:
+        about += f" Rows of other tokens were matched to it by token: {', '.join(matched)}."
     parts = [card_head(models.values(), title), about, card.strip()]
     parts += ["## Models", table(["", "model", "fingerprint"], model_rows)]
     parts += ["## Recipe", _recipe_table(recipe, sources.base.names)]

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read without trusting them.
+"""Headers of safetensors files and JSON files, read without trusting them.
 
 The first thing done with a file of weights: what it holds and whether it is whole, without mapping or loading it.
 Format: https://github.com/huggingface/safetensors#format
@@ -68,6 +68,23 @@ def read_header(file: Path) -> Header:
         for name, (start, end) in spans.items()
     }
     return Header(entries, hashlib.sha256(text).hexdigest()[:16])
+
+
+def read_json(file: Path, *, limit: int | None = MAX_HEADER_BYTES) -> dict[str, Any]:
+    """Read a file that holds a JSON object, of `limit` bytes at most (None: of any size).
+
+    Raises:
+        CheckpointError: it cannot be read, is larger, or holds something else.
+    """
+    try:
+        if limit is not None and file.stat().st_size > limit:
+            raise CheckpointError(f"{file} is larger than {limit} bytes; refused")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}")
+    return content
 
 
 def _header_text(file: Path) -> tuple[bytes, int]:
