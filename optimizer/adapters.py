@@ -1,13 +1,14 @@
 """LoRA adapters: low-rank deltas that turn a base into an expert.
 
-Read by `checkpoints`, which folds them into the base's tensors. Only what can be folded exactly is accepted: plain and
-rank-stabilised LoRA on linear layers (arXiv 2106.09685, 2312.03732); every other setting is refused by its name.
+Read by `checkpoints`, which folds them into the base's tensors. Here is what two factors say exactly: plain and
+rank-stabilised LoRA on linear layers (arXiv 2106.09685, 2312.03732), with ranks and alphas by module. Every other
+adapter is left to `folding`.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,16 @@ import torch
 from safetensors.torch import load_file
 
 from optimizer.errors import CheckpointError
-from optimizer.headers import read_header
+from optimizer.headers import read_header, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Keys that describe or restrict the training without changing what the two factors mean.
 NEUTRAL_KEYS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform",
+    "layers_to_transform", "rank_pattern",
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
@@ -47,21 +48,32 @@ class LowRank:
         return torch.add(base.float(), delta.T if self.is_transposed else delta, alpha=self.scale).to(base.dtype)
 
 
+def is_plain(folder: Path) -> bool:
+    """Tell whether an adapter is its factors and nothing else.
+
+    Raises:
+        CheckpointError: its config cannot be read, its weights are missing, or its training changed the base itself.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        _refuse(folder, f"{WEIGHTS_FILE} is missing (adapters are read from safetensors only)")
+    config = _read_config(folder)
+    is_factors = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    is_linear = not any(".lora_embedding_" in key for key in read_header(folder / WEIGHTS_FILE).entries)
+    return is_factors and is_linear and not any(config[key] and key not in NEUTRAL_KEYS for key in config)
+
+
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LowRank]:
-    """Read the adapter in a folder as one low-rank delta per tensor name of its base.
+    """Read a plain adapter in a folder as one low-rank delta per tensor name of its base.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         shapes: the base's tensors, (out, in) for linear layers, (in, out) for GPT-2's (fan_in_fan_out).
 
     Raises:
-        CheckpointError: a setting that cannot be folded, a tensor without its partner, or one that does not fit.
+        CheckpointError: a rank or alpha that is none, a tensor without its partner, or one that does not fit.
     """
     config = _read_config(folder)
-    scale, rank = _scale_and_rank(folder, config)
     file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        _refuse(folder, f"{WEIGHTS_FILE} is missing (adapters are read from safetensors only)")
     read_header(file)
     factors = load_file(file)
     deltas: dict[str, LowRank] = {}
@@ -73,6 +85,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         if partner not in factors:
             _refuse(folder, f"{key!r} has no partner {partner!r}")
         up, down = factors[partner], factors[key]
+        scale, rank = _scale_and_rank(folder, config, module)
         if name not in shapes:
             _refuse(folder, f"{key!r} changes {name!r}, which the base does not have")
         full = (up.shape[0], *down.shape[1:])
@@ -86,27 +99,29 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return deltas
 
 
-def _scale_and_rank(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    for key in sorted(config):
-        if config[key] and key not in NEUTRAL_KEYS:
-            _refuse(folder, f"{key}={config[key]!r} is not plain LoRA; merge the adapter with peft and give the folder")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+def _scale_and_rank(folder: Path, config: Mapping[str, Any], module: str) -> tuple[float, int]:
+    rank = _of_pattern(folder, config, "rank_pattern", module, config.get("r"))
+    alpha = _of_pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         _refuse(folder, f"r must be a positive whole number and lora_alpha a number; given {rank!r} and {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """The value of the first pattern, a regular expression, that fits the end of a module's name."""
+    patterns = config.get(key) or {}
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _refuse(folder, f"{CONFIG_FILE} cannot be read ({error})")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        _refuse(folder, "peft_type must be 'LORA'")
-    if config.get("bias", "none") != "none":
-        _refuse(folder, f"bias must be 'none', given {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
-        _refuse(folder, f"init_lora_weights={config['init_lora_weights']!r} changes the base itself; merge with peft")
+        return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+    except (AttributeError, re.error) as error:
+        _refuse(folder, f"{key} must map regular expressions to numbers, given {patterns!r} ({error})")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG_FILE)
+    initial = config.get("init_lora_weights", True)
+    if initial not in (True, False, "gaussian", "orthogonal"):
+        mend = "merge it with peft into its own base and give the folder"
+        _refuse(folder, f"init_lora_weights={initial!r} changes the base itself; {mend}")
     return config
 
 
@@ -118,4 +133,4 @@ def _module_and_kind(folder: Path, key: str) -> tuple[str, str]:
 
 
 def _refuse(folder: Path, fault: str) -> NoReturn:
-    raise CheckpointError(f"the LoRA adapter in {folder} cannot be folded: {fault}")
+    raise CheckpointError(f"the adapter in {folder} cannot be folded: {fault}")

@@ -37,7 +37,7 @@ OWN_NAMES = ("optimizer", "search_spaces", "evals")
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(slots=True)
@@ -244,7 +244,7 @@ def _cost(plan: Plan) -> Cost | None:
     work = sum(2 * numbers * tokens[suite] * trials[suite] for suite in SUITES)
     return Cost(
         resident_bytes=round(width * numbers),
-        mapped_bytes=plan.base.bytes + sum(_own_bytes(expert) for expert in plan.experts.values()),
+        mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
         tokens=tokens,
         hours=work / _speed(plan.study) / 3600,
     )
@@ -261,11 +261,6 @@ def _speed(study: Study) -> float:
 
 def _numbers(model: Checkpoint) -> int:
     return sum(math.prod(model.shape(name)) for name in model.names)
-
-
-def _own_bytes(expert: Checkpoint) -> int:
-    """Bytes an expert adds to the base's: an adapter only its own file."""
-    return (expert.folder / ADAPTER_WEIGHTS).stat().st_size if expert.is_adapter else expert.bytes
 
 
 def _shortened(names: tuple[str, ...] | list[str]) -> str:

@@ -1,6 +1,6 @@
 """Checkpoints on disk: the base and the experts, opened by their headers and mapped, never copied.
 
-A checkpoint is a folder of safetensors with its config, or a LoRA adapter on the base. `merge` reads its tensors;
+A checkpoint is a folder of safetensors with its config, or an adapter on the base. `merge` reads its tensors;
 `compare` says why two checkpoints cannot be merged. Nothing of a folder is executed and nothing is downloaded.
 """
 
@@ -23,8 +23,9 @@ from safetensors import safe_open
 
 from optimizer.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from optimizer.adapters import LowRank, read_adapter
+from optimizer.adapters import LowRank, is_plain, read_adapter
 from optimizer.errors import CheckpointError
+from optimizer.folding import fold_by_peft
 from optimizer.headers import Entry, read_header, read_json
 from optimizer.tensor_file import INDEX_FILE, WEIGHTS_FILE
 from optimizer.vocabulary import match_rows, tokenizer_mismatches
@@ -75,6 +76,7 @@ class Checkpoint:
         source: what the user gave: a folder or a hub id.
         folder: where it lies; for an adapter, the adapter's folder.
         config: config.json; for an adapter, the base's.
+        is_adapter: it is an adapter on the base.
         is_matched: its tokens or rows are other than the base's it was opened on, and were matched to them.
         left_out: how many of its rows belong to no row of that base.
     """
@@ -87,6 +89,7 @@ class Checkpoint:
     _stamps: Mapping[Path, tuple[int, ...]] = field(repr=False)
     _deltas: Mapping[str, LowRank] = field(repr=False)
     _is_mapped: bool = field(default=True, repr=False)
+    is_adapter: bool = False
     is_matched: bool = False
     left_out: int = 0
     _gathers: Mapping[str, Gather] = field(default_factory=dict, repr=False)
@@ -106,7 +109,7 @@ class Checkpoint:
         folder = _folder_of(str(source))
         if (folder / ADAPTER_CONFIG_FILE).is_file():
             if base is None:
-                raise CheckpointError(f"{folder} is a LoRA adapter: it can be an expert, not a base")
+                raise CheckpointError(f"{folder} is an adapter: it can be an expert, not a base")
             return _open_adapter(str(source), folder, base)
         config = _read_config(folder)
         entries, digests = _read_entries(folder)
@@ -121,9 +124,9 @@ class Checkpoint:
         return tuple(sorted(self._entries))
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether it is a LoRA adapter on the base."""
-        return bool(self._deltas)
+    def own_bytes(self) -> int:
+        """Size in bytes of what it maps beside its base: of an adapter not yet folded, only its own file."""
+        return (self.folder / ADAPTER_WEIGHTS_FILE).stat().st_size if self._deltas else self.bytes
 
     @property
     def bytes(self) -> int:
@@ -153,7 +156,7 @@ class Checkpoint:
         return replace(self, _is_mapped=False)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor in its stored dtype: mapped, so it must not be written to; of an adapter, folded anew."""
+        """Return a tensor in its stored dtype: mapped, so not to be written to; of a plain adapter, folded anew."""
         tensor = self._mapped[name] if self._is_mapped else self._read(name)
         return self._deltas[name].folded_into(tensor) if name in self._deltas else tensor
 
@@ -370,11 +373,16 @@ def _require_depth(checkpoint: Checkpoint) -> None:
 
 
 def _open_adapter(source: str, folder: Path, base: Checkpoint) -> Checkpoint:
-    deltas = read_adapter(folder, {name: base.shape(name) for name in base.names})
     files = [folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE]
-    stamps = {file: _stamp(file) for file in files}
+    plain = is_plain(folder)
+    deltas = read_adapter(folder, {name: base.shape(name) for name in base.names}) if plain else {}
+    entries, stamps = base._entries, {file: _stamp(file) for file in files}
     fingerprint = _fingerprint(stamps, {files[1]: read_header(files[1]).digest, base.folder: base.fingerprint})
-    return Checkpoint(source, folder, base.config, fingerprint, base._entries, {**base._stamps, **stamps}, deltas)
+    if not plain:
+        folded = fold_by_peft(folder, base, fingerprint=fingerprint)
+        entries, stamps = read_header(folded).entries, {**stamps, folded: _stamp(folded)}
+    stamps = {**base._stamps, **stamps}
+    return Checkpoint(source, folder, base.config, fingerprint, entries, stamps, deltas, is_adapter=True)
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

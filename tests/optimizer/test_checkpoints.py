@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -430,25 +431,41 @@ def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "all"}, "bias must be 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "changes the base itself"),
         ({"r": 8}, "do not fit its factors"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank 2 and shape"),
+        ({"rank_pattern": {"q_proj": "4"}}, "r must be a positive whole number"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern must map regular expressions to numbers"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must map regular expressions to numbers"),
         ({"r": "4"}, "r must be a positive whole number"),
         ({"lora_alpha": None}, "lora_alpha a number"),
-        ({"new_trick": 1}, "new_trick=1 is not plain LoRA"),
     ],
 )
-def test_an_adapter_that_is_not_plain_is_refused_by_name(
+def test_an_adapter_that_does_not_fit_itself_is_refused(
     config: dict[str, object], words: str, base: Path, tmp_path: Path
 ) -> None:
     folder = adapter(tmp_path / "lora")
     edit_json(folder / "adapter_config.json", **config)
     with pytest.raises(CheckpointError, match=words):
         Checkpoint.open(folder, base=Checkpoint.open(base))
+
+
+def test_a_module_may_have_a_rank_and_an_alpha_of_its_own(base: Path, tmp_path: Path) -> None:
+    opened, own = Checkpoint.open(base), {r"layers\.1\..*q_proj": 12, "proj": 1}
+    patterned = adapter(tmp_path / "own", rank=4, r=64, lora_alpha=7, rank_pattern={"q_proj": 4}, alpha_pattern=own)
+    plain = adapter(tmp_path / "plain", rank=4, lora_alpha=12)
+    one, other = (Checkpoint.open(folder, base=opened) for folder in (patterned, plain))
+    assert one.tensor(Q).equal(other.tensor(Q))
+    assert not one.tensor(Q).equal(opened.tensor(Q))
+
+
+def test_an_adapter_for_peft_says_what_to_install(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("optimizer.folding.version", missing)
+    with pytest.raises(CheckpointError, match=r"not plain LoRA, .* pip install 'mergefront\[adapters\]'"):
+        Checkpoint.open(adapter(tmp_path / "lora", use_dora=True), base=Checkpoint.open(base))
 
 
 @pytest.mark.parametrize(

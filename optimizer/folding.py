@@ -1,0 +1,130 @@
+"""Adapters that are more than two factors (DoRA, modules_to_save, biases, IA3, ...), folded into their base by peft.
+
+Done once: the folded tensors lie in the user's cache, where every worker of the machine maps them as it maps an expert.
+The only door to peft, which is an extra and imported when such an adapter is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from safetensors.torch import load_file
+
+from optimizer.adapters import CONFIG_FILE, WEIGHTS_FILE
+from optimizer.errors import CheckpointError
+from optimizer.headers import read_json
+from optimizer.tensor_file import WEIGHTS_FILE as FOLDED_FILE
+from optimizer.tensor_file import write_tensors
+
+if TYPE_CHECKING:
+    from optimizer.checkpoints import Checkpoint
+
+FORBIDDEN = ("megatron_config", "layer_replication", "loftq_config")  # import a module, change the depth, the base
+
+
+def fold_by_peft(folder: Path, base: Checkpoint, *, fingerprint: str) -> Path:
+    """Return the file of a base's tensors with an adapter folded in, made where the cache lacks it.
+
+    The base is held in memory in float32, peft merges in float32, and each tensor is rounded once to the base's dtype.
+
+    Args:
+        folder: the adapter's.
+        base: what it stands on.
+        fingerprint: of the adapter on that base; it names the file, together with the version of peft.
+
+    Returns:
+        A safetensors file in $XDG_CACHE_HOME/mergefront/adapters (~/.cache without that variable).
+
+    Raises:
+        CheckpointError: peft is not installed, cannot fold the adapter, or leaves a part of it aside.
+    """
+    try:
+        peft = version("peft")
+    except PackageNotFoundError as error:
+        mend = "pip install 'mergefront[adapters]'"
+        raise CheckpointError(f"the adapter in {folder} is not plain LoRA, and peft folds it: {mend}") from error
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergefront" / "adapters"
+    out = cache / f"{fingerprint}-peft-{peft}"
+    if not out.is_dir():
+        tensors = _folded(folder, base)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=cache))
+        try:
+            kinds = {name: base.kind(name) for name in base.names}
+            write_tensors(temporary / FOLDED_FILE, kinds, lambda name: tensors[name].to(base.dtype(name)))
+            temporary.rename(out)
+        except OSError as error:
+            if not out.is_dir():  # else another process was faster
+                raise CheckpointError(f"the folded adapter cannot be written to {out} ({error.strerror})") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return out / FOLDED_FILE
+
+
+def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
+    """Give all of the base's tensors, those that peft changed in float32."""
+    import peft
+
+    from optimizer.worker import resident_model
+
+    config = read_json(folder / CONFIG_FILE)
+    _require_known(folder, config)
+    weights = load_file(folder / WEIGHTS_FILE)
+    model = resident_model(base, dtype="float32", device="cpu")
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws numbers that the file's then replace
+            adapted: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
+            loading = peft.set_peft_model_state_dict(adapted, weights)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        _refuse(folder, f"peft says: {error}")
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        _refuse(folder, f"peft_type {config['peft_type']!r} adds to a model's input and cannot be merged")
+    own = (adapted.base_model.prefix, "modules_to_save")
+    missing = sorted(key for key in loading.missing_keys if any(word in key for word in own))
+    for keys, fault in ((missing, "lacks"), (sorted(loading.unexpected_keys), "has, with no place for it,")):
+        if keys:
+            _refuse(folder, f"{WEIGHTS_FILE} {fault} {keys[0]!r} (one of {len(keys)} such)")
+    merged = adapted.merge_and_unload(safe_merge=True)
+    return _by_name(folder, base, {name: p.detach() for name, p in merged.named_parameters()}, merged.base_model_prefix)
+
+
+def _by_name(
+    folder: Path, base: Checkpoint, parameters: Mapping[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    left, tensors = dict(parameters), {}
+    for name in base.names:
+        spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        known = next((spelling for spelling in spellings if spelling in left), None)
+        tensors[name] = base.tensor(name) if known is None else left.pop(known)  # no parameter: a mask in an old file
+        if tensors[name].shape != base.shape(name):
+            _refuse(folder, f"{name} becomes {tuple(tensors[name].shape)}, and is {base.shape(name)} in the base")
+    if left:
+        _refuse(folder, f"it gives {min(left)!r} a tensor of its own, which the base does not have (a tied head?)")
+    return tensors
+
+
+def _require_known(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what peft would pass over in silence."""
+    import peft
+
+    kind = config.get("peft_type")
+    kinds = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    if kind not in kinds:
+        _refuse(folder, f"peft {peft.__version__} knows no peft_type {kind!r}")
+    known = kinds[kind].__dataclass_fields__
+    for key in sorted(config):
+        if config[key] and (key in FORBIDDEN or key not in known):
+            fault = "is not supported" if key in FORBIDDEN else f"is unknown to peft {peft.__version__}"
+            _refuse(folder, f"{key}={json.dumps(config[key])} {fault}")
+
+
+def _refuse(folder: Path, fault: str) -> NoReturn:
+    raise CheckpointError(f"the adapter in {folder} cannot be folded: {fault}")
