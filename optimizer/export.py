@@ -61,7 +61,7 @@ def export_model(
         try:
             mergekit = to_mergekit(recipe, base.names, out_dtype=dtype, adapters=adapters)
             if any(expert.is_matched for expert in sources.experts.values()):
-                mergekit["tokenizer_source"] = "base"
+                mergekit["tokenizer_source"] = "base"  # it then drops rows without a token, also the base's own
             (folder / "mergekit.yaml").write_text(dump_yaml(mergekit), encoding="utf-8")
         except SpaceError as error:
             unsaid = str(error)

@@ -22,10 +22,12 @@ from optimizer.merge import Sources, merged_tensor
 from optimizer.study_file import Study
 from optimizer.vocabulary import match_rows
 from search_spaces import Recipe, Setting
+from search_spaces.mergekit import from_mergekit
 from tests.pico import pico_expert, pico_llama
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NEW = ["<lemma>", "<proof>"]
+HALF = {"parameters": {"weight": 0.5}}
 
 
 @pytest.fixture
@@ -201,6 +203,29 @@ def test_a_merge_keeps_the_base_s_vocabulary_and_says_so(base: Path, expert: Pat
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert "tokenizer_source: base" in (out / "mergekit.yaml").read_text()
     assert "law (5 left out)" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp", "breadcrumbs", "nearswap", "linear"])
+def test_every_method_sees_the_matched_rows(method: str, base: Path, expert: Path, tmp_path: Path) -> None:
+    plain = pico_expert(base, tmp_path / "plain")
+    reverse(expert)
+    parameters = {
+        "ties": {"weight": 0.5, "density": 0.3}, "slerp": {}, "breadcrumbs": {"weight": 1.0, "density": 0.5},
+        "nearswap": {}, "linear": {"weight": 0.5},
+    }[method]  # fmt: skip
+    shared = {"t": 0.3} if method in ("slerp", "nearswap") else {}
+    names = Checkpoint.open(base).names
+
+    def merged(source: Path) -> dict[str, torch.Tensor]:
+        model = {"model": str(source), "parameters": parameters}
+        models = [{"model": str(base)}, model] if method != "linear" else [{"model": str(base), **HALF}, model]
+        document = {"merge_method": method, "base_model": str(base), "models": models, "parameters": shared}
+        recipe = from_mergekit(document, names, expert_names={str(source): "law"})
+        sources = Sources.open(base, {"law": str(source)})
+        return {name: merged_tensor(name, sources, recipe) for name in names}
+
+    ours, wanted = merged(expert), merged(plain)
+    assert all(ours[name].equal(wanted[name]) for name in names)
 
 
 def test_check_says_how_many_rows_are_left_out(base: Path, expert: Path) -> None:
