@@ -82,7 +82,7 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws numbers that the file's then replace
             adapted: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
-            loading = peft.set_peft_model_state_dict(adapted, weights)
+            loading: Any = peft.set_peft_model_state_dict(adapted, weights)
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         _refuse(folder, f"peft says: {error}")
     if not hasattr(adapted.base_model, "merge_and_unload"):
