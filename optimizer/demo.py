@@ -104,11 +104,11 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
     else:
-        domain = [task("clinical_text", 24, 40), task("clinical_words", 120, 220)]
+        domain = [task("clinical_text", 20, 36), task("clinical_words", 90, 200)]
         general = [
-            task("general_knowledge", 90, 140, OWN_TASKS),
-            task("minimal_pairs", 120, 150, OWN_TASKS),
-            task("python_prose", 4, 7),
+            task("general_knowledge", 90, 150, OWN_TASKS),
+            task("minimal_pairs", 90, 120, OWN_TASKS),
+            task("python_prose", 3, 4),
         ]
     return {
         "name": out.name,

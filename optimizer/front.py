@@ -93,6 +93,21 @@ def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: floa
     return int(allowed[np.lexsort((loss[allowed], -gain[allowed]))[0]])
 
 
+def widest_gaps(values: ArrayLike) -> list[tuple[int, int]]:
+    """The neighbours on a front of two objectives, those farthest apart first.
+
+    Args:
+        values: (n, 2), a front in the order of either objective; distances are in shares of its extent.
+
+    Returns:
+        Positions (i, i + 1), n - 1 of them; of equals the first.
+    """
+    points = _points(values)
+    extent = np.ptp(points, axis=0) if len(points) else np.ones(2)
+    lengths = np.linalg.norm(np.diff(points, axis=0) / np.where(extent > 0, extent, 1.0), axis=1)
+    return [(int(i), int(i) + 1) for i in np.argsort(-lengths, kind="stable")]
+
+
 def _points(values: ArrayLike) -> NDArray[np.float64]:
     points = np.asarray(values, dtype=float)
     assert points.ndim == 2, f"points come as rows, shape (n, m), not {points.shape}"

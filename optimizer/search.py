@@ -29,7 +29,7 @@ from evals.errors import TaskError
 from evals.objectives import carries, objectives
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
 from optimizer.errors import RunError, SearchError
-from optimizer.front import non_dominated
+from optimizer.front import non_dominated, widest_gaps
 from optimizer.interrupt import Interrupt, interruptible
 from optimizer.pool import Job, Pool, Result
 from optimizer.run_folder import RunFolder
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 FAILURES_IN_A_ROW = 5
+MIDPOINT_EVERY = 2  # trials, in the second half of the budget
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
 
@@ -349,6 +350,7 @@ class _Search:
 
     def _ask(self) -> None:
         assert self.samplers is not None
+        self._enqueue_midpoint()
         self.optuna.sampler = self.samplers[self.repeats >= REPEATS_BEFORE_RANDOM]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*greenlet")  # optuna's GP sampler: slower without it
@@ -369,6 +371,24 @@ class _Search:
             return
         self.repeats = 0
         self.crew.submit(Job(number, recipe.to_json(), SEARCH))
+
+    def _enqueue_midpoint(self) -> None:
+        """Now and then have the next recipe lie halfway between the neighbours on the front that are farthest apart.
+
+        Samplers enlarge the volume under a front and leave gaps in it, where a person may want a point; and what lies
+        between two good merges is mostly good. A random search stays random.
+        """
+        asked = self.finished + len(self.held) + len(self.crew.out)
+        due = 2 * asked >= self.budget and asked % MIDPOINT_EVERY == 0 and self.scale is not None
+        if not due or len(self.names) > 2 or self.settings.sampler == "random":
+            return
+        front = sorted(self._front(), key=lambda number: self.values[number][-1])
+        params = {trial.number: trial.params for trial in self.optuna.get_trials(deepcopy=False)}
+        for left, right in widest_gaps([self.values[number] for number in front]):
+            between = _midpoint(params[front[left]], params[front[right]])
+            if between is not None and self.space.recipe(between).digest not in self.seen:
+                self.optuna.enqueue_trial(between)
+                return
 
     def _scored(self, result: Result, seconds: float) -> None:
         assert result.evaluation is not None
@@ -509,6 +529,20 @@ class _Search:
         kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
         self.events(Event(kind, number, text, done + (not error), total, None, self.kinds[number]))
         return not error
+
+
+def _midpoint(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:
+    """Params halfway between two trials'; None where they are of different methods."""
+    between: dict[str, float | str] = {}
+    for name, value in one.items():
+        partner = other.get(name)
+        if isinstance(value, str) or partner is None or isinstance(partner, str):
+            if value != partner:
+                return None
+            between[name] = value
+        else:
+            between[name] = (value + partner) / 2
+    return between if one.keys() == other.keys() else None
 
 
 def _not_finite(outcomes: Sequence[Outcome]) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 
-from optimizer.front import best_under, hypervolume, knee, non_dominated
+from optimizer.front import best_under, hypervolume, knee, non_dominated, widest_gaps
 
 GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
 
@@ -61,6 +61,12 @@ def test_knee_does_not_trade_gain_for_less_than_no_forgetting() -> None:
 
 def test_knee_of_equals_forgets_least() -> None:
     assert knee([0.5, 0.5, 0.5], [0.1, 0.0, 0.0], expert_forgetting=0.0) == 1
+
+
+def test_widest_gaps_are_measured_in_shares_of_the_front() -> None:
+    assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)]) == [(2, 3), (1, 2), (0, 1)]
+    assert widest_gaps([(0.5, 0.5)]) == widest_gaps(np.empty((0, 2))) == []
+    assert widest_gaps([(1.0, 0.0), (1.0, 2.0)]) == [(0, 1)]
 
 
 def test_best_under_takes_the_most_gain_that_is_allowed() -> None:

@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import optuna
@@ -99,6 +100,20 @@ def test_the_budget_holds_anchors_first_and_the_front_is_judged(bench: Bench) ->
     assert bench.events[2].objectives == tuple(trials[1].values)
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sampler_has_the_gaps_of_the_front_filled_and_a_random_search_has_not(bench: Bench, sampler: str) -> None:
+    bench.search(trials=20, sampler=sampler)
+    params = [trial.params for trial in trials_of(bench)]
+    halfway = {
+        number
+        for number, between in enumerate(params)
+        for one, other in combinations(params[:number], 2)
+        if all(between[name] == pytest.approx((one[name] + other[name]) / 2) for name in between)
+    }
+    searched = halfway - set(range(len(bench.space.anchors())))
+    assert len(searched) == (5 if sampler == "tpe" else 0)
+
+
 def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "two", experts=("code", "law"), shape=Shape("uniform"))
     bench.search(trials=9)
@@ -141,6 +156,7 @@ def test_a_known_recipe_is_not_scored_twice(bench: Bench, monkeypatch: pytest.Mo
         return make_sampler(name, **wanted) if name == "random" and random else Stubborn()
 
     monkeypatch.setattr(search_module, "make_sampler", make)
+    monkeypatch.setattr(search_module, "MIDPOINT_EVERY", 1000)
     monkeypatch.setattr(search_module, "REPEATS_BEFORE_RANDOM", 3)
     monkeypatch.setattr(search_module, "REPEATS_BEFORE_END", 6)
     bench.search(trials=10, sampler="tpe")
