@@ -112,7 +112,7 @@ def _by_name(
 
 
 def _require_known(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what peft would pass over in silence."""
+    """Refuse what peft would only warn of, and what must not be asked of it."""
     import peft
 
     kind = config.get("peft_type")
