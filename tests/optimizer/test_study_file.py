@@ -129,7 +129,11 @@ def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str,
         "expert\n", "expert\n    law: ./law\n" if second else "expert\n"
     )
     space = space_of(read_study(written(tmp_path, text), [f"space.method={method}"]), TENSORS)
-    assert set(space.ranges) == {parameter.name for parameter in METHODS[method].parameters if parameter.searched}
+    assert set(space.ranges) == {
+        parameter.name
+        for parameter in METHODS[method].parameters
+        if parameter.searched and parameter.least_experts == 1
+    }
 
 
 def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: Path, good: str) -> None:
