@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -136,8 +137,9 @@ def measure(sources: Sources, methods: list[str], arguments: argparse.Namespace)
                 method, {n: sources.experts[n].source for n in NAMES[:count]}, base.source, arguments.density
             )
             kept = Kept()
-            first = best_seconds(lambda: merge_into(resident, sources, chosen, kept), 1)  # noqa: B023
-            seconds = best_seconds(lambda: merge_into(resident, sources, chosen, kept), arguments.repeats)  # noqa: B023
+            candidate = partial(merge_into, resident, sources, chosen, kept)
+            first = best_seconds(candidate, 1)
+            seconds = best_seconds(candidate, arguments.repeats)
             merge_into(resident, sources, chosen, total)
             read = base.bytes * (count + 2) / seconds
             reach = triad.bytes_per_second(2)

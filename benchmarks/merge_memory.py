@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,12 +86,12 @@ def write_recipe(path: Path, base: Path, expert: Path, method: str) -> Path:
     """Write a mergekit document whose numbers no shortcut serves."""
     density = {"density": 0.5} if method not in ("linear", "task_arithmetic", "slerp") else {}
     parameters = {"t": 0.4} if method == "slerp" else {"weight": 0.4, **density}
-    document = {"merge_method": method, "base_model": str(base), "dtype": "float32", "out_dtype": "bfloat16"}
+    document: dict[str, Any] = {"merge_method": method, "base_model": str(base)}
+    document |= {"dtype": "float32", "out_dtype": "bfloat16"}
     if method == "slerp":
-        models: list[dict[str, object]] = [{"model": str(base)}, {"model": str(expert)}]
-        document |= {"models": models, "parameters": parameters}  # type: ignore[dict-item]
+        document |= {"models": [{"model": str(base)}, {"model": str(expert)}], "parameters": parameters}
     else:
-        document |= {"models": [{"model": str(expert), "parameters": parameters}]}  # type: ignore[dict-item]
+        document["models"] = [{"model": str(expert), "parameters": parameters}]
     path.write_text(json.dumps(document))  # JSON is YAML
     return path
 

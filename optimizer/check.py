@@ -19,6 +19,7 @@ from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
 from optimizer.samplers import require_learns
 from optimizer.study_file import Study, space_of, task_specs
+from optimizer.words import count
 from search_spaces.errors import SpaceError
 
 if TYPE_CHECKING:
@@ -188,8 +189,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
-    from optimizer.words import count
-
     assert plan.base is not None
     for name, model in {"base": plan.base, **plan.experts}.items():
         dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})

@@ -100,8 +100,8 @@ def options(
 def init(
     base: Annotated[str, typer.Argument(help="The base: a folder or a hub id.", show_default=False)] = "",
     experts: Annotated[
-        list[str], typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
-    ] = [],  # noqa: B006  # typer makes a new list
+        list[str] | None, typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("study.yaml"),
     domain: Annotated[list[str] | None, typer.Option(help="A domain task; may be repeated.")] = None,
     general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
@@ -117,14 +117,14 @@ def init(
 
     if out.exists() and not force:
         _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
-    if from_evolve is None and not (base and experts):
-        _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
-    if from_evolve is not None and (base or domain):
-        _fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
     if from_evolve is not None:
+        if base or domain:
+            _fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
         text = study_from_evolve(from_evolve, out, general or ())
-    else:
+    elif base and experts:
         text = new_study(out, base, experts, domain=domain or (), general=general or ())
+    else:
+        _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
     out.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
 

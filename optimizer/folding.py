@@ -73,7 +73,7 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
     """Give all of the base's tensors, those that peft changed in float32."""
     import peft
 
-    from optimizer.worker import resident_model
+    from optimizer.resident import resident_model
 
     config = read_json(folder / CONFIG_FILE)
     _require_known(folder, config)

@@ -38,7 +38,7 @@ class Picture:
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         sink = io.BytesIO()
-        self.figure.savefig(sink, format="png", dpi=1.5 * DPI)
+        self.figure.savefig(sink, format="png", dpi=1.25 * DPI)
         width, height = (round(inches * DPI) for inches in self.figure.get_size_inches())
         return sink.getvalue(), {"width": width, "height": height}
 

@@ -533,16 +533,18 @@ class _Search:
 
 def _midpoint(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:
     """Params halfway between two trials'; None where they are of different methods."""
+    if one.keys() != other.keys():
+        return None
     between: dict[str, float | str] = {}
     for name, value in one.items():
-        partner = other.get(name)
-        if isinstance(value, str) or partner is None or isinstance(partner, str):
+        partner = other[name]
+        if isinstance(value, str) or isinstance(partner, str):
             if value != partner:
                 return None
             between[name] = value
         else:
             between[name] = (value + partner) / 2
-    return between if one.keys() == other.keys() else None
+    return between
 
 
 def _not_finite(outcomes: Sequence[Outcome]) -> str:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evals.outcomes import Outcome, TaskSpec
-from optimizer.errors import CheckpointError
 from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from optimizer.checkpoints import Checkpoint
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,7 @@ class Worker:
         from evals.engine import Engine
         from evals.harness import load_tasks
         from optimizer.merge import Kept, Sources
-        from optimizer.places import tensor_places
+        from optimizer.resident import merge_target, resident_model, tensor_places
 
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
@@ -118,49 +114,3 @@ class Worker:
         merged = time.perf_counter()
         outcomes = tuple(self._harness.score(self._engine, suite))
         return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
-
-
-def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
-    """The base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
-
-    Args:
-        dtype: "auto", "bf16" or "float32".
-        device: "auto", "cpu" or "cuda".
-
-    Raises:
-        CheckpointError: the base is no causal language model, or its config asks for other tensors.
-    """
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
-    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    tensors = {}
-    for name in base.names:
-        tensor = base.tensor(name)
-        tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
-    model, loading = architecture.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True
-    )
-    odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
-    if odd:  # transformers would go on with random numbers
-        raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
-    model.requires_grad_(False)
-    return model.to(place).eval()
-
-
-def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
-    """The tensors a merge writes: the model's own, or others in the base's dtype where the model is scored in another.
-
-    A merge is rounded to the base's dtype, whatever it is scored in, since that is what an export will hold.
-    """
-    import torch
-
-    if all(parameters[name].dtype == base.dtype(name) for name in base.names if name in parameters):
-        return parameters
-    return {name: torch.empty(base.shape(name), dtype=base.dtype(name)) for name in base.names}

@@ -31,6 +31,7 @@ _MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "dell
 _DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
 _TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_ROUNDING = 1e-12  # how far weights that sum to 1 may miss it in float64
 
 
 def to_mergekit(
@@ -374,7 +375,8 @@ class _Reader:
         if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
             rule = f"the weights of a {method} merge, the base's included, sum to 1"
             raise SpaceError(rule, given=total, where=tensor, mend=f"{switch}: true divides by their sum")
-        return own / total if divide else own
+        is_whole = abs(total - 1.0) < _ROUNDING  # then a division would only move the last bit
+        return own / total if divide and not is_whole else own
 
     def _one(self, parameter: Parameter, model: _Model | None, tensor: str) -> float:
         """Resolve a parameter for one tensor as mergekit does: the model's own, then the shared, then the default."""

@@ -46,6 +46,10 @@ class Parameter:
     required: bool = False
     ours: bool = False
 
+    def is_searched(self, experts: int) -> bool:
+        """Tell whether a search over so many experts varies the number unasked."""
+        return self.searched and experts >= self.least_experts
+
     def allows(self, value: float) -> bool:
         """Tell whether a value means anything to the method, searched range aside."""
         if not math.isfinite(value):
@@ -71,10 +75,10 @@ class MethodSpec:
 
     name: str
     parameters: tuple[Parameter, ...]
-    min_experts: int
-    max_experts: int | None
-    random: bool
     source: str
+    min_experts: int = 1
+    max_experts: int | None = None
+    random: bool = False
     scale: str = "weight"
     fixed_in_search: tuple[tuple[str, float], ...] = ()
     unsearchable: str = ""
@@ -134,8 +138,8 @@ _ALL, _AGREEING = "all experts", "the experts that agree"
 _PLAIN = (("normalize", 0.0),)
 
 _SPECS = (
-    MethodSpec("linear", (_SHARE,), 1, None, False, "Model soups, arXiv 2203.05482; WiSE-FT, arXiv 2109.01903"),
-    MethodSpec("slerp", (_T,), 1, 1, False, "Shoemake, SIGGRAPH 1985", scale="t"),
+    MethodSpec("linear", (_SHARE,), "Model soups, arXiv 2203.05482; WiSE-FT, arXiv 2109.01903"),
+    MethodSpec("slerp", (_T,), "Shoemake, SIGGRAPH 1985", max_experts=1, scale="t"),
     MethodSpec(
         "nuslerp",
         (
@@ -143,10 +147,8 @@ _SPECS = (
             _switch("nuslerp_flatten", 1.0, "take a tensor as one vector; off: one vector for each row"),
             _switch("nuslerp_row_wise", 0.0, "where not flattened: one vector for each column"),
         ),
-        1,
-        2,
-        False,
         "Shoemake, SIGGRAPH 1985, between base and expert, or between two deltas",
+        max_experts=2,
     ),
     MethodSpec(
         "multislerp",
@@ -158,9 +160,6 @@ _SPECS = (
             ),
             Parameter("eps", 1e-8, 1e-8, 1e-8, "recipe", "lengths below it count as none", "size", searched=False),
         ),
-        1,
-        None,
-        False,
         "Goddard, Multi-SLERP, 2025, goddard.blog/posts/multislerp-wow-what-a-cool-idea",
         fixed_in_search=(("normalize_weights", 0.0),),
     ),
@@ -171,115 +170,88 @@ _SPECS = (
             Parameter("max_iter", 10.0, 10.0, 10.0, "recipe", "iterations at most", "count", searched=False),
             Parameter("tol", 1e-5, 1e-5, 1e-5, "recipe", "angles below it count as none", "size", searched=False),
         ),
-        1,
-        None,
-        False,
         "Karcher mean on the sphere, arXiv 2603.04972; Karcher 1977",
     ),
     MethodSpec(
         "task_arithmetic",
         (_WEIGHT, _normalize(0.0, _ALL), _LAMBDA),
-        1,
-        None,
-        False,
         "Task arithmetic, arXiv 2212.04089",
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "ties",
         (_WEIGHT, _TOP, _MATCH_L1, _normalize(1.0, _AGREEING), _LAMBDA),
-        1,
-        None,
-        False,
         "TIES-Merging, arXiv 2306.01708",
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "dare_linear",
         (_WEIGHT, _DROP, _RESCALE, _normalize(0.0, _ALL), _LAMBDA),
-        1,
-        None,
-        True,
         "DARE, arXiv 2311.03099",
+        random=True,
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "dare_ties",
         (_WEIGHT, _DROP, _RESCALE, _normalize(0.0, _AGREEING), _LAMBDA),
-        1,
-        None,
-        True,
         "DARE, arXiv 2311.03099, with TIES, arXiv 2306.01708",
+        random=True,
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "della",
         (_WEIGHT, _MEAN_DROP, _EPSILON, _RESCALE, _normalize(1.0, _AGREEING), _LAMBDA),
-        1,
-        None,
-        True,
         "DELLA-Merging, arXiv 2406.11617",
+        random=True,
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "della_linear",
         (_WEIGHT, _MEAN_DROP, _EPSILON, _RESCALE, _normalize(0.0, _ALL), _LAMBDA),
-        1,
-        None,
-        True,
         "DELLA-Merging's MAGPRUNE, arXiv 2406.11617",
+        random=True,
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "breadcrumbs",
         (_WEIGHT, _MIDDLE, _GAMMA, _MATCH_L1, _normalize(0.0, _ALL), _LAMBDA),
-        1,
-        None,
-        False,
         "Model Breadcrumbs, arXiv 2312.06795",
         fixed_in_search=_PLAIN,
     ),
     MethodSpec(
         "breadcrumbs_ties",
         (_WEIGHT, _MIDDLE, _GAMMA, _MATCH_L1, _normalize(0.0, _AGREEING), _LAMBDA),
-        1,
-        None,
-        False,
         "Model Breadcrumbs, arXiv 2312.06795, with TIES, arXiv 2306.01708",
         fixed_in_search=_PLAIN,
     ),
-    MethodSpec("sce", (_OWN_WEIGHT, _TOPK), 1, None, False, "SCE in FuseChat, arXiv 2408.07990"),
-    MethodSpec("ram", (_OWN_WEIGHT, _CHANGED), 1, None, False, "Reinforced Agent Merging, arXiv 2601.13572"),
-    MethodSpec(
-        "ramplus_tl", (_OWN_WEIGHT, _R, _ALPHA, _CHANGED), 1, None, False, "RAM+, tensor by tensor, arXiv 2601.13572"
-    ),
+    MethodSpec("sce", (_OWN_WEIGHT, _TOPK), "SCE in FuseChat, arXiv 2408.07990"),
+    MethodSpec("ram", (_OWN_WEIGHT, _CHANGED), "Reinforced Agent Merging, arXiv 2601.13572"),
+    MethodSpec("ramplus_tl", (_OWN_WEIGHT, _R, _ALPHA, _CHANGED), "RAM+, tensor by tensor, arXiv 2601.13572"),
     MethodSpec(
         "model_stock",
         (_OWN_WEIGHT, _switch("filter_wise", 0.0, "one ratio for each row instead of each tensor")),
-        2,
-        None,
-        False,
         "Model Stock, arXiv 2403.19522",
+        min_experts=2,
     ),
     MethodSpec(
-        "nearswap", (_OWN_WEIGHT, _NEAR), 1, 1, False, "NearSwap, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
+        "nearswap",
+        (_OWN_WEIGHT, _NEAR),
+        "NearSwap, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        max_experts=1,
     ),
     MethodSpec(
         "arcee_fusion",
         (_OWN_WEIGHT,),
-        1,
-        1,
-        False,
         "Arcee Fusion, arcee.ai and mergekit",
+        max_experts=1,
         unsearchable="it takes only the expert's most important numbers, so that no point of a space is the expert",
     ),
     MethodSpec(
         "passthrough",
         (Parameter("scale", 1.0, 0.0, 1.0, "group", "factor of the only model's tensors", searched=False),),
-        0,
-        1,
-        False,
         "the tensors of one model",
+        min_experts=0,
+        max_experts=1,
         scale="scale",
         unsearchable="it takes one model, so there is nothing between base and expert",
     ),

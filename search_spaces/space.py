@@ -150,7 +150,7 @@ class Space:
         own = {
             parameter.name: (parameter.low, parameter.high)
             for parameter in method_spec(method).parameters
-            if parameter.searched and len(experts) >= parameter.least_experts
+            if parameter.is_searched(len(experts))
         }
         given = {name: _pair(name, span) for name, span in ranges.items()}
         return cls(

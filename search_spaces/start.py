@@ -89,8 +89,9 @@ def _ranges(recipe: Recipe, groups: tuple[str, ...]) -> dict[str, Range]:
         if parameter.name == spec.scale:
             found[parameter.name] = min(0.0, *numbers), max(1.0, *numbers)
             continue
-        own = (parameter.low, parameter.high) if parameter.searched else ()
-        if parameter.domain != "switch" and (parameter.searched or set(numbers) != {parameter.default}):
+        searched = parameter.is_searched(len(recipe.experts))
+        own = (parameter.low, parameter.high) if searched else ()
+        if parameter.domain != "switch" and (searched or set(numbers) != {parameter.default}):
             found[parameter.name] = min(parameter.default, *own, *numbers), max(parameter.default, *own, *numbers)
     return found
 

@@ -21,6 +21,15 @@ from tests.evals.conftest import load, questions, words, write_task
 TOLERANCE = 1e-4  # nats per log-likelihood
 
 
+WRITTEN: dict[str, Any] = {  # a task whose answers of four tokens are written, not chosen
+    "output_type": "generate_until",
+    "doc_to_text": "{{text}}",
+    "doc_to_target": "{{answer}}",
+    "doc_to_choice": None,
+    "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False},
+}
+
+
 @pytest.fixture(scope="module")
 def reference(engine: Engine) -> HFLM:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -175,11 +184,7 @@ def test_generated_answers(tmp_path: Path, engine: Engine, reference: HFLM) -> N
     folder = write_task(
         tmp_path / "answers",
         rows,
-        output_type="generate_until",
-        doc_to_text="{{text}}",
-        doc_to_target="{{answer}}",
-        doc_to_choice=None,
-        generation_kwargs={"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False},
+        **WRITTEN,
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
     harness = load(folder)
@@ -278,11 +283,7 @@ def test_filters_before_the_metric(tmp_path: Path, engine: Engine, reference: HF
     folder = write_task(
         tmp_path / "picked",
         rows,
-        output_type="generate_until",
-        doc_to_text="{{text}}",
-        doc_to_target="{{answer}}",
-        doc_to_choice=None,
-        generation_kwargs={"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False},
+        **WRITTEN,
         filter_list=[
             {"name": "whole", "filter": [{"function": "take_first"}]},
             {"name": "picked", "filter": pick},

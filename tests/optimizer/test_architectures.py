@@ -27,8 +27,7 @@ from optimizer.checkpoints import Checkpoint
 from optimizer.errors import CheckpointError
 from optimizer.export import export_model
 from optimizer.merge import Sources, merge_into
-from optimizer.places import tensor_places
-from optimizer.worker import merge_target, resident_model
+from optimizer.resident import merge_target, resident_model, tensor_places
 from search_spaces import Recipe, Setting, group_of, group_tensors
 
 LAYERS = 2

@@ -52,13 +52,14 @@ def test_a_study_over_several_methods_names_them(demo_inputs: Path) -> None:
     overrides = ["name=several", f"space.method=[{', '.join(methods)}]", "search.trials=16"]
     overrides += ["workers.count=0", "workers.threads=1"]  # threads that share a busy core wait for each other
     study = demo_inputs / "study.yaml"
-    told = Console(file=io.StringIO(), width=160)
+    said = io.StringIO()
+    told = Console(file=said, width=160)
     folder = run_study(study, [*overrides, f"runs={demo_inputs}"], told)
     run = open_run(folder)
     assert {"task_arithmetic"} < set(run.methods) <= set(methods)
     assert set(run.front()["method"]) <= set(methods)
     assert all(run.recipe(trial).method == row["method"] for trial, row in rows_of(run.points()).items())
-    table = told.file.getvalue().partition("Front of several")[2]  # type: ignore[attr-defined]
+    table = said.getvalue().partition("Front of several")[2]
     report, hovers = (folder / "report.html").read_text(), json.dumps(run.plot_front().to_plotly_json(), default=list)
     for trial, row in rows_of(run.front()).items():
         assert re.search(rf"\s{trial}\s+\S.*\b{row['method']}\b", table), table

@@ -236,8 +236,8 @@ def test_what_was_cut_short_is_said_wherever_the_run_is_shown(tmp_path: Path) ->
     assert {long, broken} <= set(run.findings())
     assert {long, broken} <= set(status_document(run)["findings"]) & set(front_document(run)["findings"])
     assert html.escape(long) in report_html(run)
-    console = Console(file=io.StringIO(), width=400)
-    print_front(run, console)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    sink = io.StringIO()
+    print_front(run, Console(file=sink, width=400))
+    shown = sink.getvalue()
     assert long in shown
     assert broken in shown

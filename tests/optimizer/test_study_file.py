@@ -130,9 +130,7 @@ def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str,
     )
     space = space_of(read_study(written(tmp_path, text), [f"space.method={method}"]), TENSORS)
     assert set(space.ranges) == {
-        parameter.name
-        for parameter in METHODS[method].parameters
-        if parameter.searched and parameter.least_experts == 1
+        parameter.name for parameter in METHODS[method].parameters if parameter.is_searched(experts=1)
     }
 
 

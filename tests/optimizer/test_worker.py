@@ -19,7 +19,8 @@ from evals.outcomes import TaskSpec
 from optimizer.checkpoints import Checkpoint
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.merge import merge_to_folder
-from optimizer.worker import Worker, WorkerSpec, resident_model
+from optimizer.resident import resident_model
+from optimizer.worker import Worker, WorkerSpec
 from search_spaces.recipe import Recipe, Setting
 from tests.pico import pico_expert, pico_llama
 

@@ -1,13 +1,15 @@
-"""Where a checkpoint's tensors live in a resident model: transformers renames some, and fuses the experts of a mixture.
+"""A model in memory, made from a checkpoint's tensors, and where each of them lives in it.
 
-Found once, when a worker starts, so that every merge can write each tensor where it belongs.
+transformers renames some tensors, and fuses the experts of a mixture. Their places are found once, when a worker
+starts, so that every merge can write each tensor where it belongs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from optimizer.errors import CheckpointError
@@ -16,6 +18,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimizer.checkpoints import Checkpoint
+
+
+def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
+    """The base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
+
+    Args:
+        dtype: "auto", "bf16" or "float32".
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: the base is no causal language model, or its config asks for other tensors.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    tensors = {}
+    for name in base.names:
+        tensor = base.tensor(name)
+        tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
+    model, loading = architecture.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True
+    )
+    odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+    if odd:  # transformers would go on with random numbers
+        raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
+    model.requires_grad_(False)
+    return model.to(place).eval()
 
 
 def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]:
@@ -52,6 +87,16 @@ def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]
             "here, so it cannot be searched; `mergefront merge` works on the files alone"
         )
     return places
+
+
+def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+    """The tensors a merge writes: the model's own, or others in the base's dtype where the model is scored in another.
+
+    A merge is rounded to the base's dtype, whatever it is scored in, since that is what an export will hold.
+    """
+    if all(parameters[name].dtype == base.dtype(name) for name in base.names if name in parameters):
+        return parameters
+    return {name: torch.empty(base.shape(name), dtype=base.dtype(name)) for name in base.names}
 
 
 def _parts(name: str, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
