@@ -26,12 +26,22 @@ from optimizer.checkpoints import (
     sum_is_finite,
 )
 from optimizer.errors import MergeError
-from optimizer.methods import METHODS, Blend, Facts, Line, Tensors, Values, float_blocks, row_blocks, row_width
+from optimizer.methods import (
+    METHODS,
+    Blend,
+    Facts,
+    Line,
+    Tensors,
+    Values,
+    blend_in_one_pass,
+    float_blocks,
+    row_blocks,
+    row_width,
+)
 from optimizer.tensor_file import write_sharded
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, group_of
 
-LINE_BLOCK = 1 << 17  # elements: two bytes each, three such blocks stay in a core's cache
 DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
 MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -180,7 +190,8 @@ class _Merger:
         if unknown := sorted(recipe.tensors - set(sources.base.names)):
             raise MergeError(f"recipe {recipe.digest} has a number for {unknown[0]!r}, which the base does not have")
         self._sources = sources
-        self._recipe = recipe
+        self._recipe, self._digest = recipe, recipe.digest
+        self._own_numbers = recipe.tensors
         self._kept = Kept() if kept is None else kept
         self._numbers: dict[str, tuple[tuple[str, ...], Values | None]] = {}
 
@@ -206,10 +217,11 @@ class _Merger:
             return
         if base.dtype not in MERGED_DTYPES:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
-        seeds = tuple(_seed(self._recipe.digest, name, expert) for expert in experts) if self._random else ()
+        if self._random:
+            values = replace(values, seeds=tuple(_seed(self._digest, name, expert) for expert in experts))
         pairs = [(expert, self._kept.tensor(sources, expert, name, device)) for expert in experts]
         tensors = Tensors(name, base, pairs, self._kept.facts)
-        blend = METHODS[self._recipe.method](tensors, replace(values, seeds=seeds))
+        blend = METHODS[self._recipe.method](tensors, values)
         self._require_finite(name, out, _apply(blend, tensors, out))
 
     def _require_finite(self, name: str, out: Tensor, proven: bool) -> None:
@@ -223,7 +235,7 @@ class _Merger:
         return SPECS[self._recipe.method].random
 
     def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
-        place = name if name in self._recipe.tensors else group_of(name)
+        place = name if name in self._own_numbers else group_of(name)
         if place not in self._numbers:
             self._numbers[place] = self._numbers_of(place)
         return self._numbers[place]
@@ -255,39 +267,21 @@ class _Merger:
 
 
 def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
-    """Write the blend's blocks into `out`; return whether their sums are finite, which no NaN or infinity allows."""
+    """Write the blend into `out`; return whether it is proven finite."""
     base, experts = tensors.base, tensors.others
-    same_dtype = all(expert.dtype == base.dtype for expert in experts)
     if isinstance(blend, Line) and blend.weight in (0.0, 1.0):
         end = experts[0] if blend.weight else base
         out.copy_(end)
-        return (
-            tensors.once(f"finite at {blend.weight}", lambda: sum_is_finite(end)) if same_dtype else sum_is_finite(out)
-        )
-    if isinstance(blend, Line) and same_dtype:
-        ours, theirs = tensors.once("largest", lambda: (_largest(base), _largest(experts[0])))
-        bounded = ours * abs(1 - blend.weight) + theirs * abs(blend.weight) < 0.9 * torch.finfo(out.dtype).max
-        return _apply_line(blend, base.reshape(-1), experts[0].reshape(-1), out.view(-1), check=not bounded)
-    finite = True
+        return end.dtype == out.dtype and tensors.once(f"finite at {blend.weight}", lambda: sum_is_finite(end))
+    if blend_in_one_pass(blend, tensors, out):
+        return True
+    if isinstance(blend, Line) and out.device.type != "cpu" and all(x.dtype == out.dtype for x in (base, *experts)):
+        torch.lerp(base, experts[0], blend.weight, out=out)  # one kernel, float32 inside
+        return False
+    finite, step = True, blend.walk()
     for (row, b, xs), place in zip(float_blocks(base, experts), row_blocks(out, row_width(out)), strict=True):
-        finite &= sum_is_finite(place.copy_(blend(b, xs, row)))
+        finite &= sum_is_finite(place.copy_(step(b, xs, row)))
     return finite
-
-
-def _apply_line(line: Line, base: Tensor, expert: Tensor, out: Tensor, *, check: bool) -> bool:
-    """The same numbers as by float32 blocks, at memory speed: torch.lerp works in float32 and rounds once itself."""
-    finite, step = True, LINE_BLOCK if out.device.type == "cpu" else max(1, out.numel())
-    for start in range(0, out.numel(), step):
-        part = slice(start, start + step)
-        torch.lerp(base[part], expert[part], line.weight, out=out[part])
-        finite &= not check or sum_is_finite(out[part])
-    return finite
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest magnitude; NaN where there is one."""
-    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    return float(torch.maximum(-low, high))
 
 
 def _seed(digest: str, tensor: str, expert: str) -> int:

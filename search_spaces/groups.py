@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from search_spaces.errors import SpaceError
 
@@ -25,6 +26,7 @@ _INPUT = re.compile(r"emb|\bwte\b|\bwpe\b")
 _LAST_NORM = re.compile(r"norm|\bln_f\b")
 
 
+@lru_cache(maxsize=1 << 16)
 def group_of(tensor: str) -> str:
     """Name the group a tensor belongs to.
 

@@ -5,7 +5,19 @@ Called by `merge` for one tensor at a time. The numbers each method takes are de
 
 from collections.abc import Callable
 
-from optimizer.methods.blocks import BLOCK, Blend, Line, Tensors, Values, float_blocks, row_blocks, row_width
+from optimizer.methods.blocks import (
+    BLOCK,
+    Blend,
+    Deltas,
+    Line,
+    Mixture,
+    Tensors,
+    Values,
+    blend_in_one_pass,
+    float_blocks,
+    row_blocks,
+    row_width,
+)
 from optimizer.methods.facts import Facts
 from optimizer.methods.fusion import arcee_fusion, nearswap, passthrough, ram, ramplus_tl, sce
 from optimizer.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
@@ -21,7 +33,21 @@ from optimizer.methods.task_vectors import (
     ties,
 )
 
-__all__ = ["BLOCK", "METHODS", "Blend", "Facts", "Line", "Tensors", "Values", "float_blocks", "row_blocks", "row_width"]
+__all__ = [
+    "BLOCK",
+    "METHODS",
+    "Blend",
+    "Deltas",
+    "Facts",
+    "Line",
+    "Mixture",
+    "Tensors",
+    "Values",
+    "blend_in_one_pass",
+    "float_blocks",
+    "row_blocks",
+    "row_width",
+]
 
 METHODS: dict[str, Callable[[Tensors, Values], Blend]] = {
     method.__name__: method

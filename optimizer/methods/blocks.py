@@ -1,18 +1,21 @@
-"""What a merge method is given and what it gives: whole tensors and numbers in, a blend of small float32 blocks out.
+"""What a merge method is given and what it gives: whole tensors and numbers in, a blend out.
 
-A method looks at whole tensors (through facts that are computed once) and returns a blend; the blend maps blocks of
-base and experts to merged blocks, first row to last, so that scratch memory stays small and a tensor is read once.
+A method looks at whole tensors (through facts that are computed once) and returns a blend, which knows two ways to the
+same numbers: on a CPU one compiled pass over base and experts; elsewhere, and for rarer numbers, a walk over float32
+blocks in torch, first row to last, so that scratch memory stays small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.methods import kernels
 from optimizer.methods.facts import Facts
 
 BLOCK = 1 << 16  # elements on a CPU: a handful of float32 blocks stay in a core's cache
@@ -23,7 +26,29 @@ Factor = float | Tensor
 
 # (base block (rows, n), expert blocks each (rows, n), index of the first row) -> merged block (rows, n), all float32.
 # Called in the order of the rows, once for each; the given blocks may be written to.
-Blend = Callable[[Tensor, Sequence[Tensor], int], Tensor]
+Walk = Callable[[Tensor, Sequence[Tensor], int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """Flat numbers of base, experts and the merge, as `kernels` takes them; rows of `width` elements."""
+
+    base: kernels.Array
+    experts: tuple[kernels.Array, ...]
+    out: kernels.Array
+    width: int
+
+
+class Blend(Protocol):
+    """How a tensor's merged numbers follow from base and experts."""
+
+    def walk(self) -> Walk:
+        """Begin a walk over the blocks of a tensor."""
+        ...
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        """Write the merge; return the largest magnitude's float32 bits, or None where there is no such way."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +77,17 @@ class Tensors:
     def once(self, what: str, compute: Callable[[], T]) -> T:
         """Compute a fact of base and experts, or take it from an earlier candidate."""
         return self.facts.once((self.name, *(name for name, _ in self.experts), what), compute)
+
+    def arrays(self, out: Tensor | None = None) -> Arrays | None:
+        """The numbers as compiled passes take them, the merge going to `out`; None where they are not on a CPU."""
+        if self.base.device.type != "cpu":
+            return None
+        experts = self.others
+        if len({expert.dtype for expert in experts}) > 1:  # a pass is compiled for one type of experts
+            experts = [expert.float() for expert in experts]
+        out = self.base if out is None else out
+        base, *others = map(kernels.bits_of, (self.base, *experts))
+        return Arrays(base, tuple(others), kernels.bits_of(out), row_width(out))
 
     def blocks(self, width: int | None = None) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
         """Walk over base and experts as `float_blocks` does."""
@@ -87,8 +123,11 @@ class Line:
 
     weight: float
 
-    def __call__(self, b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
-        return torch.lerp(b, xs[0], self.weight)
+    def walk(self) -> Walk:
+        return lambda b, xs, _: torch.lerp(b, xs[0], self.weight)
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        return int(kernels.line(arrays.base, arrays.experts[0], np.float32(self.weight), arrays.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +137,18 @@ class Mixture:
     ours: Factor
     theirs: Sequence[Factor]
 
-    def __call__(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
+    def walk(self) -> Walk:
+        return self._step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        theirs = _numbers(self.theirs)
+        if theirs is None or not isinstance(self.ours, float):
+            return None
+        if not self.theirs:
+            return int(kernels.scaled(arrays.base, np.float32(self.ours), arrays.out))
+        return int(kernels.mixture(arrays.base, arrays.experts, np.float32(self.ours), theirs, arrays.out))
+
+    def _step(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
         out = b.mul_(_at(self.ours, b, start))
         for x, factor in zip(xs, self.theirs, strict=True):
             _add(out, x, _at(factor, b, start))
@@ -111,11 +161,32 @@ class Deltas:
 
     factors: Sequence[Factor]
 
-    def __call__(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
+    def walk(self) -> Walk:
+        return self._step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        factors = _numbers(self.factors)
+        if factors is None:
+            return None
+        return int(kernels.deltas_sum(arrays.base, arrays.experts, factors, arrays.out))
+
+    def _step(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
         total = xs[0].sub_(b).mul_(_at(self.factors[0], b, start))
         for x, factor in zip(xs[1:], self.factors[1:], strict=True):
             _add(total, x.sub_(b), _at(factor, b, start))
         return b.add_(total)
+
+
+def blend_in_one_pass(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
+    """Write the blend into contiguous memory; return whether that could be done and all of it is finite."""
+    arrays = tensors.arrays(out)
+    largest = None if arrays is None else blend.one_pass(arrays)
+    return largest is not None and largest < kernels.OVERFLOW[out.dtype]
+
+
+def _numbers(factors: Sequence[Factor]) -> kernels.Array | None:
+    """Factors as an array; None where one is not a single number."""
+    return np.array(factors, np.float32) if all(isinstance(factor, float) for factor in factors) else None
 
 
 def _at(factor: Factor, block: Tensor, start: int) -> Factor:

@@ -129,10 +129,9 @@ class Cut:
                 return hardshrink(block, strict)  # zeroes |x| <= strict
             kept = hardshrink(block, loose)
             if self.equal_kept < self.equal and strict > 0:
-                equal = _count_of(block, strict)
-                if equal > left:
-                    kept.view(-1)[_places_of(block, strict)[left:]] = 0.0
-                left = max(left - equal, 0)
+                equal = (block.abs() == strict).reshape(-1).nonzero()[:, 0]
+                kept.view(-1)[equal[left:]] = 0.0
+                left = max(left - len(equal), 0)
             return kept
 
         return keep
@@ -148,15 +147,3 @@ def exact_sum(block: Tensor) -> float:
     flat = block.reshape(-1)
     short = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(1)
     return math.fsum(short.tolist())
-
-
-def _count_of(block: Tensor, magnitude: float) -> int:
-    if block.device.type == "cpu":  # numpy compares several times faster
-        return int(np.count_nonzero(np.abs(block.numpy()) == np.float32(magnitude)))
-    return int((block.abs() == magnitude).sum())
-
-
-def _places_of(block: Tensor, magnitude: float) -> Tensor:
-    if block.device.type == "cpu":  # numpy compares several times faster
-        return torch.from_numpy(np.flatnonzero(np.abs(block.numpy()) == np.float32(magnitude)))
-    return (block.abs() == magnitude).reshape(-1).nonzero().reshape(-1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from optimizer.methods.blocks import Blend, Line, Mixture, Tensors, Values
+from optimizer.methods import kernels
+from optimizer.methods.blocks import Arrays, Blend, Line, Mixture, Tensors, Values, Walk
 from optimizer.methods.facts import Cut, RankTable, exact_sum
-from optimizer.methods.task_vectors import SIGN, shares_of_agreeing
+from optimizer.methods.task_vectors import NOTHING, agreeing, sum_of
 
 
 def sce(tensors: Tensors, values: Values) -> Blend:
@@ -24,27 +26,13 @@ def sce(tensors: Tensors, values: Values) -> Blend:
     topk = values.shared["select_topk"]
     if len(tensors.experts) == 1:  # nothing varies, and it has all the energy
         return Line(values.weights[0] if topk >= 1 else 0.0)
-    keep, energies = _selection(tensors, topk)
-    if keep is None:
+    cut = _selection(tensors, topk)
+    if cut is not None and cut.equal == 0:
         return Line(0.0)
+    energies = _energies(tensors, cut) if cut else tensors.once("energies", lambda: _energies(tensors, None))
     total = sum(energies)
     shares = [energy / total for energy in energies] if total >= 1e-6 else [1 / len(energies)] * len(energies)
-    select = keep()
-
-    def blend(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
-        deltas = [x.sub_(b) for x in xs]
-        mask = select(deltas)
-        total = torch.zeros_like(b)
-        for delta, weight in zip(deltas, values.weights, strict=True):
-            total.add_(delta.mul_(weight) if mask is None else delta.mul_(weight).mul_(mask))
-        agree = shares_of_agreeing(deltas, total.view(torch.int32) & SIGN, shares)
-        merged, divisor = total.zero_(), torch.zeros_like(b)
-        for delta, part in zip(deltas, agree, strict=True):
-            merged.addcmul_(delta, part)
-            divisor.add_(part)
-        return b.add_(merged.div_(divisor.clamp_(min=1e-6)))
-
-    return blend
+    return SelectedSum(cut, values.weights, shares)
 
 
 def ram(tensors: Tensors, values: Values) -> Blend:
@@ -71,15 +59,7 @@ def nearswap(tensors: Tensors, values: Values) -> Blend:
 
     Source: alchemonaut, QuartetAnemoi-70B-t0.0001, on the Hugging Face hub.
     """
-    t, (weight,) = values.shared["t"], values.weights
-    if t >= 1e-6:  # the step is the delta, no longer than t
-        return lambda b, xs, _: b.add_(xs[0].sub_(b).clamp_(-t, t), alpha=weight)
-
-    def blend(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
-        delta = xs[0].sub_(b)
-        return b.addcdiv_(delta, delta.abs().clamp_(min=1e-6), value=weight * t)
-
-    return blend
+    return Step(values.shared["t"], values.weights[0])
 
 
 def arcee_fusion(tensors: Tensors, values: Values) -> Blend:
@@ -90,20 +70,8 @@ def arcee_fusion(tensors: Tensors, values: Values) -> Blend:
 
     Source: Arcee Fusion as mergekit has it.
     """
-    (weight,) = values.weights
     divergences, threshold = tensors.once("importance", lambda: _importance(tensors))
-    below = float(np.nextafter(np.float32(threshold), np.float32(-1)))
-
-    def blend(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
-        delta = xs[0].sub_(b)
-        rows = divergences[start : start + b.shape[0], None].to(b.device)
-        importance = delta.abs().mul_(rows)
-        if threshold <= 0:
-            return b.add_(delta.mul_(importance >= threshold), alpha=weight)
-        taken = hardshrink(importance.clamp_(min=0), below).sign_()  # products with masks are several times slower
-        return b.add_(delta.mul_(taken), alpha=weight)
-
-    return blend
+    return Important(divergences, threshold, values.weights[0])
 
 
 def passthrough(tensors: Tensors, values: Values) -> Blend:
@@ -114,28 +82,106 @@ def passthrough(tensors: Tensors, values: Values) -> Blend:
     return Line(0.0) if scale == 1.0 else Mixture(scale, [])
 
 
-# SCE's selection
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The blend base + weight * the delta cut to the length t, or, below a length of 1e-6, shrunk in proportion."""
 
-Select = Callable[[Sequence[Tensor]], Tensor | None]  # delta blocks in order -> mask of 1.0 and 0.0, None for all
+    t: float
+    weight: float
+
+    def walk(self) -> Walk:
+        if self.t >= 1e-6:
+            return lambda b, xs, _: b.add_(xs[0].sub_(b).clamp_(-self.t, self.t), alpha=self.weight)
+
+        def step(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
+            delta = xs[0].sub_(b)
+            return b.addcdiv_(delta, delta.abs().clamp_(min=1e-6), value=self.weight * self.t)
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        if self.t < 1e-6:
+            return None
+        t, weight = np.float32(self.t), np.float32(self.weight)
+        return int(kernels.step(arrays.base, arrays.experts[0], t, weight, arrays.out))
 
 
-def _selection(tensors: Tensors, topk: float) -> tuple[Callable[[], Select] | None, list[float]]:
-    """Return what starts a walk that selects elements, None where none is, and the experts' mean squares there."""
-    size = max(1, tensors.base.numel())
+@dataclass(frozen=True, slots=True)
+class Important:
+    """The blend base + weight * those deltas that are, times their row's divergence, at least a threshold long."""
+
+    divergences: Tensor
+    threshold: float
+    weight: float
+
+    def walk(self) -> Walk:
+        def step(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
+            delta = xs[0].sub_(b)
+            rows = self.divergences[start : start + b.shape[0], None].to(b.device)
+            return b.add_(delta.mul_(delta.abs().mul_(rows) >= self.threshold), alpha=self.weight)
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        threshold, weight, rows = np.float32(self.threshold), np.float32(self.weight), self.divergences.cpu().numpy()
+        return int(kernels.important(arrays.base, arrays.experts[0], rows, threshold, weight, arrays.out))
+
+
+# SCE
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedSum:
+    """The blend base + the mean, by shares, of those weighted deltas whose sign is that of their sum, where selected.
+
+    Attributes:
+        cut: of the variances that are selected; None for all.
+        shares: the experts' parts in the mean.
+    """
+
+    cut: Cut | None
+    weights: Sequence[float]
+    shares: Sequence[float]
+
+    def walk(self) -> Walk:
+        select = _selecting(self.cut)
+
+        def step(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
+            deltas = [x.sub_(b) for x in xs]
+            mask = select(deltas)
+            for delta, weight in zip(deltas, self.weights, strict=True):
+                delta.mul_(weight).mul_(mask)
+            parts = [mask * share for mask, share in zip(agreeing(deltas), self.shares, strict=True)]
+            merged = sum_of([delta * part for delta, part in zip(deltas, parts, strict=True)])
+            return b.add_(merged / sum_of(parts).clamp_(min=1e-6))
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        weights, shares = np.array(self.weights, np.float32), np.array(self.shares, np.float32)
+        cut = _cut_fields(self.cut)
+        return int(kernels.selected_sum(arrays.base, arrays.experts, *cut, weights, shares, arrays.out))
+
+
+def _selection(tensors: Tensors, topk: float) -> Cut | None:
+    """The cut of variances for a share of those that are not 0; None for all, a cut of nothing where none is."""
     if topk >= 1:
-        energies = tensors.once("energies", lambda: _energies(tensors, lambda deltas: None, size))
-        return lambda: lambda deltas: None, energies
+        return None
     table = tensors.once("variance table", lambda: RankTable.of(_variances(tensors), tensors.base.numel()))
     kept = int(np.float32(table.size - table.zeros) * np.float32(topk))
-    if kept == 0:
-        return None, []
-    cut = table.cut(kept, lambda: _variances(tensors))
-    return lambda: _select_by(cut), _energies(tensors, _select_by(cut), size)
+    return table.cut(kept, lambda: _variances(tensors)) if kept else NOTHING
 
 
-def _select_by(cut: Cut) -> Select:
+def _selecting(cut: Cut | None) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Begin a walk from delta blocks to 1.0 where they are selected, else 0.0."""
+    if cut is None:
+        return lambda deltas: torch.ones_like(deltas[0])
     keep = cut.keeper()
     return lambda deltas: torch.sign(keep(_variance(deltas)))
+
+
+def _cut_fields(cut: Cut | None) -> tuple[np.float32, int]:
+    return (np.float32(-1), 0) if cut is None else (np.float32(cut.threshold), cut.equal_kept)
 
 
 def _variances(tensors: Tensors) -> Iterator[Tensor]:
@@ -143,18 +189,24 @@ def _variances(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
+    """Mean square distance to the mean: as `kernels` has it, bit for bit, since thresholds are compared."""
     if len(deltas) == 2:
         return (deltas[0] - deltas[1]).mul_(0.5).square_()
-    return torch.var(torch.stack(list(deltas)), dim=0, unbiased=False)
+    mean = sum_of(deltas).div_(len(deltas))
+    return sum_of([(delta - mean).square_() for delta in deltas]).div_(len(deltas))
 
 
-def _energies(tensors: Tensors, select: Select, size: int) -> list[float]:
-    sums = [0.0] * len(tensors.experts)
+def _energies(tensors: Tensors, cut: Cut | None) -> list[float]:
+    """The experts' mean squares where they are selected."""
+    size = max(1, tensors.base.numel())
+    if (arrays := tensors.arrays()) is not None:
+        return (kernels.energies(arrays.base, arrays.experts, *_cut_fields(cut)) / size).tolist()
+    select, sums = _selecting(cut), [0.0] * len(tensors.experts)
     for _, b, xs in tensors.blocks():
         deltas = [x.sub_(b) for x in xs]
         mask = select(deltas)
         for i, delta in enumerate(deltas):
-            sums[i] += exact_sum((delta if mask is None else delta.mul_(mask)).square_())
+            sums[i] += exact_sum(delta.mul_(mask).square_())
     return [total / size for total in sums]
 
 
@@ -162,20 +214,31 @@ def _energies(tensors: Tensors, select: Select, size: int) -> list[float]:
 
 
 def _shared_and_unique(values: Values, amplified: Sequence[float]) -> Blend:
-    epsilon = values.shared["epsilon"]
+    return SharedAndUnique(values.shared["epsilon"], values.weights, amplified)
 
-    def blend(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
-        changes = [hardshrink(x.sub_(b), epsilon) for x in xs]  # zeroes |x| <= epsilon
-        if len(changes) == 1:
-            return b.add_(changes[0], alpha=values.weights[0] * amplified[0])
-        count = _count(changes)
-        share, alone = count.clamp(min=1).reciprocal_(), (2 - count).clamp_(min=0)
-        for change, weight, factor in zip(changes, values.weights, amplified, strict=True):
-            part = share if factor == 1.0 else torch.add(share, alone, alpha=factor - 1)
-            b.addcmul_(change, part, value=weight)
-        return b
 
-    return blend
+@dataclass(frozen=True, slots=True)
+class SharedAndUnique:
+    """The blend base + what one expert alone changed, amplified, and the mean of what several changed."""
+
+    epsilon: float
+    weights: Sequence[float]
+    amplified: Sequence[float]
+
+    def walk(self) -> Walk:
+        def step(b: Tensor, xs: Sequence[Tensor], _: int) -> Tensor:
+            changes = [hardshrink(x.sub_(b), self.epsilon) for x in xs]  # zeroes |x| <= epsilon
+            count = _count(changes)
+            for change, weight, factor in zip(changes, self.weights, self.amplified, strict=True):
+                b.addcmul_(change, torch.where(count <= 1, factor, 1 / count), value=weight)
+            return b
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        epsilon = np.float32(self.epsilon)
+        weights, amplified = np.array(self.weights, np.float32), np.array(self.amplified, np.float32)
+        return int(kernels.shared_and_unique(arrays.base, arrays.experts, epsilon, weights, amplified, arrays.out))
 
 
 def _count(changes: Sequence[Tensor]) -> Tensor:

@@ -6,20 +6,41 @@ base + lambda * sum of w_e * pruned(x_e - base). What prunes: nothing, magnitude
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.methods.blocks import Blend, Deltas, Line, Tensors, Values, row_width
+from optimizer.methods import kernels
+from optimizer.methods.blocks import BLOCK, Arrays, Blend, Deltas, Line, Tensors, Values, Walk, row_width
 from optimizer.methods.facts import Cut, RankTable
-from optimizer.methods.randomness import STEPS, random_mask, random_steps, rounded
-
-# float32 as bits
-INFINITY, SIGN, ONE = 0x7F800000, -(1 << 31), 0x3F800000
+from optimizer.methods.randomness import STEPS, random_mask, random_steps, rounded, steps_of
 
 # (delta block, index of its first row) -> what is kept of it; called in the order of the rows
-Prune = Callable[[Tensor, int], Tensor]
+PruneWalk = Callable[[Tensor, int], Tensor]
+
+
+class Prune(Protocol):
+    """What is kept of one expert's delta.
+
+    Attributes:
+        scale: of what is kept.
+    """
+
+    @property
+    def scale(self) -> float: ...
+
+    def walk(self) -> PruneWalk:
+        """Begin a walk over the blocks of a delta; the scale is left to whoever adds them up."""
+        ...
+
+    def fields(self) -> dict[str, float]:
+        """What `kernels.PRUNE` says of it."""
+        ...
+
+
 # (base and one expert, its number in the recipe, values) -> a way to prune its delta, None to keep it whole
 Pruning = Callable[[Tensors, int, Values], Prune | None]
 
@@ -95,77 +116,154 @@ def _sum_of_all(tensors: Tensors, values: Values, pruning: Pruning) -> Blend:
     prunes = _prunes(tensors, values, pruning)
     if all(prune is None for prune in prunes):
         return Line(factors[0]) if len(factors) == 1 else Deltas(factors)
-
-    def blend(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
-        deltas = _pruned(b, xs, prunes, start)
-        for delta, factor in zip(deltas, factors, strict=True):
-            b.add_(delta, alpha=factor)
-        return b
-
-    return blend
+    return PrunedSum(prunes, factors)
 
 
 def _sum_of_agreeing(tensors: Tensors, values: Values, pruning: Pruning) -> Blend:
     scale, normalize = values.shared["lambda"], values.on("normalize")
     prunes = _prunes(tensors, values, pruning)
-    if len(prunes) == 1:  # there is no sign to elect, and the only weight is its own divisor
-        factor = scale * (1.0 if normalize else values.weights[0])
-        if prunes[0] is None:
-            return Line(factor)
-        return lambda b, xs, start: b.add_(_pruned(b, xs, prunes, start)[0], alpha=factor)
-
-    def blend(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
-        deltas = _pruned(b, xs, prunes, start)
-        weighted = [delta.mul_(weight) for delta, weight in zip(deltas, values.weights, strict=True)]
-        return b.add_(agreeing_sum(weighted, values.weights if normalize else None), alpha=scale)
-
-    return blend
-
-
-def agreeing_sum(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
-    """Sum per element the deltas whose sign is the sign of the sum of all (a sum of 0 counts as +).
-
-    Args:
-        deltas: two or more blocks of one shape, weighted.
-        weights: divide by the weights of those that agree, where they do not sum to 0.
-    """
-    total = torch.add(deltas[0], deltas[1])
-    for delta in deltas[2:]:
-        total.add_(delta)
-    up = _total([delta.clamp(min=0) for delta in deltas])
-    # of what points up and what points down (their difference from the sum) the larger has the elected sign;
-    # signs are moved as bits: masks are several times slower on a CPU
-    sign = total.view(torch.int32) & SIGN
-    merged = up.sub_(total.clamp_(max=0)).view(torch.int32).bitwise_or_(sign).view(torch.float32)
-    if weights is None:
-        return merged
-    agree = shares_of_agreeing(deltas, sign, weights)
-    divisor = _total(agree)
-    if min(weights) > 0:
-        return merged.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))  # where none agree the sum is 0
-    return merged.div_(divisor.masked_fill_(divisor == 0, 1.0))
-
-
-def shares_of_agreeing(deltas: Sequence[Tensor], sign: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """Give each delta's share where its sign is the given one (sign bits as int32, overwritten), else 0."""
-    elected = sign.bitwise_or_(ONE).view(torch.float32)
-    return [torch.sign(delta).mul_(elected).clamp_(min=0).mul_(s) for delta, s in zip(deltas, shares, strict=True)]
+    if len(prunes) > 1:
+        return AgreeingSum(prunes, values.weights, scale, normalize)
+    # there is no sign to elect, and the only weight is its own divisor
+    factor = scale * (1.0 if normalize else values.weights[0])
+    return Line(factor) if prunes[0] is None else PrunedSum(prunes, [factor])
 
 
 def _prunes(tensors: Tensors, values: Values, pruning: Pruning) -> list[Prune | None]:
     return [pruning(tensors.only(name), i, values) for i, (name, _) in enumerate(tensors.experts)]
 
 
-def _pruned(b: Tensor, xs: Sequence[Tensor], prunes: Sequence[Prune | None], start: int) -> list[Tensor]:
-    deltas = [x.sub_(b) for x in xs]
-    return [delta if prune is None else prune(delta, start) for delta, prune in zip(deltas, prunes, strict=True)]
+@dataclass(frozen=True, slots=True)
+class PrunedSum:
+    """The blend base + sum of factor * what is kept of (expert - base)."""
+
+    prunes: Sequence[Prune | None]
+    factors: Sequence[float]
+
+    def walk(self) -> Walk:
+        prune, factors = _pruning(self.prunes), _scaled(self.factors, self.prunes)
+
+        def step(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
+            for delta, factor in zip(prune(b, xs, start), factors, strict=True):
+                b.add_(delta, alpha=factor)
+            return b
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        records = _records(self.prunes, _scaled(self.factors, self.prunes), self.factors)
+        parts = _parts(arrays, self.prunes)
+        return max(
+            (
+                kernels.pruned_sum(part.base, part.experts, records, masks, start, part.out)
+                for start, part, masks in parts
+            ),
+            default=0,
+        )
 
 
-def _total(blocks: Sequence[Tensor]) -> Tensor:
-    total = blocks[0]
+@dataclass(frozen=True, slots=True)
+class AgreeingSum:
+    """The blend base + scale * sum of those weighted, pruned deltas whose sign is that of their sum.
+
+    Attributes:
+        normalize: divide by the weights of those that agree.
+    """
+
+    prunes: Sequence[Prune | None]
+    weights: Sequence[float]
+    scale: float
+    normalize: bool
+
+    def walk(self) -> Walk:
+        prune, factors = _pruning(self.prunes), _scaled(self.weights, self.prunes)
+
+        def step(b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
+            weighted = [delta.mul_(factor) for delta, factor in zip(prune(b, xs, start), factors, strict=True)]
+            return b.add_(agreeing_sum(weighted, self.weights if self.normalize else None), alpha=self.scale)
+
+        return step
+
+    def one_pass(self, arrays: Arrays) -> int | None:
+        records, scale = _records(self.prunes, _scaled(self.weights, self.prunes), self.weights), np.float32(self.scale)
+        parts = _parts(arrays, self.prunes)
+        return max(
+            (
+                kernels.agreeing_sum(part.base, part.experts, records, masks, start, scale, self.normalize, part.out)
+                for start, part, masks in parts
+            ),
+            default=0,
+        )
+
+
+def agreeing_sum(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """Sum per element the deltas whose sign is the sign of the sum of all (a sum of 0 counts as +).
+
+    Args:
+        deltas: blocks of one shape, weighted.
+        weights: divide by the weights of those that agree, where they do not sum to 0.
+    """
+    agree = agreeing(deltas)
+    merged = sum_of([delta * mask for delta, mask in zip(deltas, agree, strict=True)])
+    if weights is None:
+        return merged
+    divisor = sum_of([mask * weight for mask, weight in zip(agree, weights, strict=True)])
+    return merged / divisor.masked_fill_(divisor == 0, 1.0)
+
+
+def agreeing(deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Where each delta has the sign of the sum of all."""
+    up = sum_of(deltas) >= 0
+    return [torch.where(up, delta > 0, delta < 0) for delta in deltas]
+
+
+def sum_of(blocks: Sequence[Tensor]) -> Tensor:
+    """Add up in the given order."""
+    total = blocks[0].clone()
     for block in blocks[1:]:
-        total = total.add_(block)
+        total += block
     return total
+
+
+def _scaled(factors: Sequence[float], prunes: Sequence[Prune | None]) -> list[float]:
+    return [factor * (1.0 if prune is None else prune.scale) for factor, prune in zip(factors, prunes, strict=True)]
+
+
+def _pruning(prunes: Sequence[Prune | None]) -> Callable[[Tensor, Sequence[Tensor], int], list[Tensor]]:
+    walks = [None if prune is None else prune.walk() for prune in prunes]
+
+    def step(b: Tensor, xs: Sequence[Tensor], start: int) -> list[Tensor]:
+        deltas = [x.sub_(b) for x in xs]
+        return [delta if walk is None else walk(delta, start) for delta, walk in zip(deltas, walks, strict=True)]
+
+    return step
+
+
+def _records(prunes: Sequence[Prune | None], factors: Sequence[float], weights: Sequence[float]) -> kernels.Array:
+    records = np.zeros(len(prunes), kernels.PRUNE)
+    for i, (prune, factor, weight) in enumerate(zip(prunes, factors, weights, strict=True)):
+        fields = {"kind": kernels.WHOLE} if prune is None else prune.fields()
+        for name, value in (fields | {"factor": factor, "weight": weight}).items():
+            records[name][i] = value
+    return records
+
+
+def _parts(arrays: Arrays, prunes: Sequence[Prune | None]) -> Iterator[tuple[int, Arrays, kernels.Array]]:
+    """Yield (first element, arrays, masks): the tensor as one, or whole rows where a delta is pruned by a mask."""
+    size = arrays.out.size
+    ranked = [(e, prune) for e, prune in enumerate(prunes) if isinstance(prune, RankChance)]
+    if not ranked:
+        yield 0, arrays, np.empty((len(prunes), 0), np.float32)
+        return
+    length = max(1, BLOCK // arrays.width) * arrays.width
+    masks = np.empty((len(prunes), length), np.float32)
+    scratch = np.empty(length, np.int32), np.empty(3 * length, np.int32)
+    for start in range(0, size, length):
+        part = slice(start, min(start + length, size))
+        base, experts = arrays.base[part], tuple(expert[part] for expert in arrays.experts)
+        for e, prune in ranked:
+            prune.fill_mask(masks[e, : base.size], base, experts[e], arrays.width, start, scratch)
+        yield start, Arrays(base, experts, arrays.out[part], arrays.width), masks
 
 
 # Pruning
@@ -179,8 +277,7 @@ def _largest(pair: Tensors, i: int, values: Values) -> Prune | None:
     density, size = values.own["density"][i], pair.base.numel()
     if density >= 1 or size == 0:
         return None
-    kept = max(1, int(density * size))
-    return _rescaled(pair, values, lambda: _keeping(_delta_cut(pair, kept)))
+    return _rescaled(pair, values, Band(_delta_cut(pair, max(1, int(density * size)))))
 
 
 def _middle(pair: Tensors, i: int, values: Values) -> Prune | None:
@@ -190,31 +287,15 @@ def _middle(pair: Tensors, i: int, values: Values) -> Prune | None:
         return None
     kept = int(density * size)
     outliers = min(int(gamma * size), size - kept)
-    upper = _delta_cut(pair, outliers) if outliers else None
-    lower = _delta_cut(pair, kept + outliers) if kept else upper
-
-    def start_walk() -> Prune:
-        if lower is None:
-            return lambda delta, _: delta.zero_()
-        in_reach, largest = lower.keeper(), upper.keeper() if upper else torch.zeros_like
-        return lambda delta, _: in_reach(delta).sub_(largest(delta))
-
-    return _rescaled(pair, values, start_walk)
+    lower = _delta_cut(pair, kept + outliers) if kept else NOTHING
+    return _rescaled(pair, values, Band(lower, _delta_cut(pair, outliers) if outliers else NOTHING))
 
 
 def _drop(pair: Tensors, i: int, values: Values) -> Prune | None:
-    density, seed = values.own["density"][i], values.seeds[i]
+    density = values.own["density"][i]
     if density >= 1:
         return None
-    divisor = rounded(density) if values.on("rescale") else 1.0
-
-    def prune(delta: Tensor, start: int) -> Tensor:
-        place = start * delta.shape[1]
-        mask = random_mask(delta.numel(), density, seed=seed, start=place, device=delta.device)
-        delta.mul_(mask.view_as(delta))
-        return delta.div_(divisor) if divisor != 1 else delta
-
-    return prune
+    return Chance(density, values.seeds[i], 1 / rounded(density) if values.on("rescale") else 1.0)
 
 
 def _drop_by_rank(pair: Tensors, i: int, values: Values) -> Prune | None:
@@ -228,49 +309,124 @@ def _drop_by_rank(pair: Tensors, i: int, values: Values) -> Prune | None:
         return None
     if epsilon == 0:
         return _drop(pair, i, values)
-    divisor = 1.0
+    scale = 1.0
     if values.on("rescale"):
         plain, ranked = pair.once("rank weights", lambda: _rank_weights(pair))
-        kept = (density - epsilon) * plain + 2 * epsilon * ranked
-        divisor = kept / plain if plain else 1.0
-
-    def prune(delta: Tensor, start: int) -> Tensor:
-        mask = rank_mask(delta, density - epsilon, 2 * epsilon, seed=seed, start=start)
-        delta.mul_(mask)
-        return delta.div_(divisor) if divisor != 1 else delta
-
-    return prune
+        scale = plain / ((density - epsilon) * plain + 2 * epsilon * ranked) if plain else 1.0
+    return RankChance(density - epsilon, 2 * epsilon, seed, scale)
 
 
-def rank_mask(delta: Tensor, lowest: float, span: float, *, seed: int, start: int) -> Tensor:
+NOTHING = Cut(np.inf, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Keep what is above a cut, and not above another."""
+
+    lower: Cut
+    upper: Cut = NOTHING
+    scale: float = 1.0
+
+    def walk(self) -> PruneWalk:
+        in_reach, largest = self.lower.keeper(), self.upper.keeper()
+        return lambda delta, _: in_reach(delta).sub_(largest(delta))
+
+    def fields(self) -> dict[str, float]:
+        return {
+            "kind": kernels.CUT,
+            "low": self.lower.threshold,
+            "low_left": self.lower.equal_kept,
+            "high": self.upper.threshold,
+            "high_left": self.upper.equal_kept,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """Keep an element with a chance."""
+
+    density: float
+    seed: int
+    scale: float
+
+    def walk(self) -> PruneWalk:
+        def step(delta: Tensor, start: int) -> Tensor:
+            place = start * delta.shape[1]
+            mask = random_mask(delta.numel(), self.density, seed=self.seed, start=place, device=delta.device)
+            return delta.mul_(mask.view_as(delta))
+
+        return step
+
+    def fields(self) -> dict[str, float]:
+        return {"kind": kernels.CHANCE, "seed": self.seed, "below": steps_of(self.density)}
+
+
+@dataclass(frozen=True, slots=True)
+class RankChance:
     """Keep an element with the chance lowest + span * rank / (n - 1), its rank in its row being from 0 to n - 1.
 
     Drawn the other way round: a number u from 0 to 1 asks for a rank above (u - lowest) / span * (n - 1), so an
     element is kept if it is at least as large as the element of the next rank. Among equal magnitudes, which have no
     order, a coin (the half of a rank in which u falls) decides whether they count as the highest of their ranks or
     the lowest.
-
-    Returns:
-        1.0 and 0.0, of the delta's shape.
     """
-    (rows, width), device = delta.shape, delta.device
-    steps = random_steps(delta.numel(), seed=seed, start=start * width, device=device)
-    if width == 1:
-        return (steps < (lowest + span / 2) * STEPS).float()[:, None]
-    scale = 2 * (width - 1) / span
-    halves = steps.view(rows, width).mul_(scale / STEPS).add_(scale * (0.5 / STEPS - lowest) + 2)
-    halves = halves.clamp_(0, 2 * width + 1).int()  # ranks asked for, in halves, from -1 on
-    coin = halves & 1
-    ranked = torch.empty(rows, width + 2, dtype=torch.int32, device=device)  # float32 bits sort as the numbers do
-    ranked[:, 0], ranked[:, -1] = -1, INFINITY
-    magnitudes = delta.abs().view(torch.int32)
-    ranked[:, 1:-1] = magnitudes
-    _sort_rows_(ranked[:, 1:-1])
-    places = (halves >> 1).sub_(coin).add_(torch.arange(1, rows * (width + 2), width + 2, device=device).int()[:, None])
-    least = ranked.view(-1).index_select(0, places.view(-1)).view(rows, width).add_(coin)  # coin 1: more than it
-    if device.type == "cpu":  # numpy compares several times faster
-        return torch.from_numpy((magnitudes.numpy() >= least.numpy()).astype(np.float32))
-    return (magnitudes >= least).float()
+
+    lowest: float
+    span: float
+    seed: int
+    scale: float
+
+    def walk(self) -> PruneWalk:
+        return lambda delta, start: delta.mul_(self._mask(delta, start))
+
+    def fields(self) -> dict[str, float]:
+        return {"kind": kernels.MASK}
+
+    def fill_mask(
+        self,
+        mask: kernels.Array,
+        base: kernels.Array,
+        expert: kernels.Array,
+        width: int,
+        start: int,
+        scratch: tuple[kernels.Array, kernels.Array],
+    ) -> None:
+        """Set the mask of whole rows to 1.0 where a delta is kept, else to 0.0.
+
+        Args:
+            start: place of the first element in its tensor.
+            scratch: two of int32, of the mask's size and three times that at least.
+        """
+        if width == 1:
+            steps = random_steps(mask.size, seed=self.seed, start=start, device=torch.device("cpu"))
+            mask[:] = (steps < (self.lowest + self.span / 2) * STEPS).numpy()
+            return
+        rows = mask.size // width
+        magnitudes, ranked = scratch[0][: mask.size], scratch[1][: rows * (width + 2)].reshape(rows, width + 2)
+        kernels.magnitudes(base, expert, magnitudes)
+        magnitudes = magnitudes.reshape(rows, width)
+        ranked[:, 0], ranked[:, 1:-1], ranked[:, -1] = -1, magnitudes, kernels.INFINITY
+        ranked[:, 1:-1].sort(axis=1)
+        scale, shift = self._halves_asked(width)
+        kernels.rank_mask(magnitudes, ranked, np.uint64(self.seed), start, np.float32(scale), np.float32(shift), mask)
+
+    def _halves_asked(self, width: int) -> tuple[float, float]:
+        """Scale and shift of a number of 65,536ths to the rank asked for, in halves, from -1 on."""
+        scale = 2 * (width - 1) / self.span
+        return scale / STEPS, scale * (0.5 / STEPS - self.lowest) + 2
+
+    def _mask(self, delta: Tensor, start: int) -> Tensor:
+        rows, width = delta.shape
+        steps = random_steps(delta.numel(), seed=self.seed, start=start * width, device=delta.device).view(rows, width)
+        if width == 1:
+            return (steps < (self.lowest + self.span / 2) * STEPS).float()
+        scale, shift = self._halves_asked(width)
+        halves = steps.mul_(scale).add_(shift).clamp_(0, 2 * width + 1).int()
+        coin = halves & 1
+        magnitudes = delta.abs().view(torch.int32)  # float32 bits sort as the numbers do
+        ends = magnitudes.new_tensor([-1, kernels.INFINITY]).expand(rows, 2)
+        ranked = torch.cat([ends[:, :1], magnitudes.sort(dim=1).values, ends[:, 1:]], dim=1)
+        return (magnitudes >= ranked.gather(1, ((halves >> 1) - coin + 1).long()) + coin).float()
 
 
 def _rank_weights(pair: Tensors) -> tuple[float, float]:
@@ -279,17 +435,16 @@ def _rank_weights(pair: Tensors) -> tuple[float, float]:
     width = row_width(pair.base)
     places = torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.full((1,), 0.5).double()
     for delta in _deltas(pair):
-        columns = _sort_rows_(delta.abs_()).double().sum(0).cpu()
+        columns = _sorted_rows(delta.abs_()).double().sum(0).cpu()
         plain += float(columns.sum())
         ranked += float(columns @ places)
     return plain, ranked
 
 
-def _sort_rows_(block: Tensor) -> Tensor:
+def _sorted_rows(block: Tensor) -> Tensor:
     if block.device.type == "cpu":  # numpy's sort has vector instructions
-        block.numpy().sort(axis=1)
-        return block
-    return block.copy_(block.sort(dim=1).values)
+        return torch.from_numpy(np.sort(block.numpy(), axis=1))
+    return block.sort(dim=1).values
 
 
 def _delta_cut(pair: Tensors, kept: int) -> Cut:
@@ -300,23 +455,16 @@ def _delta_cut(pair: Tensors, kept: int) -> Cut:
     return table.cut(kept, magnitudes)
 
 
-def _keeping(cut: Cut) -> Prune:
-    keep = cut.keeper()
-    return lambda delta, _: keep(delta)
-
-
-def _rescaled(pair: Tensors, values: Values, start_walk: Callable[[], Prune]) -> Prune:
+def _rescaled(pair: Tensors, values: Values, prune: Band) -> Band:
     """Scale what is kept to the L1 norm of the whole delta, where the recipe asks for it."""
-    prune = start_walk()
     if not values.on("rescale"):
         return prune
-    trial = start_walk()
+    keep = prune.walk()
     whole = kept = 0.0
     for delta in _deltas(pair):
         whole += float(delta.abs().sum(dtype=torch.float64))
-        kept += float(trial(delta, 0).abs().sum(dtype=torch.float64))
-    factor = whole / kept if whole >= 1e-7 and kept >= 1e-7 else 1.0
-    return lambda delta, start: prune(delta, start).mul_(factor)
+        kept += float(keep(delta, 0).abs().sum(dtype=torch.float64))
+    return replace(prune, scale=whole / kept) if whole >= 1e-7 and kept >= 1e-7 else prune
 
 
 def _deltas(pair: Tensors) -> Iterator[Tensor]:

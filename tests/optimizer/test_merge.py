@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -236,34 +234,6 @@ def test_a_group_may_have_a_number_of_its_own(pico: Sources) -> None:
         source = pico.experts[NAMES[0]] if name.startswith("model.layers.1.") and "attn" not in name else pico.base
         if "layernorm" not in name:
             assert same_bits(tensor, source.tensor(name)), name
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    numbers=st.lists(st.tuples(*[st.floats(-1e4, 1e4, width=16)] * 2), min_size=1, max_size=80),
-    weight=st.floats(-2, 3, width=32),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-)
-def test_lerp_on_the_stored_dtype_is_float32_arithmetic_rounded_once(
-    numbers: list[tuple[float, float]], weight: float, dtype: torch.dtype
-) -> None:
-    base, expert = (torch.tensor(column).to(dtype) for column in zip(*numbers, strict=True))
-    out = torch.empty_like(base)
-    merge._apply_line(merge.Line(weight), base, expert, out, check=True)
-    wide = torch.lerp(base.float(), expert.float(), weight)
-    assert same_bits(out, wide.to(dtype))
-    exact = base.double() + weight * (expert.double() - base.double())
-    assert torch.allclose(wide.double(), exact, rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("size", [1, 31, 33, merge.LINE_BLOCK + 5])
-def test_lerp_does_not_depend_on_blocks_or_vector_tails(size: int) -> None:
-    base, expert = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).bfloat16()
-    out, by_blocks = torch.empty_like(base), torch.empty_like(base)
-    merge._apply_line(merge.Line(0.3), base, expert, out, check=False)
-    for start, b, xs in merge.float_blocks(base, [expert], 1):
-        by_blocks[start : start + b.numel()] = merge.Line(0.3)(b, xs, start).reshape(-1)
-    assert same_bits(out, by_blocks)
 
 
 @pytest.fixture(scope="module")
