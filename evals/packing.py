@@ -13,11 +13,10 @@ from itertools import pairwise
 
 from evals.tokens import Pair
 
-PLAN = 2  # a new number whenever the same requests come to be read together in another way: that moves last bits
-ROW_TOKENS = 128  # attention costs the square of a row; 64 to 256 measured within a tenth on a CPU, 128 best
+PLAN = 3  # a new number whenever the same requests come to be read together in another way: that moves last bits
+ROW_TOKENS = 256  # attention costs the square of a row, first words are read once a row; 128 to 256 take the same time
 OPEN_ROWS = 64  # the last of the rows begun, in which room is looked for
-PADDING = 0.03  # of a batch's tokens at most, unless it is less than a pass costs
-PASS_TOKENS = 32  # what a forward pass costs beside its tokens, in tokens
+PASS_TOKENS = 32  # what a forward pass costs beside its tokens, in tokens; as much padding is worth avoiding one
 ATTENTION = 1 / 2000  # what reading one earlier token costs, in tokens: 1 / 3456 by arithmetic at a width of 576
 
 
@@ -136,7 +135,7 @@ def _stem_pays(run: Sequence[_Sequence], height: int, top: int, token_budget: in
     rows = -(-(size - stem) // (room - stem))
     repeated = (size + (rows - 1) * stem) * (1 + ATTENTION * (height + room))
     above = (size - stem) * (1 + ATTENTION * (top + _room(run, top, token_budget)))
-    return (1 + PADDING) * above + stem * (1 + ATTENTION * top) + pass_tokens < repeated
+    return above + stem * (1 + ATTENTION * top) + pass_tokens < repeated
 
 
 def _room(sequences: Sequence[_Sequence], height: int, token_budget: int) -> int:
@@ -243,7 +242,7 @@ def _batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[Row]]:
             longest = len(batch[0].tokens)
             tokens = (len(batch) + 1) * longest
             padding += longest - len(row.tokens)
-            if tokens > token_budget or padding > max(PASS_TOKENS, PADDING * tokens):
+            if tokens > token_budget or padding > PASS_TOKENS:
                 yield batch
                 batch = []
                 padding = 0

@@ -342,6 +342,11 @@ def _keep_band(delta: Array, n: int, prunes: Array, e: int) -> None:
     low, low_left = _magnitude(prunes[e].low), prunes[e].low_left
     high, high_left = _magnitude(prunes[e].high), prunes[e].high_left
     lowest = low if low_left > 0 else np.int32(low + 1)
+    if low_left == 0 and high_left == 0:
+        for i in range(n):
+            size = _magnitude(delta[i])
+            delta[i] = delta[i] if (size >= lowest) & (size <= high) else np.float32(0)
+        return
     at_low, at_high = np.int32(0), np.int32(0)
     for i in range(n):
         size = _magnitude(delta[i])
