@@ -146,6 +146,8 @@ class Mixture:
             return None
         if not self.theirs:
             return int(kernels.scaled(arrays.base, np.float32(self.ours), arrays.out))
+        if self.ours == 0 and len(theirs) == 1:
+            return int(kernels.scaled(arrays.experts[0], theirs[0], arrays.out))
         return int(kernels.mixture(arrays.base, arrays.experts, np.float32(self.ours), theirs, arrays.out))
 
     def _step(self, b: Tensor, xs: Sequence[Tensor], start: int) -> Tensor:
