@@ -76,15 +76,14 @@ class RankTable:
             ascending[start:stop] = block.reshape(-1).cpu().numpy()
             start = stop
         ascending.sort()
-        changes = np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
-        first = np.concatenate([np.zeros(min(size, 1), np.int64), changes])
-        zeros = int(np.searchsorted(ascending, 0.0, "right"))
-        if len(first) <= max(size // SPARSE, SMALL):
+        zeros = int(np.searchsorted(ascending, np.float32(0), "right"))  # a float64 zero would have all copied as such
+        changes = ascending[1:] != ascending[:-1]
+        distinct = min(size, 1 + int(np.count_nonzero(changes)))
+        if distinct <= max(size // SPARSE, SMALL):
+            first = np.concatenate([np.zeros(min(size, 1), np.int64), np.flatnonzero(changes) + 1])
             return cls(ascending[first], first, size, zeros, True)
-        places = np.union1d(np.arange(0, size, SPARSE), [size - 1])
-        values, at = np.unique(ascending[places], return_index=True)
-        below = first[np.searchsorted(first, places[at], "right") - 1]
-        return cls(values, below, size, zeros, len(values) == len(first))
+        values = np.unique(np.append(ascending[::SPARSE], ascending[-1]))
+        return cls(values, np.searchsorted(ascending, values, "left"), size, zeros, len(values) == distinct)
 
     @property
     def nbytes(self) -> int:

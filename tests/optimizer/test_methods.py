@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -255,6 +256,16 @@ def test_a_rank_table_finds_any_rank(numbers: list[float], repeats: int, share: 
     assert table.zeros == int((block == 0).sum())
     assert table.whole == (repeats == 1)
     assert len(table.values) <= max(1024, block.numel() // SPARSE + 1)
+
+
+@pytest.mark.parametrize("levels", [100, 1 << 24])
+def test_a_rank_table_takes_little_more_than_its_numbers(levels: int) -> None:
+    numbers = (torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)) * levels).floor()
+    tracemalloc.start()
+    RankTable.of([numbers], numbers.numel())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * numbers.nbytes
 
 
 # breadcrumbs
