@@ -79,7 +79,11 @@ class Tensors:
         return self.facts.once((self.name, *(name for name, _ in self.experts), what), compute)
 
     def arrays(self, out: Tensor | None = None) -> Arrays | None:
-        """The numbers as compiled passes take them, the merge going to `out`; None where they are not on a CPU."""
+        """The numbers as compiled passes take them; None where they are not on a CPU.
+
+        Args:
+            out: where the merge goes; without it the base stands there, for passes that only read.
+        """
         if self.base.device.type != "cpu":
             return None
         experts = self.others

@@ -257,11 +257,8 @@ def pruned_sum(base: Array, experts: Any, prunes: Array, masks: Array, place: in
         place: of the arrays' first element in its tensor, where the numbers of CHANCE are drawn from.
     """
     worst = np.int32(0)
-    b, deltas, total = (
-        np.empty(CHUNK, np.float32),
-        np.empty((len(experts), CHUNK), np.float32),
-        np.empty(CHUNK, np.float32),
-    )
+    b, total = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    deltas = np.empty((len(experts), CHUNK), np.float32)
     words = np.empty(CHUNK // 4 + 1, np.uint64)
     for start in range(0, out.size, CHUNK):
         n = min(CHUNK, out.size - start)
