@@ -164,12 +164,12 @@ def ask(lm: HFLM, asked: list[Instance], batch_size: int) -> list[Any]:
     return getattr(lm, asked[0].request_type)(asked, disable_tqdm=True)
 
 
-def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> str:
+def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int, budget: int = 2048) -> str:
     """A line of the table."""
     wanted = max(5, round(case.share * items))
     spec = TaskSpec(str(case.folder), "general", search_items=wanted, holdout_items=1, shots=case.shots)
     harness = load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)
-    engine = Engine(model, tokenizer, token_budget=2048)
+    engine = Engine(model, tokenizer, token_budget=budget)
     harness.prepare(tokenizer, SEARCH)
     asked = harness.requests(SEARCH)
     lm = HFLM(pretrained=model, tokenizer=tokenizer)

@@ -7,17 +7,18 @@ which tokens go together, the same for every candidate, so that two evaluations 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
 
 from evals.errors import ScoreError, TaskError
-from evals.packing import PASS_TOKENS, Row, plan
+from evals.packing import Pass, Row, Trie, passes, plant, rows
 from evals.tokens import Encoder, Pair, Prompt
+from evals.trie_attention import Plan, Reading, reads_tries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,20 +40,17 @@ class Batch:
     """One forward pass: B rows padded to N tokens, logits at Q of their nodes, P predicted tokens.
 
     Args:
-        stem: which batch, by its place in the plan, stands before every row; its keys and values are used again.
-        tokens, depths: (B, N).
-        ends: (B, N), where each node's descendants end; None where no row branches and none has a stem, so that plain
-            causal order holds.
-        row, node: (Q,) where logits are wanted.
+        tokens: (B, N).
+        depths: (1, N) positions in a trie's pass; None where rows are plain sequences.
+        plan: of the attention in a trie's pass.
+        nodes: (Q,) where logits are wanted, counted through the rows.
         source, target, request: (P,) of which of the Q, of which token, and whose log-likelihood it adds to.
     """
 
-    stem: int | None
     tokens: torch.Tensor
-    depths: torch.Tensor
-    ends: torch.Tensor | None
-    row: torch.Tensor
-    node: torch.Tensor
+    depths: torch.Tensor | None
+    plan: Plan | None
+    nodes: torch.Tensor
     source: torch.Tensor
     target: torch.Tensor
     request: torch.Tensor
@@ -77,14 +75,13 @@ class Engine:
     """Scores token requests with the model as it is now; its weights may change between calls, its shape may not.
 
     A probe at construction compares the fast ways with a plain forward pass, and sets:
-        packs: rows may branch (False: no custom masks, ALiBi, recurrence).
-        stems: keys and values of a prefix may be kept for the rows that share it.
+        packs: requests may be read as one trie (False: no attention of ours, ALiBi, recurrence).
         gathers: logits are the output embedding of the last hidden state (False: capped or scaled logits).
 
     Args:
         model: a causal language model on its device; put into evaluation mode.
         tokenizer: its tokenizer.
-        token_budget: tokens in a forward pass, padding included; a longer sequence is passed alone.
+        token_budget: tokens in a forward pass, padding included; a longer row that cannot be cut is passed alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, token_budget: int) -> None:
@@ -93,11 +90,10 @@ class Engine:
         self.token_budget = token_budget
         self.max_length = _max_length(model.config, tokenizer)
         self._plans: dict[int, tuple[object, Sequence[Batch]]] = {}
-        self.packs = self.stems = self.gathers = False
+        self.packs = self.gathers = False
         expected = self._probe_plainly()
-        self.gathers = self._agrees(expected, packs=False, stems=False, gathers=True)
-        self.packs = self._agrees(expected, packs=True, stems=False, gathers=self.gathers)
-        self.stems = self.packs and self._agrees(expected, packs=True, stems=True, gathers=self.gathers)
+        self.gathers = self._agrees(expected, packs=False, gathers=True)
+        self.packs = self._agrees(expected, packs=True, gathers=self.gathers)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -110,18 +106,21 @@ class Engine:
         Raises:
             ScoreError: one is not finite.
         """
-        return self._scored(self._planned(pairs, lambda: self._batches(pairs, branching=self.packs)), len(pairs))
-
-    def rolling(self, texts: Sequence[Sequence[Pair]]) -> list[float]:
-        """The log-likelihood of each text in nats, a text being the windows that predict it."""
-        windows = [pair for text in texts for pair in text]
-        scored = iter(
-            self._scored(self._planned(texts, lambda: self._batches(windows, branching=self.packs)), len(windows))
-        )
-        return [math.fsum(next(scored)[0] for _ in text) for text in texts]
+        if id(pairs) not in self._plans:  # planned once for these very requests, which are kept: their id stays theirs
+            self._plans[id(pairs)] = (pairs, self._batches(pairs))
+        batches = self._plans[id(pairs)][1]
+        if any(batch.plan is None for batch in batches):
+            self.check_finite()
+        return self._scored(batches, len(pairs))
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """What greedy decoding makes of each prompt, up to the first stop string."""
+        """What greedy decoding makes of each prompt, up to the first stop string.
+
+        Raises:
+            ScoreError: logits are not finite.
+        """
+        if prompts:
+            self.check_finite()
         answers: dict[int, Answer] = {}
         for batch in _prompt_batches(prompts, self.token_budget):
             answers.update(zip(batch, self._continued([prompts[i] for i in batch]), strict=True))
@@ -130,47 +129,28 @@ class Engine:
     def check_finite(self) -> None:
         """Read 20 tokens and raise `ScoreError` unless every logit is finite.
 
-        Attention on a CPU can give finite numbers for a NaN in inputs under 16 tokens (seen with torch 2.13).
+        Causal attention on a CPU can give finite numbers for a NaN in inputs under 16 tokens (seen with torch 2.13);
+        with a mask, as over a trie, it does not.
         """
         with torch.inference_mode():
             logits = self.model(input_ids=self._some_tokens(20)[None], use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise ScoreError("the candidate's logits are not finite: its weights are not a usable model")
 
-    def _planned(self, requests: object, make: Callable[[], Sequence[Batch]]) -> Sequence[Batch]:
-        """Batches made once for these very requests; the requests are kept, so their id stays theirs."""
-        if id(requests) not in self._plans:
-            self._plans[id(requests)] = (requests, make())
-        return self._plans[id(requests)][1]
-
-    def _batches(self, pairs: Sequence[Pair], *, branching: bool) -> Sequence[Batch]:
-        pairs = [pair.cut(self.max_length) for pair in pairs]
-        longest = max((len(pair.context) + len(pair.continuation) for pair in pairs), default=0)
-        window = _window(self.model.config)
-        stems = self.stems and longest <= window
-        batches = plan(
-            pairs,
-            token_budget=self.token_budget,
-            branching=branching,
-            pass_tokens=PASS_TOKENS if stems else None,
-        )
-        if branching and max((len(rows[0].tokens) for rows in batches), default=0) > window:
-            batches = plan(pairs, token_budget=self.token_budget, branching=False)
-        return _batches_of(batches, pairs, self.model.device)
+    def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
+        cut = {request: pair.cut(self.max_length) for request, pair in enumerate(pairs)}
+        longest = _window(self.model.config) if self.packs else 0
+        packed = {i: pair for i, pair in cut.items() if len(pair.context) + len(pair.continuation) <= longest}
+        plain = {i: pair for i, pair in cut.items() if i not in packed}
+        device = self.model.device
+        return _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, self.token_budget, device)
 
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
         sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
         greedy = torch.ones(requests, dtype=torch.bool, device=self.model.device)
-        last_use = {batch.stem: i for i, batch in enumerate(batches)}
-        kept: dict[int | None, Cache] = {}
         with torch.inference_mode():
-            for i, batch in enumerate(batches):
-                states, cache = self._read(batch, kept.get(batch.stem), keep=i in last_use)
-                if cache is not None:
-                    kept[i] = cache
-                if last_use[batch.stem] == i:
-                    kept.pop(batch.stem, None)
-                logprobs, best = self._predictions(batch, states[batch.row, batch.node])
+            for batch, states in self._read(batches):
+                logprobs, best = self._predictions(batch, states.flatten(0, 1)[batch.nodes])
                 sums.index_add_(0, batch.request, logprobs.double())
                 greedy[batch.request[~best]] = False
         if not torch.isfinite(sums).all():
@@ -178,15 +158,27 @@ class Engine:
             raise ScoreError(f"{bad} of {requests} log-likelihoods are not finite: the candidate is not a usable model")
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
-    def _read(self, batch: Batch, stem: Cache | None, *, keep: bool) -> tuple[torch.Tensor, Cache | None]:
-        """Hidden states of every node, or the logits themselves (B, N, width), and the keys and values if kept."""
-        cache = _widened(stem, len(batch.tokens)) if stem is not None else DynamicCache() if keep else None
-        reading: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": cache is not None, "past_key_values": cache}
-        if batch.ends is not None:
-            before = 0 if stem is None else stem.get_seq_length()
-            reading |= {"attention_mask": _mask(batch.ends, before, self.model.dtype), "position_ids": batch.depths}
-        read = self.model.base_model(**reading).last_hidden_state if self.gathers else self.model(**reading).logits
-        return read, cache if keep else None
+    def _read(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Each batch with the hidden states of every node, or the logits themselves: (B, N, width)."""
+        planned = [(batch, batch.plan) for batch in batches if batch.plan is not None]
+        for batch in batches:
+            if batch.plan is None:
+                yield batch, self._states(input_ids=batch.tokens)
+        if not planned:
+            return
+        with reads_tries(self.model) as inner:
+            carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+            for batch, plan in planned:
+                trie = Reading(plan, [block.mask(self.model.dtype) for block in plan.blocks], inner, carried)
+                yield batch, self._states(input_ids=batch.tokens, position_ids=batch.depths, trie=trie)
+
+    def _states(self, **inputs: Any) -> torch.Tensor:
+        states: torch.Tensor
+        if self.gathers:
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        else:
+            states = self.model(**inputs, use_cache=False).logits
+        return states
 
     def _predictions(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the targets (P,) in float32, and whether each is the likeliest token (P,).
@@ -262,14 +254,13 @@ class Engine:
         first = len(pair.context) - 1
         return float(logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum())
 
-    def _agrees(self, expected: Sequence[float], *, packs: bool, stems: bool, gathers: bool) -> bool:
+    def _agrees(self, expected: Sequence[float], *, packs: bool, gathers: bool) -> bool:
         """Whether the probe, read this way, gives the plain log-likelihoods."""
         pairs = self._probe_pairs()
-        budget, pass_tokens = (20, 0) if stems else (64, None)  # 20 are too few for one row, so that a stem pays
         before, self.gathers = self.gathers, gathers
-        try:
-            rows = plan(pairs, token_budget=budget, branching=packs, pass_tokens=pass_tokens)
-            found = self._scored(_batches_of(rows, pairs, self.model.device), len(pairs))
+        try:  # a trie in three passes, so that a path is carried
+            make, token_budget = (_packed_batches, 16) if packs else (_plain_batches, 64)
+            found = self._scored(make(dict(enumerate(pairs)), token_budget, self.model.device), len(pairs))
         except Exception:  # whatever an architecture makes of arguments that it does not know: read it plainly
             return False
         finally:
@@ -284,69 +275,54 @@ class Engine:
         return (7 + 31 * torch.arange(n, device=self.model.device)) % self.model.config.get_text_config().vocab_size
 
 
-def _batches_of(plan: Sequence[Sequence[Row]], pairs: Sequence[Pair], device: torch.device) -> list[Batch]:
-    stems = {id(rows[0]): i for i, rows in enumerate(plan)}  # a stem is alone in its batch
-    return [
-        _batch(rows, pairs, None if rows[0].stem is None else stems[id(rows[0].stem)], device=device) for rows in plan
-    ]
+def _plain_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
+    return [_batch_of_rows(batch, pairs, device) for batch in rows(pairs, token_budget)]
 
 
-def _batch(rows: Sequence[Row], pairs: Sequence[Pair], stem: int | None, *, device: torch.device) -> Batch:
-    width = len(rows[0].tokens)  # rows come longest first
-    wanted: dict[tuple[int, int], int] = {}
-    source: list[int] = []
-    target: list[int] = []
-    request: list[int] = []
-    for r, row in enumerate(rows):
-        for index, skipped, nodes in row.requests:
-            source += [wanted.setdefault((r, node), len(wanted)) for node in nodes]
-            target += pairs[index].continuation[skipped : skipped + len(nodes)]
-            request += [index] * len(nodes)
-    branches = any(end != len(row.tokens) for row in rows for end in row.ends)
+def _packed_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
+    trie = plant(pairs)
+    planned = [*passes(trie, token_budget), None]
+    return [_batch_of_trie(trie, this, following, pairs, device) for this, following in pairwise(planned) if this]
 
-    def tensor(values: Sequence[Any]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
 
-    def padded(values: Sequence[int]) -> list[int]:
-        return [*values, *[0] * (width - len(values))]
-
-    ends = tensor([[*row.ends, *range(len(row.ends) + 1, width + 1)] for row in rows])  # padding reads itself only
+def _batch_of_trie(
+    trie: Trie, this: Pass, following: Pass | None, pairs: Mapping[int, Pair], device: torch.device
+) -> Batch:
+    first, last = (bisect_left(trie.predictions, (node,)) for node in (this.start, this.stop))
     return Batch(
-        stem=stem,
-        tokens=tensor([padded(row.tokens) for row in rows]),
-        depths=tensor([padded(row.depths) for row in rows]),
-        ends=ends if branches or stem is not None else None,
-        row=tensor([r for r, _ in wanted]),
-        node=tensor([node for _, node in wanted]),
-        source=tensor(source),
-        target=tensor(target),
-        request=tensor(request),
+        tokens=torch.tensor([trie.tokens[this.start : this.stop]], device=device),
+        depths=torch.tensor([trie.depths[this.start : this.stop]], device=device),
+        plan=Plan.of(trie, this, following, device),
+        **_predicted(((node - this.start, *what) for node, *what in trie.predictions[first:last]), pairs, device),
     )
 
 
-def _mask(ends: torch.Tensor, before: int, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a node may read another, its ancestor or itself, else the lowest number: (B, 1, N, before + N).
-
-    Args:
-        ends: (B, N), where each node's descendants end.
-        before: tokens of the stem, which every node reads.
-    """
-    order = torch.arange(ends.shape[1], device=ends.device)
-    hidden = (order[:, None] < order) | (order[:, None] >= ends[:, None, :])  # (B, N, N)
-    mask = torch.zeros(*ends.shape, before + ends.shape[1], dtype=dtype, device=ends.device)
-    mask[..., before:].masked_fill_(hidden, torch.finfo(dtype).min)
-    return mask[:, None]
+def _batch_of_rows(batch: Sequence[Row], pairs: Mapping[int, Pair], device: torch.device) -> Batch:
+    width = len(batch[0].tokens)  # the longest comes first
+    return Batch(
+        tokens=torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in batch], device=device),
+        depths=None,
+        plan=None,
+        **_predicted(
+            ((r * width + node, *what) for r, row in enumerate(batch) for node, *what in row.predictions), pairs, device
+        ),
+    )
 
 
-def _widened(stem: Cache, rows: int) -> Cache:
-    """The stem's keys and values for each of the rows, for a model to add its own to."""
-    cache = DynamicCache()
-    for i, layer in enumerate(stem.layers):
-        assert isinstance(layer, CacheLayerMixin)
-        assert layer.keys is not None
-        assert layer.values is not None
-        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-    return cache
+def _predicted(
+    predictions: Iterable[tuple[int, ...]], pairs: Mapping[int, Pair], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What a batch predicts: of (node, request, which token of its continuation)."""
+    wanted: dict[int, int] = {}
+    found = [
+        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request)
+        for node, request, i in predictions
+    ]
+    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 3)
+    return {
+        "nodes": torch.tensor([*wanted], dtype=torch.long, device=device),
+        **dict(zip(("source", "target", "request"), table.unbind(1), strict=True)),
+    }
 
 
 def _is_first_best(logits: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, Outcome, TaskInfo, TaskSpec
-from evals.packing import PASS_TOKENS, plan
+from evals.packing import plant
 from evals.task_files import Sandbox, find_task_file, make_paths_absolute, read_rows, require_plain
 from evals.tokens import Encoder, Pair, Prompt
 
@@ -81,12 +82,14 @@ class _Prepared:
     prompt_askers: list[Instance] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)  # tokens that are predicted, by the asker's id
     prefix: int = 0
-    windows: dict[int, list[tuple[Pair, ...]]] = field(default_factory=dict)  # of the texts, by the model's length
+    scored: dict[int, tuple[list[Pair], list[int]]] = field(default_factory=dict)
 
-    def windows_of(self, length: int) -> list[tuple[Pair, ...]]:
-        if length not in self.windows:
-            self.windows[length] = [_windows(text, self.prefix, length) for text in self.texts]
-        return self.windows[length]
+    def all_pairs(self, length: int) -> tuple[list[Pair], list[int]]:
+        """The pairs and the windows of the texts, for a model of that length; how many windows each text has."""
+        if length not in self.scored:
+            windows = [_windows(text, self.prefix, length) for text in self.texts]
+            self.scored[length] = [*self.pairs, *chain.from_iterable(windows)], [*map(len, windows)]
+        return self.scored[length]
 
 
 class Harness:
@@ -130,9 +133,11 @@ class Harness:
         if suite not in self._prepared:
             self.prepare(engine.tokenizer, suite)
         prepared = self._prepared[suite]
-        engine.check_finite()
-        _answer(prepared.pair_askers, engine.loglikelihoods(prepared.pairs))
-        _answer(prepared.text_askers, engine.rolling(prepared.windows_of(engine.max_length)))
+        pairs, counts = prepared.all_pairs(engine.max_length)
+        scores = engine.loglikelihoods(pairs)
+        _answer(prepared.pair_askers, scores[: len(prepared.pairs)])
+        windows = iter(score for score, _ in scores[len(prepared.pairs) :])
+        _answer(prepared.text_askers, [math.fsum(islice(windows, count)) for count in counts])
         written = engine.generate(prepared.prompts)
         _answer(prepared.prompt_askers, [answer.text for answer in written])
         answers = dict(zip(map(id, prepared.prompt_askers), written, strict=True))
@@ -167,8 +172,7 @@ class Harness:
 
     def pairs(self, suite: str, max_length: int) -> list[Pair]:
         """What a prepared suite reads in order to score it: all but the prompts of answers that are written."""
-        prepared = self._prepared[suite]
-        return prepared.pairs + [pair for text in prepared.windows_of(max_length) for pair in text]
+        return self._prepared[suite].all_pairs(max_length)[0]
 
     def describe(self) -> list[dict[str, Any]]:
         """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
@@ -215,9 +219,11 @@ class Harness:
         pairs = [p for p, asker in zip(prepared.pairs, prepared.pair_askers, strict=True) if id(asker) in mine]
         texts = [t for t, asker in zip(prepared.texts, prepared.text_askers, strict=True) if id(asker) in mine]
         prompts = [p for p, asker in zip(prepared.prompts, prepared.prompt_askers, strict=True) if id(asker) in mine]
-        batches = plan(pairs, token_budget=2048, branching=True, pass_tokens=PASS_TOKENS)
-        packed = sum(len(row.tokens) for rows in batches for row in rows)
-        return packed + sum(map(len, texts)) + sum(len(p.tokens) + p.max_new_tokens for p in prompts)
+        return (
+            len(plant(dict(enumerate(pairs))))
+            + sum(map(len, texts))
+            + sum(len(p.tokens) + p.max_new_tokens for p in prompts)
+        )
 
 
 def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, allow_task_code: bool) -> Harness:

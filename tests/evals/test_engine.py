@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evals.engine import Engine
 from evals.errors import ScoreError, TaskError
-from evals.packing import Row, plan
-from evals.tokens import Encoder, Pair
+from evals.packing import Trie, passes, plant, rows
+from evals.tokens import Encoder, Pair, Prompt
 from tests.pico import byte_tokenizer
 
 SIZES = {
@@ -103,9 +103,20 @@ def test_every_architecture_gives_the_plain_numbers(kind: str, packs: bool) -> N
     for asked in (pairs(), pairs_after_shots()):
         found = [score for score, _ in engine.loglikelihoods(asked)]
         assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
-    items, after_shots = (batches for _, batches in engine._plans.values())
-    assert any(batch.ends is not None for batch in items) == packs
-    assert len({batch.stem for batch in after_shots} - {None}) == 2 * packs
+    assert engine.packs == packs
+    read = sum(batch.tokens.numel() for batch in engine._plans[id(asked)][1])
+    assert (read == len(plant(dict(enumerate(asked))))) == packs  # after the same shots: each token once
+
+
+def test_only_what_is_longer_than_a_window_is_read_plainly() -> None:
+    model = toy("mistral", sliding_window=40)
+    engine = Engine(model, byte_tokenizer(), token_budget=256)
+    asked = pairs(longest=60)
+    found = [score for score, _ in engine.loglikelihoods(asked)]
+    assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
+    plans = [batch.plan for _, batches in engine._plans.values() for batch in batches]
+    assert None in plans
+    assert any(plan is not None for plan in plans)
 
 
 def test_capped_logits_are_not_made_from_hidden_states() -> None:
@@ -140,15 +151,19 @@ def test_greedy_means_what_decoding_would_give() -> None:
 
 @pytest.mark.parametrize("where", ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"])
 def test_a_nan_is_an_error(where: str) -> None:
-    model = toy("llama")
-    engine = Engine(model, byte_tokenizer(), token_budget=256)
-    asked = pairs()
-    engine.check_finite()
-    model.get_parameter(where).data[5] = float("nan")
-    with pytest.raises(ScoreError, match="not finite"):
-        engine.loglikelihoods(asked)
-    with pytest.raises(ScoreError, match="not finite"):
-        engine.check_finite()
+    engine = Engine(toy("llama"), byte_tokenizer(), token_budget=256)
+    plain = Engine(toy("llama"), byte_tokenizer(), token_budget=256)
+    plain.packs = False
+    short = [Pair((5,), (7,)), Pair((6, 7), (8, 9))]  # where attention without a mask was seen to hide it
+    prompt = Prompt((5, 6), (), 4)
+    for reader in (engine, plain):
+        reader.generate([prompt])
+        reader.model.get_parameter(where).data[5] = float("nan")
+        for asked in (pairs(), short):
+            with pytest.raises(ScoreError, match="not finite"):
+                reader.loglikelihoods(asked)
+        with pytest.raises(ScoreError, match="not finite"):
+            reader.generate([prompt])
 
 
 def test_a_continuation_longer_than_the_context_is_refused() -> None:
@@ -166,53 +181,66 @@ def test_text_that_begins_with_the_prefix_token_is_not_given_another() -> None:
         encoder.pair("  ", "ab")
 
 
-def ancestors(row: Row, node: int) -> list[tuple[int, int]]:
-    """Tokens and depths of all that a node reads, through the stems."""
-    below = [] if row.stem is None else ancestors(row.stem, len(row.stem.tokens) - 1)
-    return below + [(row.tokens[j], row.depths[j]) for j in range(node + 1) if row.ends[j] > node]
+REQUESTS = st.lists(
+    st.builds(
+        Pair,
+        st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple),
+        st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple),
+    ),
+    max_size=40,
+)
+
+
+def past(trie: Trie, node: int) -> list[int]:
+    return [j for j in range(node + 1) if trie.ends[j] > node]
+
+
+@settings(max_examples=100, deadline=None)
+@given(REQUESTS)
+def test_each_token_is_predicted_after_exactly_its_own_past(asked: list[Pair]) -> None:
+    trie = plant(dict(enumerate(asked)))
+    for node, request, i in trie.predictions:
+        before = past(trie, node)
+        assert [trie.tokens[j] for j in before] == [*asked[request].context, *asked[request].continuation[:i]]
+        assert [trie.depths[j] for j in before] == [*range(len(before))]
+        assert trie.above(node) == before[:-1]
+    expected = [(request, i) for request, pair in enumerate(asked) for i in range(len(pair.continuation))]
+    assert sorted(what for _, *what in trie.predictions) == sorted(map(list, expected))
+    assert len(trie) == len({(*pair.context, *pair.continuation)[:n] for pair in asked for n in lengths(pair)})
+
+
+def lengths(pair: Pair) -> range:
+    """Of what is read for a pair, and of all that it begins with."""
+    return range(1, len(pair.context) + len(pair.continuation))
+
+
+@settings(max_examples=100, deadline=None)
+@given(REQUESTS, st.integers(1, 60))
+def test_passes_hold_every_node_once_and_carry_what_they_read(asked: list[Pair], budget: int) -> None:
+    trie = plant(dict(enumerate(asked)))
+    read: list[int] = []
+    kept: set[int] = set()
+    for this in passes(trie, budget):
+        assert 0 < this.stop - this.start <= budget
+        assert set(this.carried) <= kept  # of the pass before, or carried by it
+        assert [trie.depths[node] for node in this.carried] == [*range(len(this.carried))]
+        for block in this.blocks:
+            nodes = range(block.start, block.stop)
+            assert {j for node in nodes for j in past(trie, node)} == {*block.above, *nodes}
+            assert {node for node in block.above if node < this.start} <= set(this.carried)
+            read += nodes
+        kept = {*this.carried, *range(this.start, this.stop)}
+    assert read == [*range(len(trie))]
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.builds(
-            Pair,
-            st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple),
-            st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple),
-        ),
-        max_size=40,
-    ),
-    st.booleans(),
-    st.sampled_from([None, 0, -20]),
-    st.integers(1, 60),
-)
-def test_each_token_is_predicted_after_exactly_its_own_past(
-    asked: list[Pair], branching: bool, pass_tokens: int | None, budget: int
-) -> None:
+@given(REQUESTS, st.integers(1, 60))
+def test_rows_hold_every_request_once(asked: list[Pair], budget: int) -> None:
     seen: list[tuple[int, int]] = []
-    read: list[Row] = []
-    for batch in plan(asked, token_budget=budget, branching=branching, pass_tokens=pass_tokens):
+    for batch in rows(dict(enumerate(asked)), budget):
         assert len(batch) == 1 or len(batch) * len(batch[0].tokens) <= budget
         for row in batch:
-            for request, skipped, nodes in row.requests:
-                for i, node in enumerate(nodes, start=skipped):
-                    past = ancestors(row, node)
-                    assert [token for token, _ in past] == [*asked[request].context, *asked[request].continuation[:i]]
-                    assert [depth for _, depth in past] == [*range(len(past))]
-                    seen.append((request, i))
-            if not branching:
-                assert set(row.ends) == {len(row.tokens)}
-        assert len({id(row.stem) for row in batch}) == 1
-        assert batch[0].stem is None or batch[0].stem in read
-        read += batch
+            for node, request, i in row.predictions:
+                assert row.tokens[: node + 1] == (*asked[request].context, *asked[request].continuation[:i])
+                seen.append((request, i))
     assert sorted(seen) == [(request, i) for request, pair in enumerate(asked) for i in range(len(pair.continuation))]
-
-
-def test_each_context_is_read_once_also_where_a_row_ends() -> None:
-    asked = []
-    for item in range(20):
-        context = (3 + item, *range(50, 80))
-        asked += [Pair(context, (100 + choice, 7, 8)) for choice in range(4)]
-    packed = [row for batch in plan(asked, token_budget=256, branching=True) for row in batch]
-    assert len(packed) > 1
-    assert sum(len(row.tokens) for row in packed) == 20 * (31 + 4 * 2)

@@ -1,0 +1,185 @@
+"""Attention over a trie: a pass is one row of tokens to the model, and each token reads only its ancestors.
+
+Registered with transformers as one more attention implementation. It cuts a layer's queries into blocks and gives each,
+with the keys and values that it reads, to the implementation that the model had; so soft caps and sinks stay that
+implementation's own. A model that does not use transformers' attention interface ignores all this, which the engine's
+probe notices.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from evals.packing import Pass, Trie
+
+NAME = "trie"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """L nodes of a pass and the S that they read; places count the carried nodes first, then those of the pass.
+
+    Args:
+        nodes: the L, counted from the pass's first.
+        keys: the S places, a slice where they are one run, else (S,).
+        order: (S,) which node each is, counted from the pass's first.
+        ends: (S,) where the descendants of each end, counted alike.
+    """
+
+    nodes: slice
+    keys: slice | torch.Tensor
+    order: torch.Tensor
+    ends: torch.Tensor
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S)."""
+        nodes = torch.arange(self.nodes.start, self.nodes.stop, device=self.order.device)[:, None]
+        hidden = (self.order > nodes) | (self.ends <= nodes)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What attention needs to know of a pass: its blocks in order, and what is carried.
+
+    Args:
+        carried: how many nodes of earlier passes stand before this one's.
+        carry: (C,) the places of the nodes that the next pass carries.
+    """
+
+    blocks: list[Block]
+    carried: int
+    carry: torch.Tensor
+
+    @classmethod
+    def of(cls, trie: Trie, this: Pass, following: Pass | None, device: torch.device) -> Plan:
+        """The plan of a pass, which keeps what the following one carries."""
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        def place(node: int) -> int:
+            return trie.depths[node] if node < this.start else len(this.carried) + node - this.start
+
+        blocks = []
+        for block in this.blocks:
+            read = [*block.above, *range(block.start, block.stop)]
+            keys = [place(node) for node in read]
+            run = keys[-1] - keys[0] + 1 == len(keys)
+            blocks.append(
+                Block(
+                    slice(block.start - this.start, block.stop - this.start),
+                    slice(keys[0], keys[-1] + 1) if run else tensor(keys),
+                    tensor([node - this.start for node in read]),
+                    tensor([trie.ends[node] - this.start for node in read]),
+                )
+            )
+        return cls(blocks, len(this.carried), tensor([place(node) for node in following.carried] if following else []))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A pass under way, for the layers to share.
+
+    Args:
+        plan: of the pass.
+        masks: one for each of its blocks.
+        inner: the attention implementation that the model had.
+        carried: keys and values (1, heads, C, width) of each layer, from the pass before; this one leaves its own.
+    """
+
+    plan: Plan
+    masks: list[torch.Tensor]
+    inner: str
+    carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+
+
+@contextmanager
+def reads_tries(model: PreTrainedModel) -> Iterator[str]:
+    """Let a model's layers attend over tries, and say which implementation they had.
+
+    Raises:
+        ValueError: the model does not use transformers' attention interface.
+    """
+    if not model._supports_attention_backend:
+        raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield before
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    trie: Reading,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """One layer's attention, as transformers asks for it.
+
+    Args:
+        query: (1, heads, T, width).
+        key, value: (1, key heads, T, width).
+        attention_mask: not used.
+        trie: the pass; handed on by the model as it came.
+
+    Returns:
+        (1, T, heads, width), and no weights.
+    """
+    if trie.plan.carried:
+        before = trie.carried[module]
+        key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
+    if len(trie.plan.carry):
+        trie.carried[module] = key[:, :, trie.plan.carry], value[:, :, trie.plan.carry]
+    inner = _inner(module, trie.inner, query.device)
+    found = []
+    for block, mask in zip(trie.plan.blocks, trie.masks, strict=True):
+        taken = query[:, :, block.nodes], key[:, :, block.keys], value[:, :, block.keys]
+        found.append(inner(module, *taken, mask, **options)[0])
+    return torch.cat(found, dim=1), None
+
+
+def _inner(module: torch.nn.Module, name: str, device: torch.device) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """The implementation of a name; on a CPU one that shares a key's head among queries without copying it."""
+    if name == "sdpa" and device.type == "cpu":
+        return _sdpa_on_cpu
+    eager: Callable[..., tuple[torch.Tensor, Any]] = vars(sys.modules[type(module).__module__])[
+        "eager_attention_forward"
+    ]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _sdpa_on_cpu(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    if softcap is not None:
+        raise ValueError("softcap")  # as transformers' own: such a model is read another way
+    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attend)
