@@ -30,10 +30,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from evals.demo_tasks import write_python_prose
-from evals.engine import Engine
+from evals.engine import Engine, budget_for
 from evals.harness import load_tasks
 from evals.outcomes import SEARCH, Outcome, TaskSpec
 from evals.tokens import Pair
+from optimizer.merge import DEVICE_ROOM
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_MODEL = ROOT / "runs" / "demo-inputs" / "base"
@@ -164,12 +165,12 @@ def ask(lm: HFLM, asked: list[Instance], batch_size: int) -> list[Any]:
     return getattr(lm, asked[0].request_type)(asked, disable_tqdm=True)
 
 
-def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int, budget: int = 2048) -> str:
+def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> str:
     """A line of the table."""
     wanted = max(5, round(case.share * items))
     spec = TaskSpec(str(case.folder), "general", search_items=wanted, holdout_items=1, shots=case.shots)
     harness = load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)
-    engine = Engine(model, tokenizer, token_budget=budget)
+    engine = Engine(model, tokenizer, token_budget=budget_for(model, DEVICE_ROOM))
     harness.prepare(tokenizer, SEARCH)
     asked = harness.requests(SEARCH)
     lm = HFLM(pretrained=model, tokenizer=tokenizer)

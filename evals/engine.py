@@ -28,6 +28,7 @@ LOGIT_BYTES_ELSEWHERE = 2**28
 CACHED_ROWS = (
     32  # of which the log-sum is taken at a time: they stay in a CPU's cache, and it takes a third of the time
 )
+TOKEN_BUDGET, MOST_TOKENS = 2048, 16384  # tokens in a pass on a CPU; at most on a GPU, where more is no faster
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model and tokenizer that state none
 GENERATION_ROWS = 64  # prompts continued together at most: a step costs about the same for 16 and for 64
 # How far packed and plain log-likelihoods of the probe may lie apart per token, in nats: rounding, not another model.
@@ -373,6 +374,22 @@ def _until(text: str, stop: Sequence[str]) -> str:
     for term in stop:
         text = text.split(term)[0] if term else text
     return text
+
+
+def budget_for(model: PreTrainedModel, room: int) -> int:
+    """Tokens in a forward pass: 2,048 on a CPU, elsewhere what fits in half of the room, from 256 to 16,384.
+
+    A power of two, so that devices with about the same room batch alike.
+
+    Args:
+        room: bytes free on the model's device for what a pass holds.
+    """
+    if model.device.type == "cpu":
+        return TOKEN_BUDGET
+    config = model.config.get_text_config()
+    width = 16 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    fits = room // 2 // (width * model.dtype.itemsize)  # per token: a layer's states, attention's copies, the MLP's
+    return max(256, min(MOST_TOKENS, 1 << max(0, fits.bit_length() - 1)))
 
 
 def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -109,7 +109,7 @@ def worker_spec(study: Study) -> WorkerSpec:
         tasks=task_specs(study),
         chat_template=evals.chat_template,
         allow_task_code=evals.allow_task_code,
-        token_budget=evals.token_budget,
+        token_budget=0 if evals.token_budget == "auto" else evals.token_budget,
         dtype=evals.dtype,
         device=workers.device,
         threads=share if workers.threads == "auto" else workers.threads,

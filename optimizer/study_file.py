@@ -158,16 +158,20 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
 
 
-def _count_or(word: str, *, share: bool = False) -> tuple[PlainValidator, WithJsonSchema]:
-    """How to read a whole number from 1, or one word instead, or (where that means something) a share."""
+def _count_or(word: str, *, least: int = 1, share: bool = False) -> tuple[PlainValidator, WithJsonSchema]:
+    """How to read a whole number, or one word instead, or (where that means something) a share."""
     between = ", a share such as 0.3" if share else ""
 
     def read(value: object) -> object:
-        if value == word or (type(value) is int and value >= 1) or (share and type(value) is float and 0 < value < 1):
+        if (
+            value == word
+            or (type(value) is int and value >= least)
+            or (share and type(value) is float and 0 < value < 1)
+        ):
             return value
-        raise ValueError(f"must be a whole number, 1 or more{between}, or the word {word}")
+        raise ValueError(f"must be a whole number, {least} or more{between}, or the word {word}")
 
-    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": 1}, {"const": word}]
+    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": least}, {"const": word}]
     if share:
         schema.insert(1, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})
     return PlainValidator(read), WithJsonSchema({"anyOf": schema})
@@ -175,6 +179,7 @@ def _count_or(word: str, *, share: bool = False) -> tuple[PlainValidator, WithJs
 
 Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
 Threads = Annotated[int | Literal["auto"], *_count_or("auto")]
+Budget = Annotated[int | Literal["auto"], *_count_or("auto", least=16)]
 
 
 class Models(_Section):
@@ -344,7 +349,10 @@ class EvalsSection(_Section):
     )
     chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
     allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")
-    token_budget: int = Field(default=2048, ge=16, description="Batch size in tokens: so many in one forward pass.")
+    token_budget: Budget = Field(
+        default="auto",
+        description="Batch size: tokens in one forward pass; auto: 2048 on a CPU, more on a GPU with room.",
+    )
     dtype: Literal["auto", "bf16", "float32"] = Field(
         default="auto", description="Number format of the scoring; auto: the base's own."
     )

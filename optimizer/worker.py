@@ -27,7 +27,7 @@ class WorkerSpec:
         tasks: what to score, both roles.
         chat_template: wrap prompts in the base's chat template.
         allow_task_code: let task files run Python.
-        token_budget: tokens per forward pass.
+        token_budget: tokens per forward pass; 0: what the device has room for.
         dtype: of the resident model: "auto" (the base's own), "bf16" or "float32".
         device: "auto" (cuda where there is one), "cpu" or "cuda".
         threads: of torch, at least 1.
@@ -66,9 +66,9 @@ class Worker:
         from transformers import AutoTokenizer, set_seed
         from transformers.utils import logging
 
-        from evals.engine import Engine
+        from evals.engine import Engine, budget_for
         from evals.harness import load_tasks
-        from optimizer.merge import Kept, Sources
+        from optimizer.merge import DEVICE_ROOM, Kept, Sources, free_bytes
         from optimizer.resident import merge_target, resident_model, tensor_places
 
         torch.set_num_threads(max(1, spec.threads))
@@ -81,7 +81,8 @@ class Worker:
         model = resident_model(base, dtype=spec.dtype, device=spec.device)
         self._parameters = tensor_places(model, base)
         self._merged = merge_target(self._parameters, base)
-        self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget)
+        room = min(DEVICE_ROOM, free_bytes(model.device))  # what merges leave to scoring
+        self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget or budget_for(model, room))
         self._harness = load_tasks(
             spec.tasks, seed=spec.seed, chat_template=spec.chat_template, allow_task_code=spec.allow_task_code
         )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from evals.engine import Engine
+from evals.engine import Engine, budget_for
 from evals.errors import ScoreError, TaskError
 from evals.packing import Trie, passes, plant, rows
 from evals.tokens import Encoder, Pair, Prompt
@@ -164,6 +164,17 @@ def test_a_nan_is_an_error(where: str) -> None:
                 reader.loglikelihoods(asked)
         with pytest.raises(ScoreError, match="not finite"):
             reader.generate([prompt])
+
+
+def test_a_token_budget_is_a_power_of_two_that_fits() -> None:
+    on_cpu = toy("llama")
+    with torch.device("meta"):
+        elsewhere = AutoModelForCausalLM.from_config(on_cpu.config, dtype=torch.bfloat16)
+    assert budget_for(on_cpu, 0) == 2048
+    assert budget_for(elsewhere, 1 << 40) == 16384
+    assert budget_for(elsewhere, 0) == 256
+    token = 2 * (16 * 32 + 3 * 64)  # bytes
+    assert budget_for(elsewhere, 2 * 5000 * token) == 4096
 
 
 def test_a_continuation_longer_than_the_context_is_refused() -> None:

@@ -262,6 +262,7 @@ def test_a_range_can_be_given_for_all_that_is_searched() -> None:
         ("- arc_easy", "- {task: arc_easy, expert: clinical}", "evals.general.0.expert: only a domain task"),
         ("- arc_easy", "- hellaswag", "evals.general.1.task: a task may stand once"),
         ("    - ./tasks/notes.yaml", "    []", "evals.domain: must have at least 1 item"),
+        ("holdout_items: 100", "token_budget: 8", "evals.token_budget: must be .*, 16 or more, or the word"),
         ("threads: auto", "threads: 0", "workers.threads: must be .*, 1 or more, or the word auto; given 0"),
     ],
 )  # fmt: skip
