@@ -141,7 +141,7 @@ class Engine:
     def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
         cut = {request: pair.cut(self.max_length) for request, pair in enumerate(pairs)}
         longest = _window(self.model.config) if self.packs else 0
-        packed = {i: pair for i, pair in cut.items() if len(pair.context) + len(pair.continuation) <= longest}
+        packed = {i: pair for i, pair in cut.items() if len(pair.context) + len(pair.continuation) - 1 <= longest}
         plain = {i: pair for i, pair in cut.items() if i not in packed}
         device = self.model.device
         return _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, self.token_budget, device)
@@ -403,9 +403,15 @@ def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _window(config: Any) -> float:
-    """How far layers with local attention look back; rows that branch must be shorter, as masks replace windows."""
+    """The longest input that a layer reads as full attention would; longer ones are read plainly.
+
+    Layers with local attention look back only so far, and LongRoPE turns every position of an input otherwise where
+    the input is longer than those of the first training.
+    """
     text = config.get_text_config()
     used = ["attention_chunk_size", "window_size"]
     if getattr(text, "use_sliding_window", True):
         used.append("sliding_window")
-    return min((width for name in used if (width := getattr(text, name, None))), default=math.inf)
+    rope = getattr(text, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return min((width for width in (first, *(getattr(text, name, None) for name in used)) if width), default=math.inf)

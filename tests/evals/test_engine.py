@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -108,8 +109,18 @@ def test_every_architecture_gives_the_plain_numbers(kind: str, packs: bool) -> N
     assert (read == len(plant(dict(enumerate(asked))))) == packs  # after the same shots: each token once
 
 
-def test_only_what_is_longer_than_a_window_is_read_plainly() -> None:
-    model = toy("mistral", sliding_window=40)
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("mistral", {"sliding_window": 40}),
+        ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 40}),
+    ],
+)
+def test_only_what_is_longer_than_a_window_is_read_plainly(kind: str, options: dict[str, Any]) -> None:
+    model = toy(kind, **options)
     engine = Engine(model, byte_tokenizer(), token_budget=256)
     asked = pairs(longest=60)
     found = [score for score, _ in engine.loglikelihoods(asked)]
