@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -149,8 +150,8 @@ class Engine:
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
         sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
         greedy = torch.ones(requests, dtype=torch.bool, device=self.model.device)
-        with torch.inference_mode():
-            for batch, states in self._read(batches):
+        with torch.inference_mode(), closing(self._read(batches)) as read:  # else an error here leaves it open
+            for batch, states in read:
                 logprobs, best = self._predictions(batch, states.flatten(0, 1)[batch.nodes])
                 sums.index_add_(0, batch.request, logprobs.double())
                 greedy[batch.request[~best]] = False
@@ -159,7 +160,7 @@ class Engine:
             raise ScoreError(f"{bad} of {requests} log-likelihoods are not finite: the candidate is not a usable model")
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
-    def _read(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    def _read(self, batches: Sequence[Batch]) -> Generator[tuple[Batch, torch.Tensor], None, None]:
         """Each batch with the hidden states of every node, or the logits themselves: (B, N, width)."""
         planned = [(batch, batch.plan) for batch in batches if batch.plan is not None]
         for batch in batches:

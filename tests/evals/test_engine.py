@@ -150,6 +150,16 @@ def test_twice_the_same_bits_in_bfloat16_also_after_another_candidate() -> None:
     assert engine.loglikelihoods(asked) == first
 
 
+def test_an_error_between_passes_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy("llama")
+    engine = Engine(model, byte_tokenizer(), token_budget=256)
+    before = model.config._attn_implementation
+    monkeypatch.setattr(engine, "_predictions", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:  # keeps the traceback, and so the frames
+        engine.loglikelihoods(pairs())
+    assert model.config._attn_implementation == before, caught
+
+
 def test_greedy_means_what_decoding_would_give() -> None:
     model = toy("llama")
     engine = Engine(model, byte_tokenizer(), token_budget=256)
