@@ -1,22 +1,25 @@
 """Whole candidates an hour: ours, beside what a user can put together from mergekit and lm-eval.
 
-    python benchmarks/candidate.py [STUDY] [--candidates 3] [--batch-size 8] [--peer-candidates 1]
+    python benchmarks/candidate.py [STUDY] [--candidates 3] [--batch-size 8]
 
 STUDY is a study file; the default is the one that `make demo` leaves in runs/demo-inputs. Ours: the study's number of
 workers, each with a resident model, that merge in place and score the search items; the first candidate of each worker,
 which pays for its start, is not counted. Theirs: one after another `mergekit-yaml`, loading the model, and
-`lm_eval.simple_evaluate` with HFLM on the same items, with all threads. The recipes are uniform weights.
+`lm_eval.simple_evaluate` with HFLM on the same items, with all threads: in the dtype of the merge's files, which HFLM
+takes by itself, and in float32. The recipes are uniform weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from search_spaces import Recipe, Setting
 from search_spaces.mergekit import to_mergekit
 
 DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
+DTYPES = ("bfloat16", "float32")
 _worker: list[Worker] = []
 
 
@@ -64,8 +68,8 @@ def our_seconds(study: Study, candidates: int) -> float:
     return (ended - begun) / len(recipes)
 
 
-def their_seconds(study: Study, candidates: int, batch_size: int) -> tuple[float, float, float]:
-    """Seconds a candidate for the merge, the model's loading, and the evaluation."""
+def their_seconds(study: Study, batch_size: int, dtypes: Sequence[str]) -> Iterator[tuple[float, float, float]]:
+    """Seconds for the merge, the model's loading, and the evaluation, of a candidate for each dtype."""
     specs = task_specs(study)
     harness = load_tasks(
         specs,
@@ -73,19 +77,13 @@ def their_seconds(study: Study, candidates: int, batch_size: int) -> tuple[float
         chat_template=study.evals.chat_template,
         allow_task_code=study.evals.allow_task_code,
     )
-    spent = [0.0, 0.0, 0.0]
     with tempfile.TemporaryDirectory() as scratch:
-        for i in range(candidates):
-            folder = Path(scratch) / f"merged-{i}"
-            for step, seconds in enumerate(
-                _peer(study, harness, specs, 0.2 + 0.6 * i / candidates, folder, batch_size)
-            ):
-                spent[step] += seconds / candidates
-    return spent[0], spent[1], spent[2]
+        for dtype in dtypes:
+            yield _peer(study, harness, specs, Path(scratch) / dtype, batch_size, dtype)
 
 
 def _peer(
-    study: Study, harness: Harness, specs: Sequence[Any], weight: float, folder: Path, batch_size: int
+    study: Study, harness: Harness, specs: Sequence[Any], folder: Path, batch_size: int, dtype: str
 ) -> tuple[float, float, float]:
     import lm_eval
     import torch
@@ -93,7 +91,7 @@ def _peer(
     from lm_eval.tasks import TaskManager
 
     base = Checkpoint.open(study.models.base)
-    document = to_mergekit(recipe(study, weight), base.names, out_dtype="bfloat16")
+    document = to_mergekit(recipe(study, 0.5), base.names, out_dtype="bfloat16")
     written = folder.with_suffix(".yaml")
     written.write_text(yaml.safe_dump(document, sort_keys=False))
     tasks = [
@@ -105,10 +103,11 @@ def _peer(
     subprocess.run([str(command), str(written), str(folder), "--quiet"], check=True, stderr=subprocess.DEVNULL)
     times.append(time.perf_counter())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = HFLM(pretrained=str(folder), tokenizer=str(base.folder), batch_size=batch_size, device=device)
-    times.append(time.perf_counter())
-    manager = TaskManager(include_defaults=False)
-    lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    with redirect_stderr(io.StringIO()):  # bars
+        lm = HFLM(pretrained=str(folder), tokenizer=str(base.folder), batch_size=batch_size, device=device, dtype=dtype)
+        times.append(time.perf_counter())
+        manager = TaskManager(include_defaults=False)
+        lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     times.append(time.perf_counter())
     return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
@@ -117,7 +116,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=DEFAULT_STUDY)
     parser.add_argument("--candidates", type=int, default=3, help="of ours, for each worker")
-    parser.add_argument("--peer-candidates", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8, help="of HFLM")
     parser.add_argument("--set", action="append", default=[], help="change the study, as in mergefront search")
     arguments = parser.parse_args()
@@ -126,11 +124,11 @@ def main() -> None:
     study = read_study(arguments.study, arguments.set)
     ours = our_seconds(study, arguments.candidates)
     print(f"ours:   {ours:7.1f} s a candidate, {3600 / ours:6.0f} an hour, {study.workers.count} workers", flush=True)
-    merge, load, score = their_seconds(study, arguments.peer_candidates, arguments.batch_size)
-    theirs = merge + load + score
-    print(f"theirs: {theirs:7.1f} s a candidate, {3600 / theirs:6.0f} an hour", end=" ")
-    print(f"(mergekit-yaml {merge:.1f}, load {load:.1f}, lm-eval {score:.1f} at batch {arguments.batch_size})")
-    print(f"ratio:  {theirs / ours:7.1f}")
+    for dtype, spent in zip(DTYPES, their_seconds(study, arguments.batch_size, DTYPES), strict=True):
+        theirs, (merge, load, score) = sum(spent), spent
+        rate = f"{theirs:7.1f} s a candidate, {3600 / theirs:6.0f} an hour"
+        steps = f"mergekit-yaml {merge:.1f}, load {load:.1f}, lm-eval {score:.1f}"
+        print(f"theirs: {rate}, {theirs / ours:.1f} times ours ({dtype}: {steps})", flush=True)
 
 
 if __name__ == "__main__":

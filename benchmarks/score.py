@@ -14,11 +14,12 @@ the largest difference between the two in a log-likelihood, in nats.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from evals.demo_tasks import write_python_prose
 from evals.engine import Engine, budget_for
@@ -160,9 +162,10 @@ def read_and_predicted(pairs: Sequence[Pair]) -> tuple[int, int]:
 
 
 def ask(lm: HFLM, asked: list[Instance], batch_size: int) -> list[Any]:
-    """HFLM's answers."""
+    """HFLM's answers, without its bars."""
     lm.batch_size_per_gpu = batch_size
-    return getattr(lm, asked[0].request_type)(asked, disable_tqdm=True)
+    with redirect_stderr(io.StringIO()):
+        return getattr(lm, asked[0].request_type)(asked, disable_tqdm=True)
 
 
 def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> str:
@@ -220,6 +223,7 @@ def main() -> None:
     if not (arguments.model / "config.json").exists():
         parser.error(f"no model in {arguments.model}: give a folder, or let `make demo` build its base")
     torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or max(DTYPES, key=lambda name: product_rate(DTYPES[name], device))
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[dtype]).to(device).eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evals.errors import ScoreError, TaskError
+from evals.errors import ScoreError
+from evals.generation import Answer, answers
 from evals.packing import Pass, Row, Trie, passes, plant, rows
 from evals.tokens import Encoder, Pair, Prompt
 from evals.trie_attention import Plan, Reading, reads_tries
@@ -26,12 +27,9 @@ if TYPE_CHECKING:
 
 LOGIT_BYTES = {"cpu": 24 * 2**20}  # float32 logits made at a time: malloc maps anew, and clears, what is above 32 MiB
 LOGIT_BYTES_ELSEWHERE = 2**28
-CACHED_ROWS = (
-    32  # of which the log-sum is taken at a time: they stay in a CPU's cache, and it takes a third of the time
-)
+CACHED_ROWS = 32  # of which the log-sum is taken at a time: they stay in a CPU's cache, so it takes a third as long
 TOKEN_BUDGET, MOST_TOKENS = 2048, 16384  # tokens in a pass on a CPU; at most on a GPU, where more is no faster
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model and tokenizer that state none
-GENERATION_ROWS = 64  # prompts continued together at most: a step costs about the same for 16 and for 64
 # How far packed and plain log-likelihoods of the probe may lie apart per token, in nats: rounding, not another model.
 PROBE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 PROBE_TOLERANCE_FLOAT32 = 1e-3
@@ -47,6 +45,7 @@ class Batch:
         plan: of the attention in a trie's pass.
         nodes: (Q,) where logits are wanted, counted through the rows.
         source, target, request: (P,) of which of the Q, of which token, and whose log-likelihood it adds to.
+        asks_greedy: (P,) whether it is asked if the token is the likeliest.
     """
 
     tokens: torch.Tensor
@@ -56,21 +55,7 @@ class Batch:
     source: torch.Tensor
     target: torch.Tensor
     request: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What greedy decoding made of a prompt.
-
-    Args:
-        text: up to the first stop string.
-        tokens: how many were written.
-        ended: at a stop string or the end token; False where the limit of tokens broke it off.
-    """
-
-    text: str
-    tokens: int
-    ended: bool
+    asks_greedy: torch.Tensor
 
 
 class Engine:
@@ -103,7 +88,7 @@ class Engine:
         return self.encoder.tokenizer
 
     def loglikelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation in nats, and whether it is what greedy decoding would give.
+        """The log-likelihood of each continuation in nats, and whether it is what greedy decoding would give, if asked.
 
         Raises:
             ScoreError: one is not finite.
@@ -120,13 +105,11 @@ class Engine:
 
         Raises:
             ScoreError: logits are not finite.
+            TaskError: an answer leaves no room for its prompt.
         """
         if prompts:
             self.check_finite()
-        answers: dict[int, Answer] = {}
-        for batch in _prompt_batches(prompts, self.token_budget):
-            answers.update(zip(batch, self._continued([prompts[i] for i in batch]), strict=True))
-        return [answers[i] for i in range(len(prompts))]
+        return answers(self.model, self.tokenizer, prompts, max_length=self.max_length, token_budget=self.token_budget)
 
     def check_finite(self) -> None:
         """Read 20 tokens and raise `ScoreError` unless every logit is finite.
@@ -154,7 +137,7 @@ class Engine:
             for batch, states in read:
                 logprobs, best = self._predictions(batch, states.flatten(0, 1)[batch.nodes])
                 sums.index_add_(0, batch.request, logprobs.double())
-                greedy[batch.request[~best]] = False
+                greedy[batch.request[~best]] = False  # also where it is not asked
         if not torch.isfinite(sums).all():
             bad = int((~torch.isfinite(sums)).sum())
             raise ScoreError(f"{bad} of {requests} log-likelihoods are not finite: the candidate is not a usable model")
@@ -183,7 +166,7 @@ class Engine:
         return states
 
     def _predictions(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the targets (P,) in float32, and whether each is the likeliest token (P,).
+        """Log-probabilities of the targets (P,) in float32, and whether each is the likeliest token, if asked (P,).
 
         Args:
             states: what logits are made of at the wanted nodes, hidden states or the logits themselves (Q, width).
@@ -191,53 +174,19 @@ class Engine:
         size = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES_ELSEWHERE)
         step = max(1, size // (4 * self.model.config.get_text_config().vocab_size))
         chosen = torch.empty(len(batch.target), dtype=torch.float32, device=states.device)
-        best = torch.empty(len(batch.target), dtype=torch.bool, device=states.device)
+        best = torch.zeros(len(batch.target), dtype=torch.bool, device=states.device)
         for start in range(0, len(states), step):
             logits = self._logits(states[start : start + step]).float()  # (step, V)
             wanted = ((batch.source >= start) & (batch.source < start + step)).nonzero()[:, 0]
             source, target = batch.source[wanted] - start, batch.target[wanted]
             highest, norms = map(torch.cat, zip(*map(_highest_and_norm, logits.split(CACHED_ROWS)), strict=True))
             chosen[wanted] = logits[source, target] - norms[source]
-            best[wanted] = _is_first_best(logits, highest, source, target)
+            asked = batch.asks_greedy[wanted]
+            best[wanted[asked]] = _is_first_best(logits, highest, source[asked], target[asked])
         return chosen, best
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(states) if self.gathers else states
-
-    def _continued(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        room = self.max_length - prompts[0].max_new_tokens
-        if room <= 0:
-            raise TaskError(
-                f"an answer must leave room for its prompt: max_gen_toks {prompts[0].max_new_tokens} given, the model "
-                f"reads {self.max_length} tokens"
-            )
-        tokenizer = self.encoder.tokenizer
-        rows = [prompt.tokens[-room:] for prompt in prompts]
-        width = max(len(row) for row in rows)
-        known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)  # lm-eval's order
-        pad = next((token for token in known if token is not None), 0)
-        tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
-        stop = [*prompts[0].stop]
-        if tokenizer.eos_token_id is not None:
-            stop.append(str(tokenizer.decode([tokenizer.eos_token_id])))
-        made = self.model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_length=width + prompts[0].max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            use_cache=True,
-            stopping_criteria=[_stopper(tokenizer, stop, width)],
-        )
-        written = made[:, width:]
-        counts = [max(1, len(row) - _trailing(row, pad)) for row in written.tolist()]
-        whole = tokenizer.batch_decode(written)
-        shown = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [
-            Answer(_until(text, stop), tokens, any(term and term in all_of_it for term in stop))
-            for text, tokens, all_of_it in zip(shown, counts, whole, strict=True)
-        ]
 
     def _probe_pairs(self) -> list[Pair]:
         """Two choices after one context and one after another: a packed row of them branches and starts twice."""
@@ -317,13 +266,14 @@ def _predicted(
     """What a batch predicts: of (node, request, which token of its continuation)."""
     wanted: dict[int, int] = {}
     found = [
-        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request)
+        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request, pairs[request].asks_greedy)
         for node, request, i in predictions
     ]
-    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 3)
+    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 4)
     return {
         "nodes": torch.tensor([*wanted], dtype=torch.long, device=device),
-        **dict(zip(("source", "target", "request"), table.unbind(1), strict=True)),
+        **dict(zip(("source", "target", "request"), table[:, :3].unbind(1), strict=True)),
+        "asks_greedy": table[:, 3].bool(),
     }
 
 
@@ -343,46 +293,6 @@ def _is_first_best(
     best = logits[source, target] == highest[source]
     best[best.clone()] = logits[source[best]].argmax(-1) == target[best]  # of equal ones the first
     return best
-
-
-def _prompt_batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]]:
-    """Prompts with the same stops together, the longest first."""
-
-    def key(i: int) -> tuple[tuple[str, ...], int, int, tuple[int, ...]]:
-        return prompts[i].stop, prompts[i].max_new_tokens, -len(prompts[i].tokens), prompts[i].tokens
-
-    batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=key):
-        if batch:
-            first = prompts[batch[0]]
-            width = len(first.tokens) + first.max_new_tokens
-            full = len(batch) >= GENERATION_ROWS or (len(batch) + 1) * width > token_budget
-            if full or key(i)[:2] != key(batch[0])[:2]:
-                yield batch
-                batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
-    def stops(tokens: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        texts = tokenizer.batch_decode(tokens[:, width:])
-        done = [any(term and term in text for term in stop) for text in texts]
-        return torch.tensor(done, device=tokens.device)
-
-    return stops
-
-
-def _trailing(tokens: Sequence[int], pad: int) -> int:
-    """How many of a row's last tokens are padding."""
-    return next((i for i, token in enumerate(reversed(tokens)) if token != pad), len(tokens))
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    for term in stop:
-        text = text.split(term)[0] if term else text
-    return text
 
 
 def budget_for(model: PreTrainedModel, room: int) -> int:

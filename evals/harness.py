@@ -531,7 +531,8 @@ def _add(prepared: _Prepared, asked: Sequence[Instance], encoder: Encoder) -> No
 def _windows(text: tuple[int, ...], prefix: int, length: int) -> tuple[Pair, ...]:
     """The pieces in which lm-eval predicts every token of a text once, each after as much context as fits."""
     windows = get_rolling_token_windows(list(text), prefix_token=prefix, max_seq_len=length, context_len=1)
-    return tuple(Pair(tuple(context), tuple(tokens)) for context, tokens in map(make_disjoint_window, windows))
+    pieces = map(make_disjoint_window, windows)
+    return tuple(Pair(tuple(context), tuple(tokens), asks_greedy=False) for context, tokens in pieces)
 
 
 def _answer(askers: Sequence[Instance], answers: Sequence[object]) -> None:

@@ -53,6 +53,21 @@ class _Table:
         return int(np.searchsorted(self.trials, trial))
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Objectives of T trials, by name.
+
+    Args:
+        trials: (T,) rising.
+        points: (T,) each, of the items as they are.
+        samples: (B, T) each, of B resamplings of the items: row b is of the same items in every column and objective.
+    """
+
+    trials: NDArray[np.int64]
+    points: Mapping[str, Array]
+    samples: Mapping[str, Array]
+
+
 def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     """The score of every trial on every task, in the metric's own direction and unit.
 
@@ -111,8 +126,29 @@ def objectives(
     Raises:
         TaskError: a trial lacks items, or a task has no scale (the expert scores as the base, the base as chance).
     """
+    drawn = draw_objectives(
+        outcomes, tasks=tasks, suite=suite, base=base, experts=experts, replicates=replicates, seed=seed
+    )
+    columns = dict(drawn.points)
+    for name, samples in drawn.samples.items():
+        columns[f"{name}_low"], columns[f"{name}_high"] = interval(samples)
+        below, above = _quantiles(samples, ONE_SIGMA)
+        columns[f"{name}_stderr"] = (above - below) / 2
+    return pd.DataFrame(columns, index=pd.Index(drawn.trials, name="trial"))
+
+
+def draw_objectives(
+    outcomes: pd.DataFrame,
+    *,
+    tasks: Sequence[TaskInfo],
+    suite: str,
+    base: int,
+    experts: Mapping[str, int],
+    replicates: int = 1000,
+    seed: int = 0,
+) -> Draws:
+    """The objectives of every trial, as measured and on resampled items; arguments and errors as `objectives`."""
     measures = _measures(outcomes, tasks, suite, base, experts, replicates, seed)
-    trials = measures[0].trials
     groups = {f"domain_{name}": [m for m in measures if m.expert == name] for name in experts}
     empty = [name for name in groups if not groups[name]]
     if empty:
@@ -120,20 +156,13 @@ def objectives(
     forgetting = [m for m in measures if m.role == "general"]
     if not forgetting:
         raise TaskError("forgetting needs at least one general task (evals.general)")
-
     points = {name: np.mean([m.point for m in group], axis=0) for name, group in groups.items()}
     samples = {name: np.mean([m.samples for m in group], axis=0) for name, group in groups.items()}
     points = {"domain": np.mean(list(points.values()), axis=0), **(points if len(experts) > 1 else {})}
     samples = {"domain": np.mean(list(samples.values()), axis=0), **(samples if len(experts) > 1 else {})}
     points["forgetting"] = np.mean([m.point for m in forgetting], axis=0)
     samples["forgetting"] = np.mean([m.samples for m in forgetting], axis=0)
-
-    columns = dict(points)
-    for name, draws in samples.items():
-        columns[f"{name}_low"], columns[f"{name}_high"] = _quantiles(draws, INTERVAL)
-        below, above = _quantiles(draws, ONE_SIGMA)
-        columns[f"{name}_stderr"] = (above - below) / 2
-    return pd.DataFrame(columns, index=pd.Index(trials, name="trial"))
+    return Draws(measures[0].trials, points, samples)
 
 
 def task_retention(
@@ -154,7 +183,7 @@ def task_retention(
     """
     frames = []
     for measure in _measures(outcomes, tasks, suite, base, experts, replicates, seed):
-        low, high = _quantiles(measure.samples, INTERVAL)
+        low, high = interval(measure.samples)
         domain = measure.role == "domain"
         frames.append(
             pd.DataFrame(
@@ -343,6 +372,11 @@ def _resampled_scores(table: _Table, replicates: int, seed: Sequence[int]) -> Ar
 
 def _seed(seed: int, task: str) -> tuple[int, int]:
     return seed, zlib.crc32(task.encode())
+
+
+def interval(samples: Array) -> tuple[Array, Array]:
+    """The ends of the 95 % interval of bootstrap samples (B, T): (T,) each, NaN where there are none."""
+    return _quantiles(samples, INTERVAL)
 
 
 def _quantiles(samples: Array, levels: tuple[float, float]) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evals.errors import TaskError
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A continuation to be scored after its context, both as token ids and neither empty."""
+    """A continuation to be scored after its context, both as token ids and neither empty.
+
+    Args:
+        asks_greedy: whether it matters that greedy decoding would give the continuation; for whole texts it does not.
+    """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+    asks_greedy: bool = True
 
     def cut(self, max_length: int) -> Pair:
         """The same with its context cut on the left, as lm-eval does, so that the model's input fits."""
@@ -26,7 +31,7 @@ class Pair:
                 f"{max_length}"
             )
         room = max_length + 1 - len(self.continuation)
-        return Pair(self.context[-room:], self.continuation)
+        return replace(self, context=self.context[-room:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from evals.errors import TaskError
 from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
 from optimizer.samplers import require_learns
-from optimizer.study_file import Study, space_of, task_specs
+from optimizer.study_file import Study, task_specs
+from optimizer.study_space import space_of
 from optimizer.words import count
 from search_spaces.errors import SpaceError
 

@@ -113,7 +113,7 @@ def init(
 ) -> None:
     """Write a commented study file to start from."""
     from optimizer.from_evolve import study_from_evolve
-    from optimizer.study_file import new_study
+    from optimizer.new_study import new_study
 
     if out.exists() and not force:
         _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
@@ -214,7 +214,7 @@ def show(
     console.print(weights_table(opened, trial))
     if trial in opened.points().index:
         console.print(opened.describe(trial), highlight=False, markup=False)
-        console.print(retention_table(opened, trial))
+        console.print(retention_table(opened, trial, width=console.width))
     else:
         about = opened.trials().loc[trial]
         typer.echo(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())

@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from evals.objectives import objectives
-from evals.outcomes import TaskInfo
-from optimizer.frames import Row, rows_of
+from evals.objectives import Draws, interval
+
+Array = NDArray[np.float64]
 
 
-def mixture_at(forgetting: NDArray[np.float64], target: float) -> dict[int, float] | None:
-    """Where a line of points reaches a target: two positions and their shares, or None beyond its ends.
-
-    Args:
-        forgetting: (k,) along the line, rising.
-    """
-    if len(forgetting) < 2 or not forgetting[0] <= target <= forgetting[-1]:
-        return None
-    right = int(np.clip(np.searchsorted(forgetting, target), 1, len(forgetting) - 1))
-    width = forgetting[right] - forgetting[right - 1]
-    share = float((target - forgetting[right - 1]) / width) if width > 0 else 0.5
-    return {right - 1: 1 - share, right: share}
-
-
-def difference(
-    outcomes: pd.DataFrame,
-    trial: int,
-    mixture: Mapping[int, float],
-    *,
-    tasks: Sequence[TaskInfo],
-    suite: str,
-    base: int,
-    experts: Mapping[str, int],
-) -> Row:
-    """The objectives of a trial less those of a mixture of trials, with intervals that are paired by item.
-
-    Gains and losses are linear in an item's values. So a made-up trial, whose values are the base's plus the trial's
-    less the mixture's, has these differences as its objectives, and `objectives` gives their intervals.
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How much more of the domain gain a trial has than a line, at the trial's forgetting.
 
     Args:
-        outcomes: of one suite; columns `trial` and those of `Outcome`.
-        mixture: trial number to share; the shares sum to 1.
-
-    Returns:
-        What `objectives` says of the made-up trial: `domain`, `domain_low`, `domain_high`, …
+        line_domain: what the line has there.
+        difference: the trial's less the line's, a share of the expert's gain.
+        low, high: its 95 % interval.
     """
-    needed = outcomes[outcomes["trial"].isin({trial, base, *experts.values(), *mixture})]
-    values = needed.pivot(index=["task", "item"], columns="trial", values="value")
-    mixed = sum((share * values[stop] for stop, share in mixture.items()), start=0.0 * values[base])
-    gap = needed[needed["trial"] == base].set_index(["task", "item"])
-    number = int(outcomes["trial"].max()) + 1
-    gap = gap.assign(trial=number, value=values[base] + values[trial] - mixed).reset_index()
-    ends = needed[needed["trial"].isin([base, *experts.values()])]
-    made_up = pd.concat([ends, gap], ignore_index=True)
-    return rows_of(objectives(made_up, tasks=tasks, suite=suite, base=base, experts=experts))[number]
+
+    line_domain: float
+    difference: float
+    low: float
+    high: float
+
+
+def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
+    """A trial against a line of anchors, with an interval for the same question asked of resampled items.
+
+    How much each point forgets is as uncertain as what it gains; so where the line is met, and which of its points
+    count, is found anew for every resampling.
+
+    Args:
+        line: trials that are its points, the base among them.
+    """
+    column = int(np.searchsorted(draws.trials, trial))
+    stops = np.searchsorted(draws.trials, line)
+
+    def on_line(forgetting: Array, domain: Array) -> float:
+        return most_domain(forgetting[column], forgetting[stops], domain[stops])
+
+    at = on_line(draws.points["forgetting"], draws.points["domain"])
+    samples = draws.samples["domain"][:, column] - [
+        on_line(*row) for row in zip(draws.samples["forgetting"], draws.samples["domain"], strict=True)
+    ]
+    (low,), (high,) = interval(samples[:, None])
+    return Gap(at, float(draws.points["domain"][column]) - at, float(low), float(high))
+
+
+def most_domain(target: float, forgetting: Array, domain: Array) -> float:
+    """The most domain gain on a line at a forgetting.
+
+    The line joins its points in the order of what they forget, without those another one beats; between two of them
+    lies what sharing the items between them would give, as gain and forgetting are linear in an item's value. Beyond
+    its ends counts the nearer end.
+
+    Args:
+        target: the forgetting asked for.
+        forgetting, domain: (k,) of the points, in any order.
+    """
+    order = np.lexsort((-domain, forgetting))
+    forgetting, domain = forgetting[order], domain[order]
+    best = np.maximum.accumulate(domain)
+    rises = np.append(True, domain[1:] > best[:-1])
+    return float(np.interp(target, forgetting[rises], domain[rises]))

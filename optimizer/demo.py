@@ -35,7 +35,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
 
     Args:
         out: the run's folder; models, tasks and the study file go to a folder beside it.
-        tiny: a pico model and three tasks instead of SmolLM2-135M and five.
+        tiny: a pico model and three tasks instead of SmolLM2-135M and four.
         workers: Ray actors; 0 is this process; None is the demo's own number.
         console: where progress and results are written.
 
@@ -106,8 +106,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
     else:
         domain = [task("clinical_text", 20, 36), task("clinical_words", 90, 200)]
         general = [
-            task("general_knowledge", 90, 150, OWN_TASKS),
-            task("minimal_pairs", 90, 120, OWN_TASKS),
+            task("general_knowledge", 90, 200, OWN_TASKS),
             task("python_prose", 3, 4),
         ]
     return {

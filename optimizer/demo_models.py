@@ -168,7 +168,9 @@ def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progres
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     cooling = max(1, plan.steps - plan.warm_up) if plan.cool_down else math.inf
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / plan.warm_up, 1.0 - (step - plan.warm_up) / cooling)

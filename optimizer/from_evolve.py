@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from optimizer.errors import StudyFileError
-from optimizer.study_file import GENERAL, dump_yaml, expert_name, read_yaml, source_from
+from optimizer.new_study import GENERAL, expert_name, source_from
+from optimizer.study_file import dump_yaml, read_yaml
 
 KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",

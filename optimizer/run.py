@@ -19,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
 from evals.limits import cut_short
-from evals.objectives import carries, objectives, task_retention, task_scores
+from evals.objectives import carries, draw_objectives, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
-from optimizer.comparison import difference, mixture_at
+from optimizer.comparison import gap_to_line
 from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import best_under, hypervolume, knee, non_dominated
@@ -244,12 +244,12 @@ class Run:
     def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
         """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
 
-        A line joins base, its own anchors and expert, without those another point of it beats; between two of them
-        every item's value is interpolated. So the difference is paired by item, as the gain itself is.
+        A line joins base, its own anchors and expert, without those another point of it beats. The difference is
+        paired by item, and its interval holds the uncertainty of what each of the points forgets (`gap_to_line`).
 
         Returns:
             line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_domain, difference and its 95 %
-            interval low, high. Empty with several experts, and for a trial beyond the line's ends.
+            interval low, high. Empty with several experts.
         """
         columns = ["line", "suite", "forgetting", "domain", "line_domain", "difference", "low", "high"]
         if len(self.experts) != 1 or self._points.empty or (trial is None and self._is_anchor(self.knee())):
@@ -458,16 +458,13 @@ class Run:
         base, experts = self._measured_from
         on_line = self._points["kind"].str.startswith(line) & domain.notna()
         stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
-        stops = stops[non_dominated(self._losses(prefix).loc[stops].to_numpy())]
-        stops = forgetting[stops].sort_values(kind="stable").index
-        places = mixture_at(forgetting[stops].to_numpy(), forgetting[trial])
-        if not on_line.any() or places is None:
+        if not on_line.any():
             return None
-        mixture = {int(stops[place]): share for place, share in places.items()}
         outcomes = self._outcomes(suite)
-        gap = difference(outcomes, trial, mixture, tasks=self.tasks, suite=suite, base=base, experts=experts)
-        ends = (gap["domain"], gap["domain_low"], gap["domain_high"])
-        return forgetting[trial], domain[trial], domain[trial] - gap["domain"], *ends
+        outcomes = outcomes[outcomes["trial"].isin({trial, *stops})]
+        draws = draw_objectives(outcomes, tasks=self.tasks, suite=suite, base=base, experts=experts)
+        gap = gap_to_line(draws, trial, stops.to_list())
+        return forgetting[trial], domain[trial], gap.line_domain, gap.difference, gap.low, gap.high
 
 
 def _read_trials(database: Path, url: str | None) -> list[FrozenTrial]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -31,16 +30,10 @@ from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
-if TYPE_CHECKING:
-    from search_spaces.choice import Choice
-    from search_spaces.recipe import Recipe
-    from search_spaces.space import Space
-
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
 SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
-GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
 Range = tuple[float, float]
 # what lm-eval calls some of our keys
@@ -147,6 +140,11 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 def dump_yaml(document: Mapping[str, Any]) -> str:
     """YAML text that `read_yaml` and any other reader give back unchanged."""
     return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def dump_scalar(text: str) -> str:
+    """One text as YAML, in quotes only where it needs them."""
+    return yaml.dump(text, Dumper=_Dumper, width=10_000).removesuffix("\n").removesuffix("\n...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,76 +474,6 @@ def _items(given: int | float | Literal["rest"]) -> int | float:
     return REST if given == "rest" else given
 
 
-def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
-    """The study's search space on a base with these tensor names."""
-    from search_spaces.choice import Choice  # brings optuna, as does the next
-    from search_spaces.space import Shape, Space
-
-    section, names = study.space, list(tensors)
-    if section.from_ is not None and section.method_is_the_recipes:
-        return _space_from(study, names)
-
-    def space(method: str) -> Space:
-        return Space.build(
-            method,
-            study.models.base,
-            experts=study.models.experts,
-            tensors=names,
-            shape=Shape(section.shape.kind, section.shape.n),
-            modules=section.modules,
-            ranges={name: ends for name, ends in section.ranges.items() if METHODS[method].parameter(name)},
-        )
-
-    spaces = [space(method) for method in section.methods]
-    if section.from_ is not None:
-        start = _space_from(study, names)
-        if start.method not in section.methods:
-            rule = "space.method must hold the method of the recipe that space.from names"
-            raise StudyFileError(f"{rule}; given {', '.join(section.methods)}, needed {start.method}")
-        spaces = [start if space.method == start.method else space for space in spaces]
-    return Choice(tuple(spaces)) if len(spaces) > 1 else spaces[0]
-
-
-def _space_from(study: Study, tensors: Sequence[str]) -> Space:
-    """The space around the recipe that space.from names."""
-    from search_spaces.recipe import Recipe
-    from search_spaces.space import Shape
-    from search_spaces.start import space_around
-
-    section, path = study.space, Path(study.space.from_ or "")
-    recipe = _recipe_in(path, study, tensors)
-    experts = tuple(study.models.experts.items())
-    merged, known = [", ".join(sorted(names)) for names in (dict(recipe.experts), study.models.experts)]
-    if merged != known:
-        raise StudyFileError(f"{path}: must merge the experts of the study, {known}; given {merged}")
-    given_by_hand = section.model_fields_set
-    return space_around(
-        Recipe(recipe.method, study.models.base, experts, recipe.settings),
-        name=f"from {path.name}",
-        tensors=tensors,
-        shape=Shape(section.shape.kind, section.shape.n) if "shape" in given_by_hand else None,
-        modules=section.modules if "modules" in given_by_hand else None,
-        ranges={name: ends for name, ends in section.ranges.items() if METHODS[recipe.method].parameter(name)},
-    )
-
-
-def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
-    """A recipe of ours, whose experts go by their names, or a mergekit document's, where they go by sources."""
-    from search_spaces.mergekit import from_mergekit
-    from search_spaces.recipe import Recipe
-
-    if path.suffix == ".json":
-        try:
-            return Recipe.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyFileError(f"{path}: cannot be read: {error}") from None
-    document = read_yaml(path)
-    names = {source: name for name, source in study.models.experts.items()}
-    names |= {os.path.relpath(source): name for source, name in names.items() if os.path.isabs(source)}
-    names |= {os.path.relpath(source, path.parent): name for source, name in names.items() if os.path.isabs(source)}
-    return from_mergekit(document, tensors, expert_names=names)
-
-
 def masked_url(url: str) -> str:
     """A storage URL without its password."""
     return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", url)
@@ -776,109 +704,3 @@ def _model_source(source: str, folder: Path) -> str:
 def _task_source(task: str, folder: Path) -> str:
     """A path has a slash or ends with .yaml; anything else is a task's name in lm-eval."""
     return _absolute(task, folder) if "/" in task or task.endswith((".yaml", ".yml")) else task
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A study file to start from
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def new_study(
-    out: Path, base: str, experts: Sequence[str], *, domain: Sequence[str] = (), general: Sequence[str] = ()
-) -> str:
-    """The text of a study file at `out`, from a command line's words; paths that exist are written from its folder.
-
-    Args:
-        experts: each a checkpoint, or NAME=checkpoint.
-    """
-    folder = out.resolve().parent
-    named: dict[str, str] = {}
-    for given in experts:
-        name, source = _named(given)
-        if name in named:
-            raise StudyFileError(f"experts have different names; given {name!r} twice: write NAME=PATH for one of them")
-        named[name] = source_from(source, folder)
-    choices = {"domain": domain, "general": general}
-    tasks = {role: [source_from(task, folder) for task in given] for role, given in choices.items() if given}
-    name = out.stem if re.match(NAME, out.stem) and out.stem != "study" else "-".join(named)[:64]
-    return commented_study(source_from(base, folder), named, name=name, **tasks)
-
-
-def _named(given: str) -> tuple[str, str]:
-    name, equals, source = given.partition("=")
-    if equals and source and "/" not in name:
-        if not re.match(EXPERT_NAME, name):
-            raise StudyFileError(f"{EXPERT_RULE}; given {name!r}")
-        return name, source
-    return expert_name(given), given
-
-
-def expert_name(source: str) -> str:
-    """A name for an expert, after its folder."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-_")[:32]
-    if not stem:
-        raise StudyFileError(f"an expert without a name of its own needs one: write NAME={source}")
-    return stem
-
-
-def source_from(source: str, folder: Path) -> str:
-    """A path that exists, written from a folder; anything else as it stands."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return source
-    relative = os.path.relpath(path.resolve(), folder)
-    return relative if relative.startswith("..") else f"./{relative}"
-
-
-def commented_study(
-    base: str,
-    experts: Mapping[str, str],
-    *,
-    name: str,
-    domain: Sequence[str] = ("path/to/domain_task.yaml",),
-    general: Sequence[str] = GENERAL,
-) -> str:
-    """The text of a study file with a comment on each thing a person may want to change."""
-    experts_text = "\n".join(f"    {_scalar(key)}: {_scalar(source)}" for key, source in experts.items())
-    domain_text = "\n".join(f"    - {_scalar(task)}" for task in domain)
-    general_text = "\n".join(f"    - {_scalar(task)}" for task in general)
-    return f"""\
-# A mergefront study. Look at it with `mergefront check FILE`, run it with `mergefront search FILE`.
-# Relative paths start at this file's folder.
-name: {_scalar(name)}
-
-models:
-  base: {_scalar(base)}  # the checkpoint all experts were trained from: a folder or a hub id
-  experts:  # a full checkpoint, or a LoRA adapter on the base
-{experts_text}
-
-space:
-  method: task_arithmetic  # linear, slerp, ties, dare_ties, …; or several: [task_arithmetic, ties]
-  shape: {{curve: 4}}  # weight over depth: uniform, slope, layers, {{curve: points}} or {{blocks: count}}
-  modules: [attn, mlp]  # kinds with weights of their own; add embed and head to let them differ
-  weight: [0, 1]  # must hold 0 (the base) and 1 (the expert)
-  # from: recipe.yaml  # start from a recipe.json or a mergekit document; the keys above may then be left out
-
-evals:
-  domain:  # what the expert should have learned: an lm-eval task name, or the path of a task's YAML file
-{domain_text}
-  general:  # what it may have forgotten
-{general_text}
-  items: 100  # of each task, scored by the search; more items, narrower intervals
-  holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
-  seed: 0  # chooses the items
-
-search:
-  trials: 40  # the base, the experts and other anchors are among them
-  sampler: auto  # auto, tpe, nsga2, gp, random
-  seed: 0
-
-workers:
-  count: 1  # processes, each with its own model in memory; 0: in this process, without Ray
-  threads: auto
-"""
-
-
-def _scalar(text: str) -> str:
-    """One text as YAML, in quotes only where it needs them."""
-    return yaml.dump(text, Dumper=_Dumper, width=10_000).removesuffix("\n").removesuffix("\n...")

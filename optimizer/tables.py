@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -27,7 +27,7 @@ ENDS = ("", "_low", "_high")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; every cell is shown as it stands, without markup.
+    """A plain table; every cell is shown as it stands, without markup, and in a narrow terminal no word is broken.
 
     Args:
         right: columns of numbers, set flush right.
@@ -40,11 +40,18 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         padding=(0, 1, 0, 0),
         show_header=any(columns),
     )
-    for column in columns:
-        made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+    cells = [[str(cell) for cell in row] for row in rows]
+    for column, *below in zip(columns, *cells, strict=True):
+        side: Literal["left", "right"] = "right" if column in right else "left"
+        made.add_column(Text(column), justify=side, overflow="fold", no_wrap=not _breaks([column, *below]))
+    for row in cells:
+        made.add_row(*map(Text, row))
     return made
+
+
+def _breaks(texts: Iterable[str]) -> bool:
+    """Whether lines of these texts can be broken between words, or are paths."""
+    return any(" " in text or "/" in text for text in texts)
 
 
 # --- the front -------------------------------------------------------------------------------------------------------
@@ -56,7 +63,7 @@ def print_front(run: Run, console: Console) -> None:
         console.print(run.summary(), highlight=False, markup=False)
         return
     console.print(front_table(run, width=console.width))
-    console.print(retention_table(run, run.knee()))
+    console.print(retention_table(run, run.knee(), width=console.width))
     for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short()):
         console.print(line, highlight=False, markup=False)
 
@@ -77,7 +84,7 @@ def front_table(run: Run, *, width: int) -> Table:
         (
             "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
             row["trial"],
-            row["kind"],
+            row["kind"].replace(":", " "),
             *([row["method"]] if several else []),
             *(_interval(row, *figure).replace(" [", seam) for figure in figures),
         )
@@ -155,8 +162,12 @@ def weights_table(run: Run, trial: int) -> Table:
     return table(f"Weights of trial {trial}", ["layer", *columns], cells, right=columns)
 
 
-def retention_table(run: Run, trial: int) -> Table:
-    """Each task's score of base, experts and trial, and what the trial won or kept of it, with 95 % intervals."""
+def retention_table(run: Run, trial: int, *, width: int) -> Table:
+    """Each task's score of base, experts and trial, and what the trial won or kept of it, with 95 % intervals.
+
+    Args:
+        width: of the console, in characters; where it is narrow, intervals stand below their values.
+    """
     tasks = run.retention(trial)
     suite = tasks["suite"].iloc[0]
     kinds = run.points()["kind"]
@@ -164,6 +175,7 @@ def retention_table(run: Run, trial: int) -> Table:
         kind.removeprefix("expert:"): run.retention(int(str(number)), suite).set_index("task")["score"]
         for number, kind in kinds[kinds.str.startswith("expert:") & (kinds.index != trial)].items()
     }
+    seam = " [" if width >= 78 + 12 * len(experts) else "\n["
     rows = (
         (
             row["task"],
@@ -171,7 +183,8 @@ def retention_table(run: Run, trial: int) -> Table:
             f"{row['base_score']:.3f}",
             *(f"{scores[row['task']]:.3f}" for scores in experts.values()),
             f"{row['score']:.3f}",
-            f"{'won' if row['role'] == 'domain' else 'kept'} {_share(row['share'], row['low'], row['high'])}",
+            ("won " if row["role"] == "domain" else "kept ")
+            + _share(row["share"], row["low"], row["high"]).replace(" [", seam),
         )
         for row in _records(tasks)
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from evals.demo_tasks import OWN_TASKS, write_python_prose
 from evals.engine import Engine
 from evals.harness import Harness
 from evals.outcomes import SEARCH
+from evals.tokens import Pair
 from optimizer.demo_models import build_base
 from optimizer.errors import CheckpointError
 from tests.conftest import ROOT
@@ -172,3 +174,33 @@ def test_as_near_to_float32_as_hflm(
             print(f"  {what}: {a.distance(b):.4f} nats apart, {a.flips(b)} flips")
     assert found.distance(exact) <= FACTOR * min(alone.distance(exact), together.distance(exact))
     assert found.flips(exact) <= max(1, FACTOR * max(alone.flips(exact), together.flips(exact)))
+
+
+@pytest.mark.parametrize("name", ["four choices", "rolling text"])
+def test_in_float32_as_near_to_float64_as_hflm(
+    name: str, tmp_path: Path, real: tuple[Engine, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Choices alike, whole texts much nearer: where the two differ in a fourth decimal, the rounding is HFLM's."""
+    _, wide = real
+    case = replace(CASES[name], items=7)
+    folder = write(case, tmp_path)
+    harness = load(folder, search=case.items - 1, metric=case.metric)
+    found = ours(harness, wide)
+    docs = [repr(item.doc) for item in harness.tasks[0].items[SEARCH]]
+    alone, together = (
+        theirs(HFLM(wide.model, tokenizer=wide.tokenizer, batch_size=size), folder, case, docs) for size in BATCH_SIZES
+    )
+    model = deepcopy(wide.model).double()
+    exact = Answers.of((_exactly(model, pair) for pair in harness.pairs(SEARCH, wide.max_length)), [])
+    apart = [answers.distance(exact) for answers in (found, alone, together)]
+    with capsys.disabled():
+        print("\n{}, float32 and float64: ours {:.1e} nats apart, HFLM at 1 {:.1e}, at 16 {:.1e}".format(name, *apart))
+    assert apart[0] <= FACTOR * min(apart[1:])
+
+
+def _exactly(model: Any, pair: Pair) -> float:
+    tokens = torch.tensor([pair.context + pair.continuation])
+    with torch.inference_mode():
+        logprobs = model(input_ids=tokens[:, :-1]).logits[0].log_softmax(-1)
+    first = len(pair.context) - 1
+    return float(logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum())

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from optimizer.cli import app
 from optimizer.errors import StudyFileError
 from optimizer.from_evolve import study_from_evolve
-from optimizer.study_file import Study, read_study, space_of
+from optimizer.study_file import Study, read_study
+from optimizer.study_space import space_of
 from tests.pico import pico_llama
 from tests.search_spaces.names import llama
 

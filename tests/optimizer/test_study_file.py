@@ -14,25 +14,24 @@ from hypothesis import strategies as st
 
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
+from optimizer.new_study import commented_study, new_study
 from optimizer.study_file import (
     LARGEST_FILE,
     RANGES,
     SCHEMA_FILE,
     SpaceSection,
     Study,
-    commented_study,
     dump_study,
     dump_yaml,
-    new_study,
     parse_yaml,
     read_study,
     read_yaml,
     schema_text,
-    space_of,
     stored_storage,
     study_schema,
     task_specs,
 )
+from optimizer.study_space import space_of
 from search_spaces import SpaceError
 from search_spaces.parameters import METHODS
 
