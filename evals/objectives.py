@@ -67,6 +67,10 @@ class Draws:
     points: Mapping[str, Array]
     samples: Mapping[str, Array]
 
+    def column(self, trial: int) -> int:
+        """Where a trial stands among the T."""
+        return int(np.searchsorted(self.trials, trial))
+
 
 def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     """The score of every trial on every task, in the metric's own direction and unit.
@@ -98,45 +102,6 @@ def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def objectives(
-    outcomes: pd.DataFrame,
-    *,
-    tasks: Sequence[TaskInfo],
-    suite: str,
-    base: int,
-    experts: Mapping[str, int],
-    replicates: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The objectives of every trial scored on a suite, with 95 % intervals.
-
-    Args:
-        outcomes: columns `trial` and those of `Outcome`.
-        tasks: the study's tasks; all are used.
-        suite: "search" or "holdout".
-        base: the trial that is the base.
-        experts: expert name to the trial that is this expert.
-        replicates: bootstrap samples; 0 leaves the intervals NaN.
-        seed: of the bootstrap.
-
-    Returns:
-        A frame indexed by trial: `domain` (share of the expert's gain; the mean of `domain_<name>` where there are
-        several experts), `forgetting`, and of each `_low`, `_high` and `_stderr`.
-
-    Raises:
-        TaskError: a trial lacks items, or a task has no scale (the expert scores as the base, the base as chance).
-    """
-    drawn = draw_objectives(
-        outcomes, tasks=tasks, suite=suite, base=base, experts=experts, replicates=replicates, seed=seed
-    )
-    columns = dict(drawn.points)
-    for name, samples in drawn.samples.items():
-        columns[f"{name}_low"], columns[f"{name}_high"] = interval(samples)
-        below, above = _quantiles(samples, ONE_SIGMA)
-        columns[f"{name}_stderr"] = (above - below) / 2
-    return pd.DataFrame(columns, index=pd.Index(drawn.trials, name="trial"))
-
-
 def draw_objectives(
     outcomes: pd.DataFrame,
     *,
@@ -147,7 +112,24 @@ def draw_objectives(
     replicates: int = 1000,
     seed: int = 0,
 ) -> Draws:
-    """The objectives of every trial, as measured and on resampled items; arguments and errors as `objectives`."""
+    """The objectives of every trial scored on a suite, as measured and on resampled items.
+
+    Args:
+        outcomes: columns `trial` and those of `Outcome`.
+        tasks: the study's tasks; all are used.
+        suite: "search" or "holdout".
+        base: the trial that is the base.
+        experts: expert name to the trial that is this expert.
+        replicates: bootstrap samples; 0 gives none.
+        seed: of the bootstrap.
+
+    Returns:
+        `domain` (share of the expert's gain; the mean of `domain_<name>` where there are several experts) and
+        `forgetting`.
+
+    Raises:
+        TaskError: a trial lacks items, or a task has no scale (the expert scores as the base, the base as chance).
+    """
     measures = _measures(outcomes, tasks, suite, base, experts, replicates, seed)
     groups = {f"domain_{name}": [m for m in measures if m.expert == name] for name in experts}
     empty = [name for name in groups if not groups[name]]
@@ -165,6 +147,21 @@ def draw_objectives(
     return Draws(measures[0].trials, points, samples)
 
 
+def objectives(draws: Draws) -> pd.DataFrame:
+    """The objectives of every trial with 95 % intervals.
+
+    Returns:
+        A frame indexed by trial: `domain` (share of the expert's gain; the mean of `domain_<name>` where there are
+        several experts), `forgetting`, and of each `_low`, `_high` and `_stderr`.
+    """
+    columns = dict(draws.points)
+    for name, samples in draws.samples.items():
+        columns[f"{name}_low"], columns[f"{name}_high"] = interval(samples)
+        below, above = _quantiles(samples, ONE_SIGMA)
+        columns[f"{name}_stderr"] = (above - below) / 2
+    return pd.DataFrame(columns, index=pd.Index(draws.trials, name="trial"))
+
+
 def task_retention(
     outcomes: pd.DataFrame,
     *,
@@ -175,7 +172,7 @@ def task_retention(
     replicates: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What each trial won or lost on each task; arguments as `objectives`.
+    """What each trial won or lost on each task; arguments as `draw_objectives`.
 
     Returns:
         A frame of trial, task, role, expert, score, gain_share (domain tasks, else NaN), forgetting (general tasks,
@@ -209,7 +206,7 @@ def carries(
     """Why some tasks cannot carry the search, in plain words; empty when all can.
 
     Two standard errors (paired over items) decide: a domain task must show the expert above the base; a general task
-    must show the base above chance, and some expert below the base. Arguments as `objectives`.
+    must show the base above chance, and some expert below the base. Arguments as `draw_objectives`.
     """
     findings = []
     rows = outcomes[outcomes["suite"] == suite]

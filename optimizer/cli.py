@@ -230,19 +230,26 @@ def export(
     max_forgetting: Annotated[
         float | None, typer.Option(help="The most domain gain that forgets at most so much, 0.05 for 5 %.")
     ] = None,
+    sure: Annotated[
+        float, typer.Option(help="With --max-forgetting: how sure, 0.9 for 90 % of resamplings.", min=0, max=1)
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="The new model folder.", show_default="RUN/exports/trial-N")] = None,
     storage: Storage = None,
 ) -> None:
     """Write one point as a model folder, with card and recipe."""
+    if sure and max_forgetting is None:
+        _fail("--sure says how sure --max-forgetting must be: give both", WRONG)
     if sum((trial is not None, knee, max_forgetting is not None)) != 1:
         _fail("name one point: --trial N, --knee or --max-forgetting SHARE", WRONG)
     opened = _opened(run, storage)
-    number = trial if trial is not None else _chosen(opened, max_forgetting)
+    number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
     from optimizer.ship import export_trial  # brings torch
 
     typer.echo(f"wrote {export_trial(opened, number, out)}")
     if number in opened.points().index:
         typer.echo(opened.describe(number))
+        if max_forgetting is not None:
+            typer.echo(opened.how_sure(number, max_forgetting))
 
 
 @app.command()
@@ -286,12 +293,12 @@ def _opened(run: Path, storage: str | None) -> Run:
     return open_run(run, storage=storage or stored_storage(run))
 
 
-def _chosen(run: Run, max_forgetting: float | None) -> int:
+def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
     """The knee, or the best point that forgets little enough; exits with 3 where there is none."""
     from optimizer.errors import RunError
 
     try:
-        return run.knee() if max_forgetting is None else run.best(max_forgetting)
+        return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
     except RunError as error:
         _fail(str(error), NOTHING)
 

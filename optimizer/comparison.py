@@ -18,11 +18,13 @@ class Gap:
     """How much more of the domain gain a trial has than a line, at the trial's forgetting.
 
     Args:
+        line_forgetting: the trial's, or the least of the line where that is more.
         line_domain: what the line has there.
         difference: the trial's less the line's, a share of the expert's gain.
         low, high: its 95 % interval.
     """
 
+    line_forgetting: float
     line_domain: float
     difference: float
     low: float
@@ -38,8 +40,7 @@ def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
     Args:
         line: trials that are its points, the base among them.
     """
-    column = int(np.searchsorted(draws.trials, trial))
-    stops = np.searchsorted(draws.trials, line)
+    column, stops = draws.column(trial), [draws.column(stop) for stop in line]
 
     def on_line(forgetting: Array, domain: Array) -> float:
         return most_domain(forgetting[column], forgetting[stops], domain[stops])
@@ -49,7 +50,8 @@ def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
         on_line(*row) for row in zip(draws.samples["forgetting"], draws.samples["domain"], strict=True)
     ]
     (low,), (high,) = interval(samples[:, None])
-    return Gap(at, float(draws.points["domain"][column]) - at, float(low), float(high))
+    forgetting, domain = draws.points["forgetting"], float(draws.points["domain"][column])
+    return Gap(float(max(forgetting[column], forgetting[stops].min())), at, domain - at, float(low), float(high))
 
 
 def most_domain(target: float, forgetting: Array, domain: Array) -> float:

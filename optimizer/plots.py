@@ -47,9 +47,9 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
         points = points.drop(columns="method")
     figure.add_traces(_front_traces(points, unseen=unseen))
     _axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
-    left, right = _span(points["forgetting"], below=0.04, above=0.12)
+    left, right = _span(_shown(points, "forgetting", unseen=unseen), below=0.04, above=0.12)
     figure.update_xaxes(range=[left, right])
-    figure.update_yaxes(range=_span(points["domain"], below=0.08, above=0.16))
+    figure.update_yaxes(range=_span(_shown(points, "domain", unseen=unseen), below=0.08, above=0.16))
     rows = rows_of(points)
     ends = [row for row in rows.values() if row["kind"] == "base" or row["kind"].startswith("expert:")]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
@@ -204,6 +204,12 @@ def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
         _marks(points[base], "base", "square", INK, 13),
         _marks(points[experts], "expert", "diamond", RED, 14),
     ]
+
+
+def _shown(points: pd.DataFrame, name: str, *, unseen: bool) -> pd.Series:
+    """The values of an objective that have a mark."""
+    again = points.loc[points["front"], f"holdout_{name}"].dropna()
+    return pd.concat([points[name], again]) if unseen else points[name]
 
 
 def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, float]:

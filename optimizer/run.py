@@ -6,6 +6,7 @@ Needs neither torch nor ray nor lm-eval, and changes nothing. What is read is ke
 from __future__ import annotations
 
 import html
+from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
 from evals.limits import cut_short
-from evals.objectives import carries, draw_objectives, objectives, task_retention, task_scores
+from evals.objectives import Draws, carries, draw_objectives, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
-from optimizer.comparison import gap_to_line
+from optimizer.comparison import Gap, gap_to_line
 from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import best_under, hypervolume, knee, non_dominated
@@ -200,21 +201,42 @@ class Run:
         at = knee(front["domain"], front["forgetting"], expert_forgetting=self.reference()["forgetting"])
         return int(front.index[at])
 
-    def best(self, max_forgetting: float) -> int:
-        """The front's point with the most domain gain that forgets at most so much (a share: 0.05 is 5 %).
+    def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
+        """The front's point with the most domain gain that forgets at most so much, by the search items.
+
+        Args:
+            max_forgetting: a share: 0.05 is 5 %.
+            sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone.
 
         Raises:
             RunError: no point forgets so little.
         """
         self._require_points()
-        front = self.front()
-        at = best_under(front["domain"], front["forgetting"], max_forgetting=max_forgetting)
-        if at is None:
-            least = front["forgetting"].min()
+        front, asked = self.front(), percent(max_forgetting)
+        certain = front[self.within(max_forgetting, SEARCH)[front.index] >= sure]
+        at = best_under(certain["domain"], certain["forgetting"], max_forgetting=max_forgetting)
+        if at is not None:
+            return int(certain.index[at])
+        if sure and (front["forgetting"] <= max_forgetting).any():
             raise RunError(
-                f"no point of run {self.name} forgets at most {percent(max_forgetting)}; the least is {percent(least)}"
+                f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
+                "allow more forgetting, be less sure, or measure more items"
             )
-        return int(front.index[at])
+        raise RunError(
+            f"no point of run {self.name} forgets at most {asked}; the least is {percent(front['forgetting'].min())}"
+        )
+
+    def within(self, max_forgetting: float, suite: str) -> pd.Series[float]:
+        """How sure it is that each trial forgets at most so much: the share of resamplings of a suite's items."""
+        draws = self._draws(suite)
+        shares = (draws.samples["forgetting"] <= max_forgetting).mean(axis=0)
+        return pd.Series(shares, index=pd.Index(draws.trials, name="trial"))
+
+    def how_sure(self, trial: int, max_forgetting: float) -> str:
+        """One sentence on how sure it is that a trial forgets at most so much, by the items that judge it."""
+        suite = self.suite_of(trial)
+        share = self.within(max_forgetting, suite)[trial]
+        return f"In {percent(share)} of resamplings of the {suite} items it forgets at most {percent(max_forgetting)}."
 
     # --- the search as a whole -----------------------------------------------------------------------------------
 
@@ -248,10 +270,10 @@ class Run:
         paired by item, and its interval holds the uncertainty of what each of the points forgets (`gap_to_line`).
 
         Returns:
-            line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_domain, difference and its 95 %
-            interval low, high. Empty with several experts.
+            line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_forgetting (the same, or the least
+            the line has), line_domain, difference and its 95 % interval low, high. Empty with several experts.
         """
-        columns = ["line", "suite", "forgetting", "domain", "line_domain", "difference", "low", "high"]
+        columns = ["line", "suite", "forgetting", "domain", *(gap.name for gap in fields(Gap))]
         if len(self.experts) != 1 or self._points.empty or (trial is None and self._is_anchor(self.knee())):
             return pd.DataFrame(columns=columns)
         trial = self.knee() if trial is None else trial
@@ -349,7 +371,7 @@ class Run:
             for column in ("method", "kind"):
                 empty.insert(0, column, pd.Series(dtype=str))
             return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
-        frame = self._objectives(SEARCH)
+        frame = objectives(self._draws(SEARCH))
         frame = frame.join(self._holdout_objectives(columns).add_prefix("holdout_"))
         frame.insert(0, "kind", [_kind(self._frozen[number]) for number in frame.index])
         frame.insert(1, "method", [self._methods[number] for number in frame.index])
@@ -358,16 +380,24 @@ class Run:
 
     def _holdout_objectives(self, columns: list[str]) -> pd.DataFrame:
         try:
-            return self._objectives(HOLDOUT)
+            return objectives(self._draws(HOLDOUT))
         except TaskError as error:
             self._holdout_trouble = f"The holdout scores cannot be used: {error}" if self._scored(HOLDOUT) else ""
             return pd.DataFrame(columns=columns, dtype=float)
 
     _holdout_trouble = ""
 
-    def _objectives(self, suite: str) -> pd.DataFrame:
-        base, experts = self._measured_from
-        return objectives(self._outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts)
+    def _draws(self, suite: str) -> Draws:
+        if suite not in self._drawn:
+            base, experts = self._measured_from
+            self._drawn[suite] = draw_objectives(
+                self._outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
+            )
+        return self._drawn[suite]
+
+    @cached_property
+    def _drawn(self) -> dict[str, Draws]:
+        return {}
 
     def _objective_columns(self) -> list[str]:
         names = ["domain", *(name for name in self.objectives if name not in ("domain", "forgetting")), "forgetting"]
@@ -452,7 +482,7 @@ class Run:
         return HOLDOUT if self._points["holdout_domain"].notna().any() else SEARCH
 
     def _against(self, trial: int, line: str, suite: str) -> tuple[float, ...] | None:
-        """A trial against one line of anchors: forgetting, domain, the line's domain, difference, low, high."""
+        """A trial against one line of anchors: its forgetting and domain, and the gap's fields."""
         prefix = _prefix(suite)
         domain, forgetting = (self._points[f"{prefix}{name}"] for name in ("domain", "forgetting"))
         base, experts = self._measured_from
@@ -460,11 +490,8 @@ class Run:
         stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
         if not on_line.any():
             return None
-        outcomes = self._outcomes(suite)
-        outcomes = outcomes[outcomes["trial"].isin({trial, *stops})]
-        draws = draw_objectives(outcomes, tasks=self.tasks, suite=suite, base=base, experts=experts)
-        gap = gap_to_line(draws, trial, stops.to_list())
-        return forgetting[trial], domain[trial], gap.line_domain, gap.difference, gap.low, gap.high
+        gap = gap_to_line(self._draws(suite), trial, stops.to_list())
+        return forgetting[trial], domain[trial], *astuple(gap)
 
 
 def _read_trials(database: Path, url: str | None) -> list[FrozenTrial]:
@@ -510,7 +537,10 @@ def _verdict(gap: Row) -> str:
         meaning = f"the search keeps {-middle:.0f} points less [{-high:.0f}, {-low:.0f}], so take that instead"
     else:
         meaning = f"the difference, {middle:+.0f} points [{low:+.0f}, {high:+.0f}], does not show that search pays"
-    return f"At the same forgetting, {line} keeps {percent(gap['line_domain'])} of the gain; {meaning}."
+    kept = f"keeps {percent(gap['line_domain'])} of the gain; {meaning}."
+    if gap["line_forgetting"] > gap["forgetting"]:
+        return f"No point with {line} forgets so little; the nearest, at {percent(gap['line_forgetting'])}, {kept}"
+    return f"At the same forgetting, {line} {kept}"
 
 
 def _said(row: Row, name: str) -> str:

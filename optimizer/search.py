@@ -26,7 +26,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.errors import TaskError
-from evals.objectives import carries, objectives
+from evals.objectives import carries, draw_objectives
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
 from optimizer.errors import RunError, SearchError
 from optimizer.front import non_dominated, widest_gaps
@@ -191,9 +191,11 @@ class _Scale:
         frame = self.outcomes
         if run is not None and trial not in (self.base, *self.experts.values()):
             frame = pd.concat([frame, run.read_outcomes(trial, SEARCH)], ignore_index=True)
-        measured = objectives(frame, tasks=self.tasks, suite=SEARCH, base=self.base, experts=self.experts, replicates=0)
-        names = list(objective_names(list(self.experts)))
-        return tuple(measured.loc[[trial], names].to_numpy(dtype=float)[0].tolist())
+        measured = draw_objectives(
+            frame, tasks=self.tasks, suite=SEARCH, base=self.base, experts=self.experts, replicates=0
+        )
+        place = measured.column(trial)
+        return tuple(float(measured.points[name][place]) for name in objective_names(list(self.experts)))
 
     def findings(self) -> list[str]:
         """What these tasks cannot show, in words."""

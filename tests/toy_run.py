@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from evals.objectives import objectives
+from evals.objectives import draw_objectives, objectives
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.front import non_dominated
 from optimizer.run_folder import RunFolder
@@ -117,7 +117,7 @@ def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool) -> P
     frames = [_write(run, number, "search", recipes[number], tasks) for number in scored]
     kinds = {kind: number for number, (kind, _) in enumerate(asked)}
     ends = {"base": kinds["base"], "experts": {name: kinds[f"expert:{name}"] for name in experts}}
-    scores = objectives(pd.concat(frames), tasks=infos, suite="search", replicates=0, **ends)
+    scores = objectives(draw_objectives(pd.concat(frames), tasks=infos, suite="search", replicates=0, **ends))
     columns = [*(["domain"] if len(experts) == 1 else [f"domain_{name}" for name in experts]), "forgetting"]
     _write_study(run, space, asked, recipes, scores[columns], rng)
     if holdout:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from evals.errors import TaskError
-from evals.objectives import carries, objectives, task_retention, task_scores
+from evals.objectives import carries, draw_objectives, objectives, task_retention, task_scores
 from evals.outcomes import TaskInfo
 
 DOMAIN = TaskInfo("terms", "domain", "", "multiple_choice", "acc", True, 0.25, 0, 0)
@@ -49,7 +49,7 @@ def study(trials: int = 4, n: int = 60) -> pd.DataFrame:
 
 def measured(outcomes: pd.DataFrame, **options: Any) -> pd.DataFrame:
     given = {"tasks": (DOMAIN, GENERAL), "suite": "search", "base": 0, "experts": {"x": 3}} | options
-    return objectives(outcomes, **given)
+    return objectives(draw_objectives(outcomes, **given))
 
 
 def test_definitions_by_hand() -> None:

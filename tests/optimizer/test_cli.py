@@ -221,6 +221,12 @@ def test_an_export_of_nothing_feasible_exits_with_3(run: Path) -> None:
     assert "forgets at most" in result.stderr
 
 
+def test_how_sure_needs_a_limit(run: Path) -> None:
+    result = call("export", run, "--knee", "--sure", "0.9")
+    assert result.exit_code == 2
+    assert "--sure says how sure --max-forgetting must be" in result.stderr
+
+
 # --- running a study ---
 
 

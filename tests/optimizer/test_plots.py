@@ -48,6 +48,16 @@ def test_front_shows_every_point_once(run: Run) -> None:
     assert named(figure, "front").error_y.array is None
 
 
+def test_every_mark_is_inside_the_axes_also_where_holdout_items_say_otherwise(run: Run) -> None:
+    points = run.points()
+    far = points.index[points["front"]][-1]
+    points.loc[far, ["holdout_forgetting", "holdout_domain"]] = -0.5, 2.5
+    figure = plots.front(points, knee=run.knee(), suite="holdout")
+    for trace in (trace for trace in figure.data if trace.mode == "markers"):
+        for values, axis in ((trace.x, figure.layout.xaxis), (trace.y, figure.layout.yaxis)):
+            assert all(axis.range[0] < value < axis.range[1] for value in values)
+
+
 def test_without_holdout_the_intervals_are_on_the_search_figures(tmp_path: Path) -> None:
     figure = open_run(toy_run(tmp_path / "toy", trials=12, holdout=False)).plot_front()
     assert named(figure, "front").error_y.array is not None

@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from evals.objectives import objectives
+from evals.objectives import draw_objectives, objectives
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
 from optimizer.report import report_html
-from optimizer.run import Run, open_run
+from optimizer.run import Run, _verdict, open_run
 from optimizer.run_folder import RunFolder
 from optimizer.tables import front_document, print_front, status_document
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
@@ -122,6 +122,37 @@ def test_search_against_a_line_is_the_difference_of_the_objectives(run: Run) -> 
     assert len(run.verdict()) == 2
 
 
+def test_a_trial_that_forgets_less_than_any_line_is_held_against_its_least(run: Run) -> None:
+    gap = run.does_search_pay().iloc[0].to_dict() | {"forgetting": -0.01, "line_forgetting": 0.0, "line_domain": 0.0}
+    sentence = (
+        "No point with one weight for all layers forgets so little; the nearest, at 0.0 %, keeps 0.0 % of the gain"
+    )
+    assert _verdict(gap).startswith(sentence)
+
+
+def test_how_sure_a_limit_is_kept(run: Run) -> None:
+    limits = np.linspace(-0.2, 0.6, 9)
+    shares = np.array([run.within(limit, "search") for limit in limits])  # (9, trials)
+    assert (np.diff(shares, axis=0) >= 0).all()  # more forgetting allowed, surer
+    assert (shares[:, 0] == (limits >= 0)).all()  # the base forgets nothing, in any resampling
+    points = run.points()
+    for trial, middle in points["forgetting"].iloc[1:].items():
+        assert 0.2 < run.within(middle, "search")[trial] < 0.8
+    assert (run.within(0.9, "holdout").index == points.index[points["holdout_domain"].notna()]).all()
+
+
+def test_the_surer_the_limit_the_less_is_taken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = float(run.front()["forgetting"].median())
+    bold, sure = run.best(limit), run.best(limit, sure=0.9)
+    points = run.points()
+    assert points["forgetting"][sure] < points["forgetting"][bold]
+    assert run.within(limit, "search")[sure] >= 0.9 > run.within(limit, "search")[bold]
+    assert run.how_sure(bold, limit).startswith("In ")
+    monkeypatch.setattr(Run, "within", lambda *_: pd.Series(0.5, index=points.index))
+    with pytest.raises(RunError, match=r"in 90 % of resamplings; allow more forgetting"):
+        run.best(limit, sure=0.9)
+
+
 def test_reading_changes_no_file(tmp_path: Path) -> None:
     path = toy_run(tmp_path / "toy", trials=12)
     before = {file: sha256(file.read_bytes()).digest() for file in path.rglob("*") if file.is_file()}
@@ -205,7 +236,7 @@ def test_reading_needs_no_torch_ray_or_lm_eval(tmp_path: Path) -> None:
 
 def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
     frame = RunFolder(run.path).all_outcomes("search")
-    again = objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1})
+    again = objectives(draw_objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1}))
     assert np.array_equal(again["domain_low"], run.points()["domain_low"])
 
 
