@@ -8,6 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2)  # on forgetting, for which a run gives its answer unasked
+SURE = 0.9  # and how sure that is, a share of resamplings
+
 
 def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
     """Mark the points that no other point beats.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.frames import Row, rows_of
+from optimizer.front import SURE
 from optimizer.plots import library_script
 from optimizer.run_folder import redacted, write_atomically
 from optimizer.words import count, percent
@@ -87,7 +88,7 @@ def report_html(run: Run) -> str:
         cards=_cards(run) if scored else "",
         findings=_findings(run),
         figures=_figures(run) if scored else "",
-        table=_table(run) if scored else "",
+        table=_limits(run) + _table(run) if scored else "",
         words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
         study=_text(redacted(study.read_text(encoding="utf-8"))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
@@ -146,6 +147,37 @@ def _figures(run: Run) -> str:
         '<p class="soft">Click a point of the front to see its weights and tasks below.</p></section>'
         f'<section>{choice}<div class="figure" id="weights"></div><div class="figure" id="retention"></div></section>'
         '<section><div class="figure" id="hypervolume"></div></section>'
+    )
+
+
+def _limits(run: Run) -> str:
+    """The best point for each of some limits on forgetting."""
+    answers = rows_of(run.by_limit())
+    if not answers:
+        return ""
+    items = "unseen items" if all(row["suite"] == HOLDOUT for row in answers.values()) else "search items"
+    figures = [f"{name},<br>{items}" for name in ("domain gain", "forgetting")]
+    titles = ("forgets at most", "trial", "what", *figures, "keeps to it in")
+    rows = (
+        _cells(
+            [
+                percent(row["limit"]),
+                row["trial"],
+                _what(row["kind"]),
+                _interval(row, "domain"),
+                _interval(row, "forgetting"),
+                f"{percent(row['kept'])} of resamplings",
+            ]
+        )
+        for row in answers.values()
+    )
+    export = f"mergefront export {run.path.name} --max-forgetting {answers[0]['limit']:g} --sure {SURE:g}"
+    return (
+        "<section><h2>The most domain gain for a limit on forgetting</h2>"
+        f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
+        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{title}</th>" for title in titles)}</tr></thead>'
+        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
+        f"<p>Write one as a model: <code>{_text(export)}</code></p></section>"
     )
 
 

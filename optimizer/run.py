@@ -25,7 +25,7 @@ from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
 from optimizer.comparison import Gap, gap_to_line
 from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
-from optimizer.front import best_under, hypervolume, knee, non_dominated
+from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee, non_dominated
 from optimizer.run_folder import all_outcomes, read_manifest, redacted
 from optimizer.study_db import read_storage
 from optimizer.trial_words import NOT_COUNTED, SEARCHED
@@ -237,6 +237,30 @@ class Run:
         suite = self.suite_of(trial)
         share = self.within(max_forgetting, suite)[trial]
         return f"In {percent(share)} of resamplings of the {suite} items it forgets at most {percent(max_forgetting)}."
+
+    def by_limit(self, sure: float = SURE) -> pd.DataFrame:
+        """The answer for each of some limits on forgetting: the best point, and what the items that judge it say.
+
+        Args:
+            sure: as of `best`.
+
+        Returns:
+            limit, trial, kind, suite (that judges), domain and forgetting with `_low` and `_high`, and kept: the share
+            of resamplings in which the limit is kept. Without a row for limits that no point keeps, or every expert.
+        """
+        names = [f"{name}{end}" for name in ("domain", "forgetting") for end in ("", "_low", "_high")]
+        rows = []
+        for limit in LIMITS if len(self._points) else ():
+            try:
+                trial = self.best(limit, sure=sure)
+            except RunError:
+                continue
+            if limit >= self.reference()["forgetting"]:
+                break
+            suite, row = self.suite_of(trial), self._points.loc[trial]
+            figures = [row[f"{_prefix(suite)}{name}"] for name in names]
+            rows.append((limit, trial, row["kind"], suite, *figures, self.within(limit, suite)[trial]))
+        return pd.DataFrame(rows, columns=["limit", "trial", "kind", "suite", *names, "kept"])
 
     # --- the search as a whole -----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.outcomes import SUITES
+from optimizer.front import SURE
 from optimizer.words import percent
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ def _breaks(texts: Iterable[str]) -> bool:
 
 
 def print_front(run: Run, console: Console) -> None:
-    """Print the front beside the anchors, the tasks of its knee, whether the search was worth it, and what was cut."""
+    """Print the front beside the anchors, the answer for some limits on forgetting, the tasks of the knee, whether the
+    search was worth it, and what was cut."""
     if not len(run.front()):
         console.print(run.summary(), highlight=False, markup=False)
         return
     console.print(front_table(run, width=console.width))
+    if len(run.by_limit()):
+        console.print(limits_table(run, width=console.width))
     console.print(retention_table(run, run.knee(), width=console.width))
     for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short()):
         console.print(line, highlight=False, markup=False)
@@ -97,6 +101,30 @@ def front_table(run: Run, *, width: int) -> Table:
     )
 
 
+def limits_table(run: Run, *, width: int) -> Table:
+    """The answer for each of some limits on forgetting, as `Run.by_limit`.
+
+    Args:
+        width: of the console, in characters; where it is narrow, intervals stand below their values.
+    """
+    answers = _records(run.by_limit())
+    seam = " [" if width >= 78 else "\n["
+    rows = (
+        (
+            percent(row["limit"]),
+            row["trial"],
+            row["kind"].replace(":", " "),
+            *(_share(*(row[f"{name}{end}"] for end in ENDS)).replace(" [", seam) for name in ("domain", "forgetting")),
+            percent(row["kept"]),
+        )
+        for row in answers
+    )
+    suites = " or ".join(dict.fromkeys(row["suite"] for row in answers))
+    title = f"For a limit on forgetting, {percent(SURE)} sure by search items; judged on {suites} items"
+    columns = ["at most", "trial", "kind", "domain gain", "forgetting", "keeps to it in"]
+    return table(title, columns, rows, right=["at most", "trial", *columns[3:]])
+
+
 def front_document(run: Run) -> dict[str, Any]:
     """The front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
     points, knee = _front(run)
@@ -114,6 +142,7 @@ def front_document(run: Run) -> dict[str, Any]:
             }
             for row in points
         ],
+        "limits": _records(run.by_limit()),
         "findings": run.findings(),
     }
 

@@ -153,6 +153,18 @@ def test_the_surer_the_limit_the_less_is_taken(run: Run, monkeypatch: pytest.Mon
         run.best(limit, sure=0.9)
 
 
+def test_each_limit_has_the_point_that_keeps_to_it_by_the_search_items(run: Run) -> None:
+    answers = run.by_limit()
+    assert len(answers) >= 2
+    assert answers["domain"].notna().all()
+    for limit, trial, kept in answers[["limit", "trial", "kept"]].itertuples(index=False):
+        assert trial == run.best(limit, sure=0.9)
+        assert kept == run.within(limit, run.suite_of(trial))[trial]
+        assert limit < run.reference()["forgetting"]
+    assert [row["trial"] for row in front_document(run)["limits"]] == answers["trial"].tolist()
+    assert "<h2>The most domain gain for a limit on forgetting</h2>" in report_html(run)
+
+
 def test_reading_changes_no_file(tmp_path: Path) -> None:
     path = toy_run(tmp_path / "toy", trials=12)
     before = {file: sha256(file.read_bytes()).digest() for file in path.rglob("*") if file.is_file()}
