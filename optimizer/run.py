@@ -249,14 +249,13 @@ class Run:
             of resamplings in which the limit is kept. Without a row for limits that no point keeps, or every expert.
         """
         names = [f"{name}{end}" for name in ("domain", "forgetting") for end in ("", "_low", "_high")]
+        most = self.reference()["forgetting"] if len(self._points) else 0.0
         rows = []
-        for limit in LIMITS if len(self._points) else ():
+        for limit in (limit for limit in LIMITS if limit < most):
             try:
                 trial = self.best(limit, sure=sure)
             except RunError:
                 continue
-            if limit >= self.reference()["forgetting"]:
-                break
             suite, row = self.suite_of(trial), self._points.loc[trial]
             figures = [row[f"{_prefix(suite)}{name}"] for name in names]
             rows.append((limit, trial, row["kind"], suite, *figures, self.within(limit, suite)[trial]))
