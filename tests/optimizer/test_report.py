@@ -51,8 +51,9 @@ def without_library(page: str) -> str:
 
 def test_says_the_main_thing_first(run: Run, page: str) -> None:
     text = without_library(page)
-    lead = text.index(run.describe(run.knee()))
-    assert lead < text.index('id="front"') < text.index("<table>") < text.index("The study file")
+    order = (run.describe(run.knee()), "for a limit on forgetting", 'id="front"', "The front, from", "The study file")
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
     for sentence in run.verdict():
         assert sentence in text
     assert "reference point" in text
