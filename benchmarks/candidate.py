@@ -127,7 +127,7 @@ def main() -> None:
     for dtype, spent in zip(DTYPES, their_seconds(study, arguments.batch_size, DTYPES), strict=True):
         theirs, (merge, load, score) = sum(spent), spent
         rate = f"{theirs:7.1f} s a candidate, {3600 / theirs:6.0f} an hour"
-        steps = f"mergekit-yaml {merge:.1f}, load {load:.1f}, lm-eval {score:.1f}"
+        steps = f"mergekit-yaml {merge:.1f}, load {load:.1f}, lm-eval {score:.1f} at batch {arguments.batch_size}"
         print(f"theirs: {rate}, {theirs / ours:.1f} times ours ({dtype}: {steps})", flush=True)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -97,7 +97,8 @@ def _continued(
     stop = [*prompts[0].stop]
     if tokenizer.eos_token_id is not None:
         stop.append(str(tokenizer.decode([tokenizer.eos_token_id])))
-    made = model.generate(  # type: ignore[operator]  # a method that transformers' types lose
+    generate: Any = model.generate  # transformers' types lose it
+    made = generate(
         input_ids=tokens,
         attention_mask=mask,
         max_length=width + limit,

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
 from optimizer.frames import Row, rows_of
-from optimizer.words import percent
+from optimizer.words import kind_said, percent
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
@@ -53,7 +53,7 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     rows = rows_of(points)
     ends = [row for row in rows.values() if row["kind"] == "base" or row["kind"].startswith("expert:")]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
-        label = _escaped(row["kind"].replace("expert:", "expert "))
+        label = _escaped(kind_said(row["kind"]))
         _point_at(figure, row, label, x=34, y=-26 if place % 2 else 26)
     if knee is not None:
         figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
@@ -208,7 +208,7 @@ def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
 
 def _shown(points: pd.DataFrame, name: str, *, unseen: bool) -> pd.Series:
     """The values of an objective that have a mark."""
-    again = points.loc[points["front"], f"holdout_{name}"].dropna()
+    again = points.loc[points["front"] & (points["kind"] == "search"), f"holdout_{name}"].dropna()
     return pd.concat([points[name], again]) if unseen else points[name]
 
 

@@ -22,7 +22,7 @@ from optimizer.frames import Row, rows_of
 from optimizer.front import SURE
 from optimizer.plots import library_script
 from optimizer.run_folder import redacted, write_atomically
-from optimizer.words import count, percent
+from optimizer.words import count, kind_said, percent
 
 if TYPE_CHECKING:
     from optimizer.run import Run
@@ -158,26 +158,16 @@ def _limits(run: Run) -> str:
     items = "unseen items" if all(row["suite"] == HOLDOUT for row in answers.values()) else "search items"
     figures = [f"{name},<br>{items}" for name in ("domain gain", "forgetting")]
     titles = ("forgets at most", "trial", "what", *figures, "keeps to it in")
-    rows = (
-        _cells(
-            [
-                percent(row["limit"]),
-                row["trial"],
-                _what(row["kind"]) or "searched",
-                _interval(row, "domain"),
-                _interval(row, "forgetting"),
-                f"{percent(row['kept'])} of resamplings",
-            ]
-        )
-        for row in answers.values()
-    )
+    rows = []
+    for row in answers.values():
+        what, kept = _what(row["kind"]) or "searched", f"{percent(row['kept'])} of resamplings"
+        shares = [_interval(row, name) for name in ("domain", "forgetting")]
+        rows.append(f"<tr>{_cells([percent(row['limit']), row['trial'], what, *shares, kept])}</tr>")
     export = f"mergefront export {run.path.name} --max-forgetting {answers[0]['limit']:g} --sure {SURE:g}"
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
         f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
-        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{title}</th>" for title in titles)}</tr></thead>'
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
-        f"<p>Write one as a model: <code>{_text(export)}</code></p></section>"
+        f"{_grid(titles, rows)}<p>Write one as a model: <code>{_text(export)}</code></p></section>"
     )
 
 
@@ -186,7 +176,6 @@ def _table(run: Run) -> str:
     titles = [f"{_title(name)},<br>{items}" for items in ("search items", "unseen items") for name in names]
     several = len(run.methods) > 1
     columns = ("trial", "what", *(["method"] if several else []), *titles, "recipe")
-    head = "".join(f"<th>{title}</th>" for title in columns)
     digests = run.trials()["recipe"].to_dict()
     rows = []
     for trial, row in rows_of(run.front()).items():
@@ -196,10 +185,16 @@ def _table(run: Run) -> str:
         rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
     export = f"mergefront export {run.path.name} --trial {knee}"
     return (
-        '<section><h2>The front, from least to most forgetting</h2><div class="scroll"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<section><h2>The front, from least to most forgetting</h2>{_grid(columns, rows)}"
         f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
     )
+
+
+def _grid(titles: Iterable[str], rows: Iterable[str]) -> str:
+    """A table that scrolls where it is too wide, of titles and rows that are HTML already."""
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _title(name: str) -> str:
@@ -207,7 +202,7 @@ def _title(name: str) -> str:
 
 
 def _what(kind: str) -> str:
-    return "" if kind == SEARCH else kind.replace("expert:", "expert ")
+    return "" if kind == SEARCH else kind_said(kind)
 
 
 def _named(name: str, kind: str) -> str:

@@ -212,11 +212,9 @@ class Run:
             RunError: no point forgets so little.
         """
         self._require_points()
+        if (found := self._best(max_forgetting, sure)) is not None:
+            return found
         front, asked = self.front(), percent(max_forgetting)
-        certain = front[self.within(max_forgetting, SEARCH)[front.index] >= sure]
-        at = best_under(certain["domain"], certain["forgetting"], max_forgetting=max_forgetting)
-        if at is not None:
-            return int(certain.index[at])
         if sure and (front["forgetting"] <= max_forgetting).any():
             raise RunError(
                 f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
@@ -252,9 +250,7 @@ class Run:
         most = self.reference()["forgetting"] if len(self._points) else 0.0
         rows = []
         for limit in (limit for limit in LIMITS if limit < most):
-            try:
-                trial = self.best(limit, sure=sure)
-            except RunError:
+            if (trial := self._best(limit, sure)) is None:
                 continue
             suite, row = self.suite_of(trial), self._points.loc[trial]
             figures = [row[f"{_prefix(suite)}{name}"] for name in names]
@@ -490,6 +486,12 @@ class Run:
         if self._points.empty:
             raise RunError(f"run {self.name} has no finished trial yet: the base and every expert must be scored first")
         return self._points
+
+    def _best(self, max_forgetting: float, sure: float) -> int | None:
+        front = self.front()
+        certain = front[self.within(max_forgetting, SEARCH)[front.index] >= sure]
+        at = best_under(certain["domain"], certain["forgetting"], max_forgetting=max_forgetting)
+        return None if at is None else int(certain.index[at])
 
     def _is_anchor(self, trial: int) -> bool:
         return bool(self._points["kind"][trial] != SEARCHED)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from evals.outcomes import SUITES
 from optimizer.front import SURE
-from optimizer.words import percent
+from optimizer.words import kind_said, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,8 +65,8 @@ def print_front(run: Run, console: Console) -> None:
         console.print(run.summary(), highlight=False, markup=False)
         return
     console.print(front_table(run, width=console.width))
-    if len(run.by_limit()):
-        console.print(limits_table(run, width=console.width))
+    if len(answers := run.by_limit()):
+        console.print(limits_table(answers, width=console.width))
     console.print(retention_table(run, run.knee(), width=console.width))
     for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short()):
         console.print(line, highlight=False, markup=False)
@@ -88,7 +88,7 @@ def front_table(run: Run, *, width: int) -> Table:
         (
             "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
             row["trial"],
-            row["kind"].replace(":", " "),
+            kind_said(row["kind"]),
             *([row["method"]] if several else []),
             *(_interval(row, *figure).replace(" [", seam) for figure in figures),
         )
@@ -101,25 +101,25 @@ def front_table(run: Run, *, width: int) -> Table:
     )
 
 
-def limits_table(run: Run, *, width: int) -> Table:
-    """The answer for each of some limits on forgetting, as `Run.by_limit`.
+def limits_table(answers: pd.DataFrame, *, width: int) -> Table:
+    """The answer for each of some limits on forgetting.
 
     Args:
+        answers: `Run.by_limit()`, with a row.
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    answers = _records(run.by_limit())
     seam = " [" if width >= 78 else "\n["
     rows = (
         (
             percent(row["limit"]),
             row["trial"],
-            row["kind"].replace(":", " "),
+            kind_said(row["kind"]),
             *(_share(*(row[f"{name}{end}"] for end in ENDS)).replace(" [", seam) for name in ("domain", "forgetting")),
             percent(row["kept"]),
         )
-        for row in answers
+        for row in _records(answers)
     )
-    suites = " or ".join(dict.fromkeys(row["suite"] for row in answers))
+    suites = " or ".join(answers["suite"].unique())
     title = f"For a limit on forgetting, {percent(SURE)} sure by search items; judged on {suites} items"
     columns = ["at most", "trial", "kind", "domain gain", "forgetting", "keeps to it in"]
     return table(title, columns, rows, right=["at most", "trial", *columns[3:]])

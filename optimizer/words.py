@@ -1,4 +1,4 @@
-"""How numbers are said to a person: shares as per cent with their interval, counts with their noun."""
+"""How things are said to a person: shares as per cent with their interval, counts with their noun, a trial's kind."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
     if math.isnan(low) or math.isnan(high) or low == value == high:
         return said
     return f"{said} [{_number(low, digits)}, {_number(high, digits)}]"
+
+
+def kind_said(kind: str) -> str:
+    """A trial's kind: `expert clinical` of `expert:clinical`, the others as they are."""
+    return kind.replace("expert:", "expert ")
 
 
 def count(number: int, noun: str) -> str:
