@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
 from optimizer.frames import Row, rows_of
-from optimizer.words import kind_said, percent
+from optimizer.words import kind_said, percent, tasks_said
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
@@ -166,10 +166,10 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
             text=percent(row["share"], row["low"], row["high"]), x=1.01, xref="paper", y=place, yref="y",
             xanchor="left", showarrow=False, font={"size": 15, "color": INK},
         )  # fmt: skip
-    several = upwards["expert"].nunique() > 2  # general tasks have no expert
-    labels = [f"{row['task']} ({row['expert']})" if several and row["expert"] else row["task"] for row in rows.values()]
     _axes(figure, "%, where 100 is the expert (domain) or the base (general)", "")
-    figure.update_yaxes(tickvals=list(rows), ticktext=[_escaped(label) for label in labels], ticklabelstandoff=8)
+    figure.update_yaxes(
+        tickvals=list(rows), ticktext=[_escaped(name) for name in tasks_said(rows.values())], ticklabelstandoff=8
+    )
     figure.update_yaxes(range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False)
     figure.add_shape(
         type="line", x0=100, x1=100, y0=0, y1=1, yref="paper", line={"color": INK, "width": 1.5, "dash": "dash"}

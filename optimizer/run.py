@@ -166,7 +166,7 @@ class Run:
                 "expert": rows["expert"],
                 "metric": rows["task"].map({task.name: task.metric for task in self.tasks}),
                 "suite": suite,
-                "base_score": rows["task"].map(self._base_scores(suite)),
+                "base_score": rows["task"].map(self.scores(self._measured_from[0], suite)),
                 "score": rows["score"],
                 "share": rows["gain_share"].where(~kept, 1 - rows["forgetting"]),
                 "low": rows["low"].where(~kept, 1 - rows["high"]),
@@ -174,6 +174,12 @@ class Run:
             }
         )
         return frame.reset_index(drop=True)
+
+    def scores(self, trial: int, suite: str) -> dict[str, float]:
+        """A trial's score on each task of a suite, in the metric's own unit."""
+        outcomes = self._outcomes(suite)
+        scores = task_scores(outcomes[outcomes["trial"] == trial], suite)
+        return dict(zip(scores["task"], scores["score"], strict=True))
 
     def named(self, trial: int) -> str:
         """A trial as people call it: its number, and its method where the run has several."""
@@ -434,12 +440,6 @@ class Run:
                 self._outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
             )
         return self._retentions[suite]
-
-    def _base_scores(self, suite: str) -> dict[str, float]:
-        base, _ = self._measured_from
-        outcomes = self._outcomes(suite)
-        scores = task_scores(outcomes[outcomes["trial"] == base], suite)
-        return dict(zip(scores["task"], scores["score"], strict=True))
 
     @cached_property
     def _stored(self) -> dict[str, pd.DataFrame]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import RunError, StudyFileError
 from optimizer.export import export_model
+from optimizer.frames import rows_of
 from optimizer.merge import Sources
 from optimizer.run_folder import read_manifest
 from optimizer.study_file import LARGEST_FILE, read_yaml
+from optimizer.words import tasks_said
 from search_spaces.mergekit import from_mergekit
 from search_spaces.recipe import Recipe
 from search_spaces.stack import Stack, is_stack, is_stack_text, stack_of, stack_sources
@@ -118,10 +120,10 @@ def _scores(run: Run, trial: int, scored: bool) -> dict[str, dict[str, float]]:
     if not scored:
         return {}
     columns = {"base_score": "base", "score": "merge", "share": "share gained (domain) or kept (general)"}
-    rows = run.retention(trial).to_dict("records")
+    rows = list(rows_of(run.retention(trial)).values())
     return {
-        f"{row['task']} ({row['role']}, {row['metric']})": {
+        f"{name} ({row['role']}, {row['metric']})": {
             title: float(row[name]) for name, title in columns.items() if math.isfinite(row[name])
         }
-        for row in rows
+        for name, row in zip(tasks_said(rows), rows, strict=True)
     }

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from evals.outcomes import SUITES
 from optimizer.front import SURE
-from optimizer.words import kind_said, percent
+from optimizer.words import kind_said, percent, tasks_said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,13 +201,14 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
     suite = tasks["suite"].iloc[0]
     kinds = run.points()["kind"]
     experts = {
-        kind.removeprefix("expert:"): run.retention(int(str(number)), suite).set_index("task")["score"]
+        kind.removeprefix("expert:"): run.scores(int(str(number)), suite)
         for number, kind in kinds[kinds.str.startswith("expert:") & (kinds.index != trial)].items()
     }
     seam = " [" if width >= 78 + 12 * len(experts) else "\n["
+    records = _records(tasks)
     rows = (
         (
-            row["task"],
+            name,
             row["metric"],
             f"{row['base_score']:.3f}",
             *(f"{scores[row['task']]:.3f}" for scores in experts.values()),
@@ -215,7 +216,7 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
             ("won " if row["role"] == "domain" else "kept ")
             + _share(row["share"], row["low"], row["high"]).replace(" [", seam),
         )
-        for row in _records(tasks)
+        for name, row in zip(tasks_said(records), records, strict=True)
     )
     title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept"
     numbers = ["base", *experts, f"trial {trial}"]

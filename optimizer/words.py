@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -17,6 +19,17 @@ def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
 def kind_said(kind: str) -> str:
     """A trial's kind: `expert clinical` of `expert:clinical`, the others as they are."""
     return kind.replace("expert:", "expert ")
+
+
+def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of tasks, with the expert a domain task is measured by where there are several.
+
+    Args:
+        rows: of `Run.retention`: task and expert (empty for a general task).
+    """
+    pairs = [(row["task"], row["expert"]) for row in rows]
+    several = len({expert for _, expert in pairs if expert}) > 1
+    return [f"{task} ({expert})" if several and expert else task for task, expert in pairs]
 
 
 def count(number: int, noun: str) -> str:

@@ -55,8 +55,15 @@ def _task(name: str, role: str, metric: str, chance: float, base: float, change:
     return ToyTask(info, base, change)
 
 
-def toy_tasks(experts: Sequence[str]) -> list[ToyTask]:
+def toy_tasks(experts: Sequence[str], *, shared: bool = False) -> list[ToyTask]:
+    """Two domain tasks for each expert, or two that name no expert and so measure all of them, and three general ones."""
     tasks = []
+    if shared:
+        tasks = [
+            _task("questions", "domain", "acc", 0.25, -1.2, 2.6),
+            _task("notes", "domain", "bits_per_byte", 0.0, 1.30, -0.42),
+        ]
+        experts = ()
     for name in experts:
         expert = name if len(experts) > 1 else ""
         tasks += [
@@ -87,24 +94,31 @@ def toy_space(experts: Sequence[str] = ("clinical",)) -> Space:
 
 
 def toy_run(
-    folder: Path, *, trials: int = 40, experts: tuple[str, ...] = ("clinical",), seed: int = 0, holdout: bool = True
+    folder: Path,
+    *,
+    trials: int = 40,
+    experts: tuple[str, ...] = ("clinical",),
+    seed: int = 0,
+    holdout: bool = True,
+    shared: bool = False,
 ) -> Path:
     """Write a finished run folder: the anchors, then so many search trials, one of them failed; return its path.
 
     Args:
         folder: does not exist yet.
         holdout: the front and the anchors were scored again on the holdout suite.
+        shared: the domain tasks name no expert.
     """
-    shutil.copytree(_built(trials, experts, seed, holdout), folder)
+    shutil.copytree(_built(trials, experts, seed, holdout, shared), folder)
     return folder
 
 
 @cache
-def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool) -> Path:
+def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shared: bool) -> Path:
     """The run, written once per process: a database of fifty trials takes seconds."""
     parent = Path(tempfile.mkdtemp(prefix="toy-run-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    space, tasks = toy_space(experts), toy_tasks(experts)
+    space, tasks = toy_space(experts), toy_tasks(experts, shared=shared)
     infos = [task.info for task in tasks]
     run = RunFolder.create_or_resume(parent / "toy", STUDY, {"seed": seed, "toy": True}, tasks=infos)
     rng = np.random.default_rng(seed)

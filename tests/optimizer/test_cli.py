@@ -19,6 +19,7 @@ from optimizer.run import open_run
 from optimizer.run_folder import RunFolder
 from optimizer.study_file import read_study
 from tests.optimizer.small_study import write_study
+from tests.pico import pico_expert
 from tests.toy_run import toy_run
 
 WIDTH = 100
@@ -270,6 +271,35 @@ def test_search_in_a_locked_folder_is_refused(searched: Path) -> None:
         result = call("search", searched)
     assert result.exit_code == 2
     assert f"process {os.getpid()}" in result.stderr
+
+
+def test_two_experts_measured_by_one_task_are_shown_apart_from_search_to_card(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    pico_expert(tmp_path / "base", tmp_path / "lawyer", seed=2, scale=0.1)
+    study, run = tmp_path / "two.yaml", tmp_path / "runs/two"
+    experts = [f"clinical={tmp_path / 'expert'}", f"legal={tmp_path / 'lawyer'}"]
+    tasks = ["--domain", tmp_path / "skill/skill.yaml", "--general", tmp_path / "manners/manners.yaml"]
+    assert call("init", tmp_path / "base", *experts, *tasks, "--out", study).exit_code == 0
+    small = ["items=4", "holdout_items=4"]
+    sets = [*(f"--set=evals.{item}" for item in small), "--set=search.trials=8", "--set=search.sampler=random"]
+    shown = call("search", study, *sets, "--set=space.shape=uniform", "--workers", "0")
+    assert shown.exit_code == 0, shown.output
+    knee = open_run(run).knee()
+    for result in (shown, call("front", run), call("show", run, knee)):
+        assert result.exit_code == 0, result.output
+        for expert in ("clinical", "legal"):
+            assert any(f"skill ({expert})" in line and "won" in line for line in result.stdout.splitlines())
+    assert call("status", run).exit_code == call("report", run).exit_code == 0
+    document = json.loads(call("show", run, knee, "--json").stdout)
+    assert [(row["task"], row["expert"]) for row in document["tasks"]][:2] == [
+        ("skill", "clinical"),
+        ("skill", "legal"),
+    ]
+    assert call("export", run, "--knee", "--out", tmp_path / "out").exit_code == 0
+    card = (tmp_path / "out/README.md").read_text()
+    for row in document["tasks"][:2]:
+        (line,) = (line for line in card.splitlines() if line.startswith(f"| skill ({row['expert']}) (domain, "))
+        assert line.endswith(f"{row['share']:.4g} |")
 
 
 def test_an_interrupted_search_says_how_to_go_on(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:

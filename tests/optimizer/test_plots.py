@@ -104,6 +104,12 @@ def test_several_experts_have_a_panel_each(tmp_path: Path) -> None:
     assert picture(run.plot_retention(run.knee()))
 
 
+def test_a_task_of_two_experts_has_a_labelled_bar_for_each(tmp_path: Path) -> None:
+    run = open_run(toy_run(tmp_path / "toy", trials=4, experts=("clinical", "legal"), shared=True))
+    labels = run.plot_retention(run.knee()).layout.yaxis.ticktext
+    assert list(reversed(labels))[:4] == [f"{t} ({e})" for t in ("questions", "notes") for e in ("clinical", "legal")]
+
+
 def test_names_are_inert(run: Run) -> None:
     frame = run.retention(run.knee()).assign(task=EVIL)
     labels = plots.retention(frame, title="x").layout.yaxis.ticktext
