@@ -330,6 +330,8 @@ class _Cluster:
         for attempt in range(STARTS):
             try:
                 self._init()
+                if self._on_sigterm is signal.SIG_IGN:  # a signal that is ignored stays so
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 return
             except Exception as error:
                 with contextlib.suppress(Exception):

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -134,6 +135,19 @@ def test_ray_is_not_started_from_a_thread_that_may_end() -> None:
     thread.start()
     thread.join()
     assert "main thread" in str(caught[0])
+
+
+def test_a_signal_that_is_ignored_stays_ignored_by_ray_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module._Cluster, "_init", lambda self: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        cluster = pool_module._Cluster(1, None, {})
+        cluster.start()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        monkeypatch.setattr(cluster, "ray", SimpleNamespace(shutdown=lambda: None))
+        cluster.stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # With Ray ------------------------------------------------------------------------------------------------------------
