@@ -56,7 +56,7 @@ def _task(name: str, role: str, metric: str, chance: float, base: float, change:
 
 
 def toy_tasks(experts: Sequence[str], *, shared: bool = False) -> list[ToyTask]:
-    """Two domain tasks for each expert, or two that name no expert and so measure all of them, and three general ones."""
+    """Three general tasks, and two domain tasks for each expert or, shared, two that name none and so measure all."""
     tasks = []
     if shared:
         tasks = [
