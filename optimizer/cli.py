@@ -1,6 +1,7 @@
 """The command line: one short function per verb; what a verb needs is imported inside it, so that --help is instant.
 
-Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 3 no point to give, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 3 not now (no point to give, another search at work, a
+full disk, no answer from a database), 4 a study is damaged, missing or another program's, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from optimizer.run import Run
 
-FAILED, WRONG, NOTHING, INTERRUPTED = 1, 2, 3, 130
+FAILED, WRONG, NOT_NOW, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 130
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -54,9 +55,18 @@ class _Commands(TyperGroup):
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error made for a person; None for any other."""
     from evals.errors import TaskError
-    from optimizer.errors import CheckpointError, MergefrontError, RunError, StudyFileError
+    from optimizer.errors import (
+        CheckpointError,
+        DamagedError,
+        MergefrontError,
+        RunError,
+        StudyFileError,
+        UnavailableError,
+    )
     from search_spaces.errors import SpaceError
 
+    if isinstance(error, UnavailableError | DamagedError):
+        return NOT_NOW if isinstance(error, UnavailableError) else DAMAGED
     if isinstance(error, StudyFileError | CheckpointError | RunError | TaskError | SpaceError):
         return WRONG
     return FAILED if isinstance(error, MergefrontError) else None
@@ -163,7 +173,7 @@ def search(
     folder = run_study(study, overrides, _console())
     typer.echo(f"report: {folder / 'report.html'}")
     if _opened(folder, read_study(study, overrides).search.storage).front().empty:
-        raise typer.Exit(NOTHING)
+        raise typer.Exit(NOT_NOW)
 
 
 @app.command()
@@ -300,7 +310,7 @@ def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
     try:
         return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
     except RunError as error:
-        _fail(str(error), NOTHING)
+        _fail(str(error), NOT_NOW)
 
 
 def _console() -> Console:

@@ -4,7 +4,9 @@ MergefrontError
 ├── StudyFileError     a study file (or other YAML) breaks a rule: fix the file
 ├── CheckpointError    a model folder is torn, unsafe or does not fit the others: fix the folder
 ├── MergeError         the arithmetic gave no usable tensor: fix the recipe or the expert
-├── RunError           a run folder is locked, or was made from another study
+├── RunError           a run folder was made from another study, or something it is asked for is not in it
+│   ├── UnavailableError   not now: another search writes to it, the disk is full, a database server does not answer
+│   └── DamagedError       its study is damaged, missing, or another program's
 ├── SearchError        the search cannot go on: mend the cause and start it again
 └── WorkerError        a worker died or cannot start
 
@@ -29,7 +31,15 @@ class MergeError(MergefrontError):
 
 
 class RunError(MergefrontError):
-    """A run folder is in use, or was made from another study."""
+    """A run folder was made from another study, or something it is asked for is not in it."""
+
+
+class UnavailableError(RunError):
+    """A run cannot be worked on now; whatever stands in the way lies outside it."""
+
+
+class DamagedError(RunError):
+    """A run's study is damaged, missing, or another program's; it is left as it is."""
 
 
 class SearchError(MergefrontError):

@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from optuna.storages import RDBStorage
 
 from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
-from optimizer.errors import RunError
+from optimizer.errors import RunError, UnavailableError
 from optimizer.study_db import open_storage
 
 _Read = TypeVar("_Read")
@@ -97,7 +98,8 @@ class RunFolder:
         """Become the folder's one writer until the lock is released or this process ends, however it ends.
 
         Raises:
-            RunError: another process holds the lock; it is named.
+            UnavailableError: another process holds the lock; it is named.
+            RunError: the folder cannot be written, or its lock is not a plain file.
         """
         return RunLock(self.path / "lock")
 
@@ -147,14 +149,14 @@ class RunLock:
     """An exclusive flock: the kernel frees it when the process dies, so a leftover file means nothing."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str] = path.open("a+", encoding="utf-8")
+        self._file = _opened_lock(path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise RunError(
+            raise UnavailableError(
                 f"one search at a time may write to {path.parent}; it is in use by {holder}. "
                 "Wait for it to end, or name another run folder"
             ) from None
@@ -179,6 +181,49 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, sound or not."""
+    return (folder / "tasks.json").is_file()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a search writes to a run folder now; asking leaves the folder as it is."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _opened_lock(path: Path) -> IO[str]:
+    """The lock file, made where there is none. A link would have us empty the file it points to; a pipe would wait."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise _no_lock(path) from error
+        raise RunError(
+            f"a search must write to {path.parent}: {error.strerror}; `report` and `front` still work"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_lock(path)
+    return open(descriptor, "a+", encoding="utf-8")
+
+
+def _no_lock(path: Path) -> RunError:
+    return RunError(f"{path} must be a plain file, made by `mergefront search`; remove what is there")
 
 
 def read_manifest(folder: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from optimizer.check import Plan, count_tokens, make_plan, require_own_names, re
 from optimizer.pool import RayPool, SerialPool
 from optimizer.progress import Progress, event_text
 from optimizer.run import open_run
-from optimizer.run_folder import RunFolder, write_atomically
+from optimizer.run_folder import RunFolder, is_run, write_atomically
 from optimizer.search import Event, run_search
 from optimizer.study_file import Study, dump_study, read_study, task_specs
 from optimizer.tables import front_document, print_front
@@ -44,26 +45,20 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         MergefrontError: what is wrong, in words for a person.
         KeyboardInterrupt: the person stopped the search; the console says how to go on.
     """
-    from optimizer.checkpoints import require_finite
-
     require_own_names()
     study = read_study(study_path, overrides)
-    plan = make_plan(study)
-    count_tokens(plan)
-    require_sound(plan)
-    assert plan.base is not None
-    assert plan.harness is not None
-    assert plan.space is not None
-    for checkpoint in (plan.base, *plan.experts.values()):
-        require_finite(checkpoint)
-    tasks = plan.harness.infos
-    run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
-    with run.lock():
+    with ExitStack() as held:
+        if known := is_run(study.run_path):  # a second driver is told at once, before any model is read
+            held.enter_context(RunFolder(study.run_path).lock())
+        plan = _sound_plan(study)
+        assert plan.harness is not None
+        tasks = plan.harness.infos
+        run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
+        if not known:
+            held.enter_context(run.lock())
         console.print(f"run folder: {run.path}", highlight=False, markup=False, soft_wrap=True)
         try:
-            with Progress(console) as progress, make_pool(study) as pool:
-                events = partial(_tell_both, progress, run)
-                run_search(study, run, space=plan.space, pool=pool, tasks=tasks, events=events)
+            _search(plan, run, console)
         except KeyboardInterrupt:
             go_on = shlex.join(["mergefront", "search", str(study_path), *(f"--set={o}" for o in overrides)])
             lines = f"stopped; nothing finished is lost. Go on with:\n  {go_on}"
@@ -73,6 +68,27 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         finish(finished)
     print_front(finished, console)
     return run.path
+
+
+def _sound_plan(study: Study) -> Plan:
+    """A plan in which everything fits, of models that are finite."""
+    from optimizer.checkpoints import require_finite
+
+    plan = make_plan(study)
+    count_tokens(plan)
+    require_sound(plan)
+    assert plan.base is not None
+    for checkpoint in (plan.base, *plan.experts.values()):
+        require_finite(checkpoint)
+    return plan
+
+
+def _search(plan: Plan, run: RunFolder, console: Console) -> None:
+    assert plan.space is not None
+    assert plan.harness is not None
+    with Progress(console) as progress, make_pool(plan.study) as pool:
+        events = partial(_tell_both, progress, run)
+        run_search(plan.study, run, space=plan.space, pool=pool, tasks=plan.harness.infos, events=events)
 
 
 def finish(run: Run) -> None:

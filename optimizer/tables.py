@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -15,6 +13,7 @@ from rich.text import Text
 
 from evals.outcomes import SUITES
 from optimizer.front import SURE
+from optimizer.run_folder import is_locked
 from optimizer.words import kind_said, percent, tasks_said
 
 if TYPE_CHECKING:
@@ -252,21 +251,9 @@ def status_document(run: Run) -> dict[str, Any]:
     return {
         "run": run.name,
         "path": str(run.path),
-        "running": _is_locked(run.path / "lock"),
+        "running": is_locked(run.path),
         "trials": {str(state): int(number) for state, number in states.items()},
         "methods": {name: int(methods[name]) for name in run.methods},
         "front": len(run.front()),
         "findings": run.findings(),
     }
-
-
-def _is_locked(lock: Path) -> bool:
-    """Whether a search holds the lock; asking leaves the file as it is."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

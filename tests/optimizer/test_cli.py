@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
-from optimizer.errors import MergeError, RunError
+from optimizer.errors import DamagedError, MergeError, RunError, UnavailableError
 from optimizer.run import open_run
 from optimizer.run_folder import RunFolder
 from optimizer.study_file import read_study
@@ -88,7 +88,13 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(RunError("locked"), 2), (MergeError("not finite"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (RunError("no such trial"), 2),
+        (UnavailableError("locked"), 3),
+        (DamagedError("torn"), 4),
+        (MergeError("not finite"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_each_kind_of_failure_has_its_exit_code(
     run: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
@@ -266,11 +272,18 @@ def test_search_with_a_broken_expert_names_file_and_tensor(tmp_path: Path) -> No
     assert "model.norm.weight has 1 of 32 values NaN" in result.stderr
 
 
-def test_search_in_a_locked_folder_is_refused(searched: Path) -> None:
-    with RunFolder(searched.parent / "runs/small").lock():
-        result = call("search", searched)
-    assert result.exit_code == 2
+def test_a_second_driver_is_told_before_any_model_is_read(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    monkeypatch.setattr("optimizer.run_study.make_plan", read.append)
+    run = searched.parent / "runs/small"
+    before = (run / "study.yaml").read_bytes()
+    with RunFolder(run).lock():
+        result = call("search", searched, "--set", "search.trials=9")
+        assert call("front", run).exit_code == 0
+    assert result.exit_code == 3
     assert f"process {os.getpid()}" in result.stderr
+    assert read == []
+    assert (run / "study.yaml").read_bytes() == before
 
 
 def test_two_experts_measured_by_one_task_are_shown_apart_from_search_to_card(tmp_path: Path) -> None:

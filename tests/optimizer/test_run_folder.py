@@ -16,7 +16,7 @@ import pytest
 
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import RunError
-from optimizer.run_folder import FRAME_COLUMNS, RunFolder, redacted, write_atomically
+from optimizer.run_folder import FRAME_COLUMNS, RunFolder, is_locked, redacted, write_atomically
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
@@ -93,6 +93,18 @@ def test_a_second_writer_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     with run.lock(), pytest.raises(RunError, match=rf"in use by process {os.getpid()} on .* since "):
         run.lock()
     run.lock().release()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_a_lock_that_is_no_plain_file_is_refused_and_read_around(tmp_path: Path, kind: str) -> None:
+    run = made(tmp_path / "toy")
+    lock, other = run.path / "lock", tmp_path / "other"
+    other.write_text("precious")
+    {"folder": lock.mkdir, "pipe": lambda: os.mkfifo(lock), "link": lambda: lock.symlink_to(other)}[kind]()
+    with pytest.raises(RunError, match="lock must be a plain file"):
+        run.lock()
+    assert is_locked(run.path) is False
+    assert other.read_text() == "precious"
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
