@@ -62,6 +62,15 @@ def checked_path(given: str | Path, *, where: str = "", error: type[Exception] =
     return path
 
 
+def resolved_path(given: str, folder: Path, *, where: str = "", error: type[Exception] = DocumentError) -> Path:
+    """The absolute path a person means by `given` in a file of this folder; arguments and errors as `checked_path`."""
+    path = checked_path(folder / checked_path(given, where=where, error=error), where=where, error=error)
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as problem:  # a loop of links is a RuntimeError
+        raise error(f"{where}{': ' if where else ''}{path} leads nowhere: {problem}") from None
+
+
 def read_bytes(path: str | Path, *, limit: int = LARGEST, error: type[Exception] = DocumentError) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
@@ -79,7 +88,7 @@ def read_bytes(path: str | Path, *, limit: int = LARGEST, error: type[Exception]
     if kind != stat.S_IFREG:
         raise error(f"{path}: must be a regular file; given {KINDS.get(kind, 'something else')}")
     if size > limit:
-        raise error(f"{path}: may hold {limit:,} bytes; given {'more' if size == limit + 1 else f'{size:,}'}")
+        raise error(f"{path}: may hold {limit:,} bytes; given {size:,}")
     return content
 
 

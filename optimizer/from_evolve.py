@@ -6,14 +6,14 @@ is refused by its name: a study that silently searched something else would be w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evals.documents import DocumentError, checked_path, read_json
 from optimizer.errors import StudyFileError
-from optimizer.new_study import GENERAL, expert_name, source_from
-from optimizer.study_file import dump_yaml, read_yaml
+from optimizer.new_study import GENERAL, expert_name, run_name, source_from
+from optimizer.study_file import MOST_ITEMS, MOST_SHOTS, dump_scalar, dump_yaml, read_yaml, shown
 
 KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",
@@ -57,9 +57,10 @@ class _Conversion:
         self.base, self.experts = self._models()
 
     def lines(self) -> Iterator[str]:
-        yield f"# From {self.path.name}, a configuration of mergekit-evolve. Look at it with `mergefront check FILE`,"
-        yield "# run it with `mergefront search FILE`. Relative paths start at this file's folder."
-        name = self.out.stem if self.out.stem != "study" else "-".join(self.experts)[:64]
+        yield f"# From {dump_scalar(self.path.name)}, a configuration of mergekit-evolve."
+        yield "# Look at it with `mergefront check FILE`, run it with `mergefront search FILE`."
+        yield "# Relative paths start at this file's folder."
+        name = run_name(self.out, list(self.experts))
         yield dump_yaml({"name": name, "models": {"base": self.base, "experts": self.experts}})
         yield dump_yaml({"space": self._space()}).rstrip()
         if self.genome.get("normalize") is None and self.method in ("ties", "dare_ties"):
@@ -97,21 +98,22 @@ class _Conversion:
     def _source(self, key: str, given: object) -> str:
         if not isinstance(given, str) or not given or "+" in given or "@" in given:
             self._refuse(key, "must be a folder or a hub id, without revision and adapter", given)
+        checked_path(given, where=f"{self.path}: {key}", error=StudyFileError)
         return given
 
     def _space(self) -> dict[str, Any]:
-        if self.genome.get("normalize") and self.method != "linear":
+        if self._flag("genome.normalize", False) and self.method != "linear":
             mend = "remove it: the weights of a study are not divided by their sum"
             self._refuse("genome.normalize", "has no counterpart", True, mend)
         scale = "t" if self.method == "slerp" else "weight"
-        low = -1.0 if self.genome.get("allow_negative_weights") and scale == "weight" else 0.0
+        low = -1.0 if self._flag("genome.allow_negative_weights", False) and scale == "weight" else 0.0
         shape = self._shape()
         return {"method": self.method, "shape": shape, "modules": self._modules(), scale: [low, 1.0]} | (
             {"density": [0.1, 1.0]} if self.method in ("ties", "dare_ties") else {}
         )
 
     def _shape(self) -> str | dict[str, int]:
-        step = self.genome.get("layer_granularity", 0)
+        step, smooth = self.genome.get("layer_granularity", 0), self._flag("genome.smooth", False)
         if type(step) is not int or step < 0:
             self._refuse("genome.layer_granularity", "must be a whole number", step)
         if step == 0:
@@ -122,7 +124,7 @@ class _Conversion:
         blocks = layers // step
         if blocks == 1:
             return "uniform"
-        if self.genome.get("smooth"):
+        if smooth:
             return {"curve": blocks}
         return "layers" if step == 1 else {"blocks": blocks}
 
@@ -131,20 +133,23 @@ class _Conversion:
 
         file = (self.out.resolve().parent / self.base).resolve() / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            return next(int(config[key]) for key in LAYER_COUNT_KEYS if key in config)
-        except (OSError, ValueError, StopIteration) as error:
+            config = read_json(file)
+            count = next((config[key] for key in LAYER_COUNT_KEYS if key in config), None)
+            if type(count) is not int or count < 1:
+                raise DocumentError(f"given {shown(count)}")
+        except (DocumentError, TypeError) as error:
             raise StudyFileError(
                 f"{self.path}: genome.layer_granularity: the base's layers must be counted, and {file} does not tell "
                 f"them ({error}); name the base by its folder, or set layer_granularity to 0 and write space.shape"
             ) from None
+        return count
 
     def _modules(self) -> list[str]:
         filters = self.genome.get("filters") or []
         if not isinstance(filters, list):
             self._refuse("genome.filters", "must be a list of words", filters)
         for i, word in enumerate(filters):
-            if word not in MODULES:
+            if not isinstance(word, str) or word not in MODULES:
                 mend = f"weights go by kinds of modules: {', '.join(MODULES)}"
                 self._refuse(f"genome.filters.{i}", "has no counterpart", word, mend)
         kinds = {MODULES[word] for word in filters}
@@ -154,31 +159,33 @@ class _Conversion:
 
     def _evals(self) -> dict[str, Any]:
         for key in ("shuffle", "random_init"):
-            if self.document.get(key):
+            if self._flag(key, False):
                 self._refuse(key, "has no counterpart: a study's items and anchors are fixed by its seeds", True)
-        chat, shots = self.document.get("apply_chat_template", True), self.document.get("num_fewshot") or 0
-        if chat and shots and not self.document.get("fewshot_as_multiturn", True):
+        chat, shots = self._flag("apply_chat_template", True), self._count("num_fewshot", 0, MOST_SHOTS) or 0
+        if not self._flag("fewshot_as_multiturn", True) and chat and shots:
             mend = "examples in a chat template are turns of a conversation"
             self._refuse("fewshot_as_multiturn", "has no counterpart where it is off", False, mend)
         tasks = self.document.get("tasks")
         if not isinstance(tasks, list) or not tasks:
             self._refuse("tasks", "must be a list of tasks", tasks)
         domain = [self._task(f"tasks.{i}", task, shots) for i, task in enumerate(tasks)]
-        limit = self.document.get("limit")
+        limit = self._count("limit", 1, MOST_ITEMS)
         items = {} if limit is None else {"items": limit, "holdout_items": limit}
         folder = self.out.resolve().parent
         general = [source_from(task, folder) for task in self.general or GENERAL]
-        return {"domain": domain, "general": general, **items, "chat_template": bool(chat)}
+        return {"domain": domain, "general": general, **items, "chat_template": chat}
 
     def _task(self, key: str, given: object, shots: int) -> dict[str, Any]:
         task = {"name": given} if isinstance(given, str) else self._mapping(key, given)
         self._only(task, TASK_KEYS, f"{key}.")
-        if not isinstance(task.get("name"), str):
+        if not isinstance(task.get("name"), str) or not task["name"]:
             self._refuse(f"{key}.name", "must be a task's name", task.get("name"))
         if task.get("weight", 1.0) != 1.0:
             mend = "domain gain and forgetting are kept apart and a metric's direction is known: remove it"
             self._refuse(f"{key}.weight", "has no counterpart", task["weight"], mend)
-        metric, _, chosen = str(task.get("metric", "acc,none")).partition(",")
+        if not isinstance(task.get("metric", ""), str):
+            self._refuse(f"{key}.metric", "must be a metric's name", task["metric"])
+        metric, _, chosen = task.get("metric", "acc,none").partition(",")
         return {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"} | (
             {"shots": shots} if shots else {}
         )
@@ -188,10 +195,25 @@ class _Conversion:
             self._refuse(key, "must hold keys and values", value)
         return value
 
+    def _flag(self, key: str, default: bool) -> bool:
+        """What stands under a key that is true or false, of the document or of its genome."""
+        section = self.genome if key.startswith("genome.") else self.document
+        given = section.get(key.removeprefix("genome."))
+        if given is not None and not isinstance(given, bool):
+            self._refuse(key, "must be true or false", given)
+        return default if given is None else given
+
+    def _count(self, key: str, least: int, most: int) -> int | None:
+        given = self.document.get(key)
+        if given is not None and (type(given) is not int or not least <= given <= most):
+            between = f", {least} or more" if most == MOST_ITEMS else f" from {least} to {most}"
+            self._refuse(key, f"must be a whole number{between}", given)
+        return given
+
     def _only(self, value: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
         for key in value:
             if key not in known:
                 self._refuse(f"{prefix}{key}", f"is not known; the keys here are {', '.join(known)}", value[key])
 
     def _refuse(self, key: str, rule: str, given: object, mend: str = "") -> NoReturn:
-        raise StudyFileError(f"{self.path}: {key}: {rule}; given {given!r}" + (f"; {mend}" if mend else ""))
+        raise StudyFileError(f"{self.path}: {key}: {rule}; given {shown(given)}" + (f"; {mend}" if mend else ""))

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evals.documents import checked_path
 from optimizer.errors import StudyFileError
-from optimizer.study_file import EXPERT_NAME, EXPERT_RULE, NAME, dump_scalar
+from optimizer.study_file import EXPERT_NAME, EXPERT_RULE, NAME, dump_scalar, shown
 
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 
@@ -30,15 +31,20 @@ def new_study(
         named[name] = source_from(source, folder)
     choices = {"domain": domain, "general": general}
     tasks = {role: [source_from(task, folder) for task in given] for role, given in choices.items() if given}
-    name = out.stem if re.match(NAME, out.stem) and out.stem != "study" else "-".join(named)[:64]
-    return commented_study(source_from(base, folder), named, name=name, **tasks)
+    return commented_study(source_from(base, folder), named, name=run_name(out, list(named)), **tasks)
+
+
+def run_name(out: Path, experts: Sequence[str]) -> str:
+    """A name for the run, after the study's file or, where that says nothing or is no name, after the experts."""
+    says = out.stem != "study" and re.fullmatch(NAME, out.stem) and not out.stem.endswith(".")
+    return out.stem if says else "-".join(experts)[:64]
 
 
 def _named(given: str) -> tuple[str, str]:
     name, equals, source = given.partition("=")
     if equals and source and "/" not in name:
-        if not re.match(EXPERT_NAME, name):
-            raise StudyFileError(f"{EXPERT_RULE}; given {name!r}")
+        if not re.fullmatch(EXPERT_NAME, name):
+            raise StudyFileError(f"{EXPERT_RULE}; given {shown(name)}")
         return name, source
     return expert_name(given), given
 
@@ -47,14 +53,18 @@ def expert_name(source: str) -> str:
     """A name for an expert, after its folder."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-_")[:32]
     if not stem:
-        raise StudyFileError(f"an expert without a name of its own needs one: write NAME={source}")
+        raise StudyFileError(f"an expert without a name of its own needs one: write NAME=PATH; given {shown(source)}")
     return stem
 
 
-def source_from(source: str, folder: Path) -> str:
-    """A path that exists, written from a folder; anything else as it stands."""
-    path = Path(source).expanduser()
-    if not path.exists():
+def source_from(source: str, folder: Path, where: str = "") -> str:
+    """A path that exists, written from a folder; anything else as it stands.
+
+    Raises:
+        StudyFileError: no file can have that path; `where` says where it was given.
+    """
+    path = checked_path(source, where=where, error=StudyFileError)
+    if not os.path.exists(path):  # False also where it may not be looked at
         return source
     relative = os.path.relpath(path.resolve(), folder)
     return relative if relative.startswith("..") else f"./{relative}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,15 +27,22 @@ from pydantic import (
     model_serializer,
 )
 
+from evals.documents import DEEPEST, MOST_DIGITS, read_text, resolved_path
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
+MOST_VALUES = 100_000  # of a YAML document, keys among them: seconds of reading
+LONGEST_TEXT = 4096  # characters of one value of a study
+MOST_SHOTS = 64
+MOST_ITEMS, MOST_WORKERS, MOST_MINUTES = 1_000_000_000, 1024, 1e7  # beyond any machine, within its integers
+MOST_PARTS = 16  # of a key given to --set
 SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 Range = tuple[float, float]
 # what lm-eval calls some of our keys
 LM_EVAL_WORDS = {
@@ -54,28 +62,62 @@ class _Loader(yaml.SafeLoader):
     """Plain values only, read by YAML 1.2's rules: `no` is a word, `012` is a word, `1e-3` is a number."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
+    depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            raise StudyFileError(
-                f"line {event.start_mark.line + 1}: anchors and aliases are refused; "
-                f'given "{sign}{event.anchor}"; write the value out, or put it in quotes'
-            )
-        return super().compose_node(parent, index)
+            mend = "write the value out, or put it in quotes"
+            raise _refused(event, f'anchors and aliases are refused; given "{sign}{_shortened(event.anchor)}"; {mend}')
+        if getattr(event, "tag", None) is not None:
+            tag = _shortened(event.tag.replace("tag:yaml.org,2002:", "!!"))
+            raise _refused(event, f"tags are refused; given {tag}; write the plain value")
+        if self.depth > DEEPEST:
+            raise _refused(event, f"lists and mappings may lie {DEEPEST} deep in each other; these lie deeper")
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise _refused(event, f"a document may hold {MOST_VALUES:,} keys and values; this one holds more")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _refused(node, "a text holds half of a surrogate pair; remove it") from None
+        return text
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        digits = self.construct_scalar(node)
+        if len(digits) > MOST_DIGITS:
+            raise _refused(node, f"a whole number may have {MOST_DIGITS} digits; given one of {len(digits):,}")
+        return int(digits)
+
+    def construct_real(self, node: yaml.ScalarNode) -> float:
+        number = self.construct_yaml_float(node)
+        if math.isinf(number) and not node.value.endswith(".inf"):
+            raise _refused(node, f"a number must fit 64 bits; given {_shortened(node.value)}")
+        return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise StudyFileError(f"line {line}: a key must be a word; given {key!r}; put it in quotes")
+                raise _refused(key_node, f"a key must be a word; given {shown(key)}; put it in quotes")
             if key in seen:
-                raise StudyFileError(f"line {line}: the key {key!r} stands twice in one mapping; remove one")
+                raise _refused(key_node, f"the key {shown(key)} stands twice in one mapping; remove one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _refused(at: yaml.Event | yaml.Node, rule: str) -> StudyFileError:
+    assert at.start_mark is not None, "what is read from text has a place"
+    return StudyFileError(f"line {at.start_mark.line + 1}: {rule}")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,6 +137,8 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -109,31 +153,18 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise StudyFileError(f"{where}: {line}not plain YAML: {problem}") from None
-    except RecursionError:
-        raise StudyFileError(f"{where}: nested too deeply to be read") from None
-    except ValueError as error:  # an integer of more than 4,300 digits
-        raise StudyFileError(f"{where}: not plain YAML: {error}") from None
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The mapping in a YAML file of ours or of mergekit.
 
     Raises:
-        StudyFileError: the file is missing, too large, not UTF-8, not plain YAML, or not a mapping.
+        StudyFileError: the file is missing, no regular file, too large, not UTF-8, not plain YAML, or not a mapping.
     """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise StudyFileError(f"{path}: a YAML file may hold {LARGEST_FILE:,} bytes; given {size:,}")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyFileError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise StudyFileError(f"{path}: must be UTF-8 text; byte {error.start} is not") from None
+    text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
     document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
-        raise StudyFileError(f"{path}: must hold keys and values; given {_shown(document)}")
+        raise StudyFileError(f"{path}: must hold keys and values; given {shown(document)}")
     return document
 
 
@@ -143,8 +174,9 @@ def dump_yaml(document: Mapping[str, Any]) -> str:
 
 
 def dump_scalar(text: str) -> str:
-    """One text as YAML, in quotes only where it needs them."""
-    return yaml.dump(text, Dumper=_Dumper, width=10_000).removesuffix("\n").removesuffix("\n...")
+    """One text as YAML on one line, in quotes only where it needs them."""
+    style = '"' if CONTROL.search(text) else None
+    return yaml.dump(text, Dumper=_Dumper, width=10_000, default_style=style).removesuffix("\n").removesuffix("\n...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,27 +188,31 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
 
 
-def _count_or(word: str, *, least: int = 1, share: bool = False) -> tuple[PlainValidator, WithJsonSchema]:
+def _count_or(
+    word: str, *, least: int = 1, most: int = MOST_ITEMS, share: bool = False
+) -> tuple[PlainValidator, WithJsonSchema]:
     """How to read a whole number, or one word instead, or (where that means something) a share."""
     between = ", a share such as 0.3" if share else ""
 
     def read(value: object) -> object:
         if (
             value == word
-            or (type(value) is int and value >= least)
+            or (type(value) is int and least <= value <= most)
             or (share and type(value) is float and 0 < value < 1)
         ):
             return value
+        if type(value) is int and value > most:
+            raise ValueError(f"must be {most:,} at most")
         raise ValueError(f"must be a whole number, {least} or more{between}, or the word {word}")
 
-    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": least}, {"const": word}]
+    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": least, "maximum": most}, {"const": word}]
     if share:
         schema.insert(1, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})
     return PlainValidator(read), WithJsonSchema({"anyOf": schema})
 
 
 Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
-Threads = Annotated[int | Literal["auto"], *_count_or("auto")]
+Threads = Annotated[int | Literal["auto"], *_count_or("auto", most=MOST_WORKERS)]
 Budget = Annotated[int | Literal["auto"], *_count_or("auto", least=16)]
 
 
@@ -319,12 +355,14 @@ class TaskEntry(_Section):
 
     task: str = Field(min_length=1, description="An lm-eval task name, or the path of a task folder or YAML file.")
     expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
-    items: int | None = Field(default=None, ge=1, description="Items the search scores. Default: evals.items.")
+    items: int | None = Field(
+        default=None, ge=1, le=MOST_ITEMS, description="Items the search scores. Default: evals.items."
+    )
     holdout_items: Holdout | None = Field(
         default=None,
         description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
     )
-    shots: int = Field(default=0, ge=0, le=64, description="Worked examples before each item.")
+    shots: int = Field(default=0, ge=0, le=MOST_SHOTS, description="Worked examples before each item.")
     metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
 
 
@@ -340,7 +378,7 @@ class EvalsSection(_Section):
 
     domain: Tasks = Field(min_length=1, description="Tasks of the expert's domain.")
     general: Tasks = Field(min_length=1, description="Tasks of general ability.")
-    items: int = Field(default=100, ge=1, description="Items of each task that the search scores.")
+    items: int = Field(default=100, ge=1, le=MOST_ITEMS, description="Items of each task that the search scores.")
     holdout_items: Holdout = Field(
         default=100,
         description="Other items that judge the front: a number, a share of each task's items (0.3), or rest.",
@@ -360,11 +398,17 @@ class EvalsSection(_Section):
 class SearchSection(_Section):
     """The search."""
 
-    trials: int = Field(default=40, ge=1, description="Distinct finished trials, the anchors among them.")
+    trials: int = Field(
+        default=40, ge=1, le=MOST_ITEMS, description="Distinct finished trials, the anchors among them."
+    )
     sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
-    timeout: float | None = Field(default=None, gt=0, description="Minutes after which no trial is started.")
-    trial_timeout: float | None = Field(default=None, gt=0, description="Minutes one trial may take (with workers).")
+    timeout: float | None = Field(
+        default=None, gt=0, le=MOST_MINUTES, description="Minutes after which no trial is started."
+    )
+    trial_timeout: float | None = Field(
+        default=None, gt=0, le=MOST_MINUTES, description="Minutes one trial may take (with workers)."
+    )
     max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
     storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
 
@@ -372,7 +416,9 @@ class SearchSection(_Section):
 class WorkersSection(_Section):
     """Who scores."""
 
-    count: int = Field(default=1, ge=0, le=1024, description="Worker processes; 0: in this process, without Ray.")
+    count: int = Field(
+        default=1, ge=0, le=MOST_WORKERS, description="Worker processes; 0: in this process, without Ray."
+    )
     threads: Threads = Field(default="auto", description="CPU threads of each worker.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where a worker's model lives.")
     ray_address: str | None = Field(default=None, description="A Ray cluster to join. Default: a local one of our own.")
@@ -415,7 +461,7 @@ def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         _set(document, override)
     study = _validated(document, path, overrides)
-    return _with_absolute_paths(study, path.resolve().parent)
+    return _with_absolute_paths(study, path)
 
 
 def dump_study(study: Study) -> str:
@@ -488,29 +534,37 @@ def _set(document: dict[str, Any], override: str) -> None:
     """Put one `a.b=value` into a document that has just been read."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip(". "):
-        raise StudyFileError(f'--set: must be key=value, such as "search.trials=40"; given {override!r}')
+        raise StudyFileError(f'--set: must be key=value, such as "search.trials=40"; given {shown(override)}')
+    try:
+        override.encode("utf-8")
+    except UnicodeEncodeError:
+        raise StudyFileError(f"--set: must be UTF-8 text; given {shown(override)}") from None
     *parents, last = key.strip().split(".")
+    if len(parents) >= MOST_PARTS:
+        raise StudyFileError(f"--set: a key may have {MOST_PARTS} parts; given {len(parents) + 1}")
     place: Any = document
     for depth, part in enumerate(parents):
         if isinstance(place, dict):
             place = place.setdefault(part, {})
             if place is None:
-                raise StudyFileError(f"--set {override}: {'.'.join(parents[: depth + 1])} is empty in the study file")
+                empty = ".".join(parents[: depth + 1])
+                raise StudyFileError(f"{_named(override)}: {_shortened(empty)} is empty in the study file")
         else:
-            place = _entry(place, part, override)
-    value = parse_yaml(text, f"--set {override}")
-    if isinstance(place, dict):
-        place[last] = value
-    else:
-        _entry(place, last, override)
-        place[int(last)] = value
+            place = place[_entry(place, part, override)]
+    value = parse_yaml(text, _named(override))
+    place[last if isinstance(place, dict) else _entry(place, last, override)] = value
 
 
-def _entry(place: Any, part: str, override: str) -> Any:
-    if isinstance(place, list) and part.isdecimal() and int(part) < len(place):
-        return place[int(part)]
-    rule = f"has {len(place)} entries, counted from 0" if isinstance(place, list) else f"is the value {_shown(place)}"
-    raise StudyFileError(f"--set {override}: {part!r} cannot be set there: the key before it {rule}")
+def _entry(place: Any, part: str, override: str) -> int:
+    """The index that a part of a key is in a list."""
+    if isinstance(place, list) and part.isdecimal() and len(part) < 10 and int(part) < len(place):
+        return int(part)
+    rule = f"has {len(place)} entries, counted from 0" if isinstance(place, list) else f"is the value {shown(place)}"
+    raise StudyFileError(f"{_named(override)}: {shown(part)} cannot be set there: the key before it {rule}")
+
+
+def _named(override: str) -> str:
+    return f"--set {_shortened(override)}"
 
 
 def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
@@ -520,10 +574,23 @@ def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -
         problems = list(_contradictions(study))
     except ValidationError as error:
         problems = [_problem(entry) for entry in _own_findings(error)]
+    problems = list(_odd_texts(document, ())) or problems
     if not problems:
         return study
-    lines = [f"{_origin(key, path, overrides)}: {key or 'the file'}: {problem}" for key, problem in problems]
+    lines = [f"{_origin(key, path, overrides)}: {_shortened(key) or 'the file'}: {said}" for key, said in problems]
     raise StudyFileError("\n".join(lines))
+
+
+def _odd_texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(key path, problem) of every text that is no name, path or URL: it would reach file system and terminal."""
+    if isinstance(value, str):
+        if len(value) > LONGEST_TEXT:
+            yield ".".join(place), f"must have {LONGEST_TEXT:,} characters at most; given {shown(value)}"
+        elif CONTROL.search(value):
+            yield ".".join(place), f"must not hold control characters; given {shown(value)}"
+    elif isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _odd_texts(entry, (*place, str(key)))
 
 
 def _own_findings(error: ValidationError) -> list[Any]:
@@ -543,7 +610,7 @@ def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
     for override in reversed(overrides):
         target = override.partition("=")[0].strip()
         if f"{key}.".startswith(f"{target}.") or (target.startswith(f"{key}.") and key not in read_yaml(path)):
-            return f"--set {override}"
+            return _named(override)
     return str(path)
 
 
@@ -551,7 +618,7 @@ def _problem(entry: Any) -> tuple[str, str]:
     """(key path, rule and what was given and the mend) of one pydantic finding."""
     path = [part for part in entry["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in path)
-    given = _shown(entry["input"])
+    given = shown(entry["input"])
     if entry["type"] == "extra_forbidden":
         return key, f"there is no such key; given {given}; {_did_you_mean(path)}"
     if entry["type"] == "missing":
@@ -565,8 +632,12 @@ def _problem(entry: Any) -> tuple[str, str]:
     return key, f"{rule[:1].lower()}{rule[1:]}; given {given}"
 
 
-def _shown(value: object) -> str:
-    text = masked_url(repr(value))
+def shown(value: object) -> str:
+    """A value as an error shows it: short, and without a password."""
+    return _shortened(masked_url(repr(value)))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -673,34 +744,41 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, 
             seen.add(entry.task)
 
 
-def _with_absolute_paths(study: Study, folder: Path) -> Study:
+def _with_absolute_paths(study: Study, path: Path) -> Study:
+    """The study with every path made absolute from the folder of its file."""
+
+    def absolute(key: str, given: str) -> str:
+        return str(resolved_path(given, folder, where=f"{path}: {key}", error=StudyFileError))
+
+    def model(key: str, given: str) -> str:
+        """A folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
+        looks_like_path = given.startswith((".", "/", "~")) or given.count("/") > 1
+        found = absolute(key, given)
+        return found if looks_like_path or Path(found).is_dir() else given
+
+    folder = path.resolve().parent
     models = study.models.model_copy(
         update={
-            "base": _model_source(study.models.base, folder),
-            "experts": {name: _model_source(source, folder) for name, source in study.models.experts.items()},
+            "base": model("models.base", study.models.base),
+            "experts": {name: model(f"models.experts.{name}", source) for name, source in study.models.experts.items()},
         }
     )
     tasks = {
-        role: tuple(entry.model_copy(update={"task": _task_source(entry.task, folder)}) for entry in entries)
+        role: tuple(
+            entry.model_copy(update={"task": absolute(f"evals.{role}.{i}.task", entry.task)})
+            if _is_path(entry.task)
+            else entry
+            for i, entry in enumerate(entries)
+        )
         for role, entries in (("domain", study.evals.domain), ("general", study.evals.general))
     }
     evals = study.evals.model_copy(update=tasks)
-    start = study.space.from_ and _absolute(study.space.from_, folder)
+    start = study.space.from_ and absolute("space.from", study.space.from_)
     space = study.space.model_copy(update={"from_": start} if start else {})
-    runs = _absolute(study.runs, folder)
+    runs = absolute("runs", study.runs)
     return study.model_copy(update={"models": models, "space": space, "evals": evals, "runs": runs})
 
 
-def _absolute(path: str, folder: Path) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
-
-
-def _model_source(source: str, folder: Path) -> str:
-    """A folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return _absolute(source, folder) if looks_like_path or (folder / source).is_dir() else source
-
-
-def _task_source(task: str, folder: Path) -> str:
+def _is_path(task: str) -> bool:
     """A path has a slash or ends with .yaml; anything else is a task's name in lm-eval."""
-    return _absolute(task, folder) if "/" in task or task.endswith((".yaml", ".yml")) else task
+    return "/" in task or task.endswith((".yaml", ".yml"))

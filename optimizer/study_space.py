@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evals.documents import read_text
 from optimizer.errors import StudyFileError
-from optimizer.study_file import Study, read_yaml
+from optimizer.study_file import LARGEST_FILE, Study, read_yaml
 from search_spaces.parameters import METHODS
 
 if TYPE_CHECKING:
@@ -76,10 +77,7 @@ def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
     from search_spaces.recipe import Recipe
 
     if path.suffix == ".json":
-        try:
-            return Recipe.from_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyFileError(f"{path}: cannot be read: {error}") from None
+        return Recipe.from_json(read_text(path, limit=LARGEST_FILE, error=StudyFileError))
     document = read_yaml(path)
     names = {source: name for name, source in study.models.experts.items()}
     names |= {os.path.relpath(source): name for source, name in names.items() if os.path.isabs(source)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from evals.documents import DocumentError, checked_path, parse_json, read_bytes, read_json, read_text
+from evals.documents import DocumentError, checked_path, parse_json, read_bytes, read_json, read_text, resolved_path
 from evals.errors import TaskError
 
 
@@ -50,7 +50,7 @@ def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
 def test_the_size_is_limited(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     assert read_bytes(tmp_path / "file", limit=5) == b"12345"
-    with pytest.raises(DocumentError, match="file: may hold 4 bytes; given more"):
+    with pytest.raises(DocumentError, match="file: may hold 4 bytes; given 5"):
         read_bytes(tmp_path / "file", limit=4)
     with pytest.raises(DocumentError, match="file: may hold 2 bytes; given 5"):
         read_bytes(tmp_path / "file", limit=2)
@@ -58,7 +58,7 @@ def test_the_size_is_limited(tmp_path: Path) -> None:
 
 def test_a_size_that_is_untrue_is_limited_too() -> None:
     assert os.stat("/proc/self/maps").st_size == 0
-    with pytest.raises(DocumentError, match="may hold 10 bytes; given more"):
+    with pytest.raises(DocumentError, match="may hold 10 bytes; given 11"):
         read_bytes("/proc/self/maps", limit=10)
 
 
@@ -84,6 +84,16 @@ def test_a_path_is_one_that_the_file_system_can_hold(given: str, rule: str) -> N
         checked_path(given, where="study.yaml: runs")
     with pytest.raises(DocumentError):
         read_bytes(given)
+
+
+def test_a_path_of_a_file_starts_at_the_files_folder(tmp_path: Path) -> None:
+    assert resolved_path("../x", tmp_path / "a") == tmp_path / "x"
+    assert resolved_path("~/x", tmp_path) == Path.home().resolve() / "x"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(TaskError, match=r"^s.yaml: runs: .*/loop/x leads nowhere"):
+        resolved_path("loop/x", tmp_path, where="s.yaml: runs", error=TaskError)
+    with pytest.raises(TaskError, match="4,095 in all"):
+        resolved_path("x/" * 2000, Path("/" + "y/" * 100), error=TaskError)
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:

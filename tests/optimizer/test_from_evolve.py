@@ -112,12 +112,47 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
         ("weight: 1.0", "weights: 1.0", "tasks.0.weights: is not known"),
         ("limit: 70", "shuffle: true", "shuffle: has no counterpart"),
         ("limit: 70", "random_init: true", "random_init: has no counterpart"),
+        ("self_attn, mlp", "[self_attn], mlp", "genome.filters.0: has no counterpart"),
+        ("limit: 70", "limit: 0.5", "limit: must be a whole number, 1 or more; given 0.5"),
+        ("limit: 70", "limit: [70]", "limit: must be a whole number, 1 or more"),
+        ("num_fewshot: 3", "num_fewshot: three", "num_fewshot: must be a whole number from 0 to 64; given 'three'"),
+        ("num_fewshot: 3", "num_fewshot: -1", "num_fewshot: must be a whole number from 0 to 64; given -1"),
+        ("limit: 70", "apply_chat_template: 'no'", "apply_chat_template: must be true or false; given 'no'"),
+        ("limit: 70", "fewshot_as_multiturn: 0", "fewshot_as_multiturn: must be true or false; given 0"),
+        ("limit: 70", "shuffle: 1", "shuffle: must be true or false; given 1"),
+        ("allow_negative_weights: true", "allow_negative_weights: 1", "genome.allow_negative_weights: must be true"),
+        ("allow_negative_weights: true", "normalize: x", "genome.normalize: must be true or false; given 'x'"),
+        ("layer_granularity: 2", "layer_granularity: 2\n  smooth: x", "genome.smooth: must be true or false"),
+        ('metric: "acc_norm,none"', "metric: 3", "tasks.0.metric: must be a metric's name; given 3"),
+        ("name: sums", "name: ''", "tasks.2.name: must be a task's name"),
+        ("base_model: ./base", "base_model: ~nobody-by-this-name/x", "genome.base_model: no user of this machine"),
+        ("./law", "x" * 300, "genome.models.0: a path may have 255 bytes"),
+        ("./law", '"a\\0"', "genome.models.0: a path must not hold a NUL character"),
+        ("merge_method: dare_ties", f"merge_method: {'x' * 5000}", "must be one of .*; given 'x{40,80}'?\\.\\.\\."),
         ("limit: 70", "fewshot_as_multiturn: false", "fewshot_as_multiturn: has no counterpart where it is off"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(old: str, new: str, message: str, folder: Path) -> None:
     with pytest.raises(StudyFileError, match=f"genome.yml: .*{message}"):
         converted(folder, GENOME, (old, new))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[]", "[" * 100_000, '{"num_hidden_layers": "x"}', '{"num_hidden_layers": [4]}', '{"num_hidden_layers": 0}',
+     '{"num_hidden_layers": 1e400}', '{"num_hidden_layers": ' + "9" * 5000 + "}", '{"num_hidden_layers": 4.5}', "\xff"],
+)  # fmt: skip
+def test_a_base_that_does_not_tell_its_layers_is_refused(folder: Path, config: str) -> None:
+    (folder / "base/config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(StudyFileError, match=r"genome\.layer_granularity: the base's layers must be counted"):
+        converted(folder, GENOME)
+
+
+def test_a_file_name_that_is_no_run_name_is_not_taken_for_one(folder: Path) -> None:
+    (folder / "genome\nname: x.yml").write_text(GENOME)
+    text = study_from_evolve(Path("genome\nname: x.yml"), folder / "a study.yaml")
+    (folder / "a study.yaml").write_text(text)
+    assert read_study(folder / "a study.yaml").name == "law-code"
 
 
 def test_the_command_writes_it(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import jsonschema
@@ -21,6 +22,7 @@ from optimizer.study_file import (
     SCHEMA_FILE,
     SpaceSection,
     Study,
+    dump_scalar,
     dump_study,
     dump_yaml,
     parse_yaml,
@@ -316,11 +318,26 @@ def test_a_wrong_override_is_refused_as_in_the_file(tmp_path: Path, good: str, o
         ("a: [1]\nb: *a", "line 2: anchors and aliases are refused"),
         ("a: &a [x, x]\nb: &b [*a, *a]", "anchors and aliases"),
         ("no: 1\n1: x", "line 2: a key must be a word; given 1"),
-        ("a: !!python/object/apply:os.system [ls]", "not plain YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: tags are refused; given !!python/object/apply:os.system"),
+        ("a: 1\nb: !!binary aGk=", "line 2: tags are refused; given !!binary; write the plain value"),
+        ("a: !!set {x}", "line 1: tags are refused; given !!set"),
+        ("a: !!timestamp 2024-99-99", "line 1: tags are refused; given !!timestamp"),
+        ("a: !!omap [x: 1]", "line 1: tags are refused; given !!omap"),
+        ("a: !!bool maybe", "line 1: tags are refused; given !!bool"),
+        ("a: !!int []", "line 1: tags are refused; given !!int"),
+        ("!!merge x: {a: 1}", "line 1: tags are refused; given !!merge"),
+        ("a: !own 1", "line 1: tags are refused; given !own"),
         ("a: 1\n--- \nb: 2", "not plain YAML"),
         ("a: [", "not plain YAML"),
-        ("[" * 400, "nested too deeply"),
-        ("a: " + "9" * 5000, "not plain YAML"),
+        ("[" * 400, "line 1: lists and mappings may lie 64 deep"),
+        ("a:\n  " + "- " * 100_000, "line 2: lists and mappings may lie 64 deep"),
+        ("a: " + "[" * 100_000, "line 1: lists and mappings may lie 64 deep"),
+        ("a: " + "9" * 5000, "line 1: a whole number may have 300 digits; given one of 5,000"),
+        ("a: 1" + "0" * 400, "line 1: a whole number may have 300 digits; given one of 401"),
+        ("\na: -1e400", "line 2: a number must fit 64 bits; given -1e400"),
+        ('a: "\\ud800"', "line 1: a text holds half of a surrogate pair"),
+        ('"\\ud800": 1', "line 1: a text holds half of a surrogate pair"),
+        ("a: \0", "not plain YAML: unacceptable character #x0000"),
         ("- 1", "must hold keys and values"),
         ("", "must hold keys and values"),
     ],
@@ -333,7 +350,7 @@ def test_yaml_that_could_surprise_is_refused(tmp_path: Path, text: str, message:
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyFileError, match="cannot be read: No such file"):
         read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(StudyFileError, match="cannot be read"):
+    with pytest.raises(StudyFileError, match="must be a regular file; given a folder"):
         read_yaml(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"a: \xff")
     with pytest.raises(StudyFileError, match="must be UTF-8 text; byte 3"):
@@ -341,6 +358,94 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("#" * (LARGEST_FILE + 1))
     with pytest.raises(StudyFileError, match=r"may hold 1,000,000 bytes; given 1,000,001"):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_a_yaml_document_has_so_many_values_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimizer.study_file.MOST_VALUES", 5)
+    assert parse_yaml("a: [1, 2]", "here") == {"a": [1, 2]}
+    with pytest.raises(StudyFileError, match="here: line 2: a document may hold 5 keys and values"):
+        parse_yaml("a: [1, 2,\n3]", "here")
+
+
+def test_a_file_without_an_end_is_refused_at_once(tmp_path: Path, good: str) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in (("/dev/zero", "a device"), (tmp_path / "pipe.yaml", "a pipe")):
+        with pytest.raises(StudyFileError, match=f"must be a regular file; given {kind}"):
+            read_study(path)
+        study = read_study(written(tmp_path, good), [f"space.from={path}"])
+        with pytest.raises(StudyFileError, match=f"must be a regular file; given {kind}"):
+            space_of(study, TENSORS)
+
+
+def test_a_recipe_to_start_from_is_a_document_of_a_stated_size(tmp_path: Path, good: str) -> None:
+    (tmp_path / "recipe.json").write_text(" " * (LARGEST_FILE + 1))
+    study = read_study(written(tmp_path, good), ["space.from=recipe.json"])
+    with pytest.raises(StudyFileError, match=r"recipe.json: may hold 1,000,000 bytes; given 1,000,001"):
+        space_of(study, TENSORS)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("key", ["models.base", "models.experts.clinical", "evals.domain.0.task", "runs", "space.from"])
+def test_a_path_that_no_file_can_have_is_refused_by_its_key(tmp_path: Path, good: str, key: str) -> None:
+    good = good.replace("- ./tasks/notes.yaml", "- {task: notes}")
+    for path, rule in (
+        (f"./{LONG}", "a path may have 255 bytes in each name"),
+        ("~nobody-by-this-name/x", "no user of this machine has the home folder"),
+    ):
+        assert_matches(f"study.yaml: {key}: {rule}", refusal(tmp_path, good, f"{key}={path}"))
+    assert_matches(
+        f"{key}: must not hold control characters; given 'a.x00b'",
+        refusal(tmp_path, good, f'{key}="a\\0b"'),
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "search.storage", "workers.ray_address", "evals.general.0.metric", "evals.domain.0.expert", "runs"],
+)
+@pytest.mark.parametrize("text", ['"a\\0"', '"\\e[31m"', '"a\\nb"', '"\\x9b"'])
+def test_no_text_of_a_study_holds_control_characters(tmp_path: Path, good: str, key: str, text: str) -> None:
+    good = good.replace("- arc_easy", "- {task: arc_easy}").replace("- ./tasks/notes.yaml", "- {task: notes}")
+    assert_matches(f"{key}: must not hold control characters; given ", refusal(tmp_path, good, f"{key}={text}"))
+
+
+def test_no_text_of_a_study_is_a_book(tmp_path: Path, good: str) -> None:
+    said = refusal(tmp_path, good, f"search.storage={'x' * 5000}")
+    assert_matches("search.storage: must have 4,096 characters at most; given 'xxx", said)
+    assert len(said) < 400
+    assert_matches("there is no such key", refusal(tmp_path, good, f'"a\x1b{LONG}"=1'))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"evals.general.{'9' * 5000}=1", "cannot be set there: the key before it has 2 entries"),
+        (f"{'a.' * 5000}a=1", "--set: a key may have 16 parts; given 5001"),
+        ("\udcff=1", "--set: must be UTF-8 text"),
+        ("name=\udcff", "--set: must be UTF-8 text"),
+        (f"search.trials={'9' * 5000}", "a whole number may have 300 digits; given one of 5,000"),
+        ("search.trials=!!binary aGk=", "tags are refused; given !!binary"),
+        ("evals={}", "--set evals={}: evals.domain: must be given"),
+        ("evals=[]", "--set evals=..: evals: must"),
+        ("=", "--set: must be key=value"),
+    ],
+)
+def test_a_hostile_override_is_refused_in_few_words(tmp_path: Path, good: str, override: str, message: str) -> None:
+    said = refusal(tmp_path, good, override)
+    assert_matches(message, said)
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["search.trials", "search.timeout", "search.trial_timeout", "evals.items", "evals.holdout_items",
+     "evals.token_budget", "workers.threads", "workers.count", "evals.general.0.items"],
+)  # fmt: skip
+def test_no_number_of_a_study_is_beyond_all_machines(tmp_path: Path, good: str, key: str) -> None:
+    good = good.replace("- arc_easy", "- {task: arc_easy}")
+    assert_matches(f"{key}: must be .*; given", refusal(tmp_path, good, f"{key}=1{'0' * 250}"))
 
 
 def test_numbers_are_those_of_yaml_1_2() -> None:
@@ -366,6 +471,13 @@ def test_what_is_written_is_read_back_by_us_and_by_others(document: dict[str, ob
 def test_a_word_that_looks_like_a_number_stays_a_word() -> None:
     words = {"name": "1e-3", "other": "no", "third": "012", "fourth": "1e5"}
     assert parse_yaml(dump_yaml(words), "here") == words
+
+
+@given(st.text())
+def test_a_scalar_stands_on_one_line(text: str) -> None:
+    line = dump_scalar(text)
+    assert parse_yaml(f"a: {line}  # a comment\n", "here") == {"a": text}
+    assert len(line.splitlines()) == 1
 
 
 def test_shared_values_are_written_out() -> None:
