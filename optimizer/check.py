@@ -53,6 +53,12 @@ class Plan:
     harness: Harness | None = None
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The models that could be opened, by their key in the study file."""
+        base = {} if self.base is None else {"models.base": self.base}
+        return base | {f"models.experts.{name}": expert for name, expert in self.experts.items()}
+
     def attempt(self, key: str, action: Callable[[], T]) -> T | None:
         """The action's result, or None and one more problem."""
         try:
@@ -97,6 +103,17 @@ def count_tokens(plan: Plan) -> None:
     if tokenizer is not None:
         for suite in SUITES:
             plan.attempt("evals", partial(plan.harness.prepare, tokenizer, suite))
+
+
+def read_in_full(plan: Plan) -> dict[Path, str]:
+    """Read every byte of the models: all values must be finite. Returns the sha256 of each of their files."""
+    from optimizer.checkpoints import require_finite
+
+    digests: dict[Path, str] = {}
+    for key, model in plan.models.items():
+        plan.attempt(key, partial(require_finite, model))
+        digests |= plan.attempt(key, model.full_digests) or {}
+    return digests
 
 
 def _tokenizer(loader: Any, folder: Path) -> Any:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -24,9 +23,10 @@ from safetensors import safe_open
 from optimizer.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.adapters import LowRank, is_plain, read_adapter
+from optimizer.contents import Content, content_of, full_digest, still_holds
 from optimizer.errors import CheckpointError
 from optimizer.folding import fold_by_peft
-from optimizer.headers import Entry, read_header, read_json
+from optimizer.headers import Entry, Header, read_header, read_json
 from optimizer.tensor_file import INDEX_FILE, WEIGHTS_FILE
 from optimizer.vocabulary import match_rows, tokenizer_mismatches
 
@@ -84,9 +84,10 @@ class Checkpoint:
     source: str
     folder: Path
     config: Mapping[str, Any]
-    fingerprint: str  # 16 hex digits over names, sizes, times and headers of its files; the numbers are not read
+    fingerprint: str  # 16 hex digits over names, sizes and content of its files; of each tensor a block is read
+    dated: str  # the same as earlier versions stored it: with the files' times, without the tensors' content
     _entries: Mapping[str, Entry] = field(repr=False)
-    _stamps: Mapping[Path, tuple[int, ...]] = field(repr=False)
+    _contents: dict[Path, Content] = field(repr=False)  # as last looked at, the base's too
     _deltas: Mapping[str, LowRank] = field(repr=False)
     _is_mapped: bool = field(default=True, repr=False)
     is_adapter: bool = False
@@ -112,9 +113,11 @@ class Checkpoint:
                 raise CheckpointError(f"{folder} is an adapter: it can be an expert, not a base")
             return _open_adapter(str(source), folder, base)
         config = _read_config(folder)
-        entries, digests = _read_entries(folder)
-        stamps = {file: _stamp(file) for file in [*digests, folder / "config.json"]}
-        checkpoint = cls(str(source), folder, config, _fingerprint(stamps, digests), entries, stamps, {})
+        entries, headers = _read_entries(folder)
+        contents = {file: content_of(file, header) for file, header in headers.items()}
+        contents[folder / "config.json"] = content_of(folder / "config.json")
+        names = _fingerprint(contents), _dated(contents)
+        checkpoint = cls(str(source), folder, config, *names, entries, contents, {})
         checkpoint = _without_tied_head(checkpoint)
         return checkpoint if base is None else _with_rows_of(base, checkpoint)
 
@@ -160,16 +163,18 @@ class Checkpoint:
         tensor = self._mapped[name] if self._is_mapped else self._read(name)
         return self._deltas[name].folded_into(tensor) if name in self._deltas else tensor
 
+    def is_known_as(self, fingerprint: object) -> bool:
+        """Whether a stored fingerprint is of these very files, also one of an earlier run, with their times in it."""
+        return fingerprint in (self.fingerprint, self.dated)
+
+    def full_digests(self) -> dict[Path, str]:
+        """The sha256 of each of its files, of an adapter also of its base's, every byte read."""
+        return {file: full_digest(file) for file in sorted(self._contents)}
+
     def require_unchanged(self) -> None:
-        """Raise if a file was replaced or edited after it was opened; the maps would still show the old one."""
-        for file, stamp in self._stamps.items():
-            try:
-                now = _stamp(file)
-            except OSError as error:
-                raise CheckpointError(f"{file} can no longer be read ({error.strerror}); restore it") from error
-            if now != stamp:
-                change = f"size {stamp[2]} -> {now[2]}" if now[2] != stamp[2] else "same size, other file or time"
-                raise CheckpointError(f"{file} changed after it was opened ({change}); restore it or start a new run")
+        """Raise if a file holds something else than when it was opened; one touched or copied back is as good."""
+        for file, known in self._contents.items():
+            self._contents[file] = still_holds(file, known)
 
     @cached_property
     def _mapped(self) -> dict[str, torch.Tensor]:
@@ -256,12 +261,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, str]]:
-    """Return all tensors of a folder, and the header digest of each of its files."""
+def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, Header]]:
+    """Return all tensors of a folder, and the header of each of its files."""
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
         file = _inside(folder, WEIGHTS_FILE, str(folder))
         header = read_header(file)
-        return dict(header.entries), {file: header.digest}
+        return dict(header.entries), {file: header}
     if not (folder / INDEX_FILE).is_file():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which can run code when read: convert it" if pickles else ""
@@ -269,14 +274,14 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, str]]:
     return _read_sharded(folder, read_json(folder / INDEX_FILE))
 
 
-def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[Path, str]]:
+def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[Path, Header]]:
     index_file = folder / INDEX_FILE
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_file} must have a weight_map from tensor names to file names")
     files = {shard: _inside(folder, shard, f"{index_file}, key {name}") for name, shard in weight_map.items()}
     entries: dict[str, Entry] = {}
-    digests: dict[Path, str] = {}
+    headers: dict[Path, Header] = {}
     for shard, file in sorted(files.items()):
         header = read_header(file)
         mapped = {name for name in weight_map if weight_map[name] == shard}
@@ -284,8 +289,8 @@ def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Ent
             odd = sorted(mapped ^ set(header.entries))
             raise CheckpointError(f"{index_file} and {file} disagree about {_listed(odd)}")
         entries |= header.entries
-        digests[file] = header.digest
-    return entries, digests
+        headers[file] = header
+    return entries, headers
 
 
 def _inside(folder: Path, name: str, what: str) -> Path:
@@ -341,7 +346,8 @@ def _with_rows_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
     order = hashlib.sha256(index.numpy().tobytes()).hexdigest()[:16]
     return replace(
         expert,
-        fingerprint=_fingerprint({}, {expert.folder / expert.fingerprint: order}),
+        fingerprint=_fingerprint({}, expert.fingerprint, order),
+        dated=_hashed([(expert.dated, order)]),
         is_matched=True,
         left_out=given - int((index >= 0).sum()),
         _entries={**expert._entries, **shown},
@@ -373,27 +379,31 @@ def _require_depth(checkpoint: Checkpoint) -> None:
 
 
 def _open_adapter(source: str, folder: Path, base: Checkpoint) -> Checkpoint:
-    files = [folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE]
     plain = is_plain(folder)
     deltas = read_adapter(folder, {name: base.shape(name) for name in base.names}) if plain else {}
-    entries, stamps = base._entries, {file: _stamp(file) for file in files}
-    fingerprint = _fingerprint(stamps, {files[1]: read_header(files[1]).digest, base.folder: base.fingerprint})
+    contents = {file: content_of(file) for file in (folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_WEIGHTS_FILE)}
+    fingerprint, dated = _fingerprint(contents, base.fingerprint), _dated(contents, (base.folder.name, base.dated))
+    entries = base._entries
     if not plain:
-        folded = fold_by_peft(folder, base, fingerprint=fingerprint)
-        entries, stamps = read_header(folded).entries, {**stamps, folded: _stamp(folded)}
-    stamps = {**base._stamps, **stamps}
-    return Checkpoint(source, folder, base.config, fingerprint, entries, stamps, deltas, is_adapter=True)
+        folded = fold_by_peft(folder, base, key=dated)
+        header = read_header(folded)
+        entries, contents[folded] = header.entries, content_of(folded, header)
+    contents = {**base._contents, **contents}
+    return Checkpoint(source, folder, base.config, fingerprint, dated, entries, contents, deltas, is_adapter=True)
 
 
-def _stamp(file: Path) -> tuple[int, ...]:
-    """Device, inode, size in bytes and time of change in ns."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _fingerprint(contents: Mapping[Path, Content], *others: str) -> str:
+    return _hashed(
+        [*((file.name, content.size, content.digest) for file, content in sorted(contents.items())), *others]
+    )
 
 
-def _fingerprint(stamps: Mapping[Path, tuple[int, ...]], digests: Mapping[Path, str]) -> str:
-    facts = [(file.name, *stamp[2:], digests.get(file, "")) for file, stamp in sorted(stamps.items())]
-    facts += [(file.name, digest) for file, digest in sorted(digests.items()) if file not in stamps]
+def _dated(contents: Mapping[Path, Content], *others: tuple[str, str]) -> str:
+    facts = [(file.name, *content.stamp[2:], content.header) for file, content in sorted(contents.items())]
+    return _hashed([*facts, *others])
+
+
+def _hashed(facts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -140,15 +140,24 @@ def init(
 
 
 @app.command()
-def check(study: StudyPath, sets: Sets = []) -> None:  # noqa: B006  # typer makes a new list
+def check(
+    study: StudyPath,
+    sets: Sets = [],  # noqa: B006  # typer makes a new list
+    full: Annotated[
+        bool, typer.Option("--full", help="Read every byte of the models: values are finite; give each file's sha256.")
+    ] = False,
+) -> None:
     """Say what a study would run, and all that does not fit."""
-    from optimizer.check import count_tokens, make_plan, print_plan, require_own_names
+    from optimizer.check import count_tokens, make_plan, print_plan, read_in_full, require_own_names
     from optimizer.study_file import read_study
 
     require_own_names()
     plan = make_plan(read_study(study, sets))
     count_tokens(plan)
+    digests = read_in_full(plan) if full else {}
     print_plan(plan, _console())
+    for file, digest in digests.items():
+        typer.echo(f"{digest}  {file}")
     if plan.problems:
         raise typer.Exit(WRONG)
 

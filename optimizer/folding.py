@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORBIDDEN = ("megatron_config", "layer_replication", "loftq_config")  # import a module, change the depth, the base
 
 
-def fold_by_peft(folder: Path, base: Checkpoint, *, fingerprint: str) -> Path:
+def fold_by_peft(folder: Path, base: Checkpoint, *, key: str) -> Path:
     """Return the file of a base's tensors with an adapter folded in, made where the cache lacks it.
 
     The base is held in memory in float32, peft merges in float32, and each tensor is rounded once to the base's dtype.
@@ -38,7 +38,7 @@ def fold_by_peft(folder: Path, base: Checkpoint, *, fingerprint: str) -> Path:
     Args:
         folder: the adapter's.
         base: what it stands on.
-        fingerprint: of the adapter on that base; it names the file, together with the version of peft.
+        key: of the adapter on that base and of their files' times; it names the file, with the version of peft.
 
     Returns:
         A safetensors file in $XDG_CACHE_HOME/mergefront/adapters (~/.cache without that variable).
@@ -52,7 +52,7 @@ def fold_by_peft(folder: Path, base: Checkpoint, *, fingerprint: str) -> Path:
         mend = "pip install 'mergefront[adapters]'"
         raise CheckpointError(f"the adapter in {folder} is not plain LoRA, and peft folds it: {mend}") from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergefront" / "adapters"
-    out = cache / f"{fingerprint}-peft-{peft}"
+    out = cache / f"{key}-peft-{peft}"
     if not out.is_dir():
         tensors = _folded(folder, base)
         cache.mkdir(parents=True, exist_ok=True)

@@ -243,6 +243,32 @@ def read_manifest(folder: Path) -> dict[str, object]:
     return manifest
 
 
+def renew_fingerprints(folder: Path, renewed: Mapping[str, str]) -> None:
+    """Store today's fingerprints of checkpoints where an earlier version stored others, with times, for the same files.
+
+    Args:
+        folder: a run's, or none yet.
+        renewed: today's fingerprint for each that an earlier version would have given.
+    """
+    if not (folder / "tasks.json").is_file():
+        return
+    manifest = read_manifest(folder)
+    stored = manifest["fingerprint"]
+    assert isinstance(stored, dict)
+
+    old = {key: stored[key] for key in ("base", "experts") if key in stored}
+    new = {key: _renewed(value, renewed) for key, value in old.items()}
+    if new != old:
+        manifest["fingerprint"] = {**stored, **new}
+        write_atomically(folder / "tasks.json", json.dumps(manifest, indent=1).encode())
+
+
+def _renewed(given: object, renewed: Mapping[str, str]) -> object:
+    if isinstance(given, dict):
+        return {name: _renewed(inner, renewed) for name, inner in given.items()}
+    return renewed.get(given, given) if isinstance(given, str) else given
+
+
 def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
     return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
 

@@ -18,7 +18,7 @@ from optimizer.check import Plan, count_tokens, make_plan, require_own_names, re
 from optimizer.pool import RayPool, SerialPool
 from optimizer.progress import Progress, event_text
 from optimizer.run import open_run
-from optimizer.run_folder import RunFolder, is_run, write_atomically
+from optimizer.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
 from optimizer.search import Event, run_search
 from optimizer.study_file import Study, dump_study, read_study, task_specs
 from optimizer.tables import front_document, print_front
@@ -53,6 +53,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         plan = _sound_plan(study)
         assert plan.harness is not None
         tasks = plan.harness.infos
+        renew_fingerprints(study.run_path, {model.dated: model.fingerprint for model in plan.models.values()})
         run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
         if not known:
             held.enter_context(run.lock())
@@ -77,8 +78,7 @@ def _sound_plan(study: Study) -> Plan:
     plan = make_plan(study)
     count_tokens(plan)
     require_sound(plan)
-    assert plan.base is not None
-    for checkpoint in (plan.base, *plan.experts.values()):
+    for checkpoint in plan.models.values():
         require_finite(checkpoint)
     return plan
 

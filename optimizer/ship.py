@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def export_trial(run: Run, trial: int, out: Path | None = None) -> Path:
         RunError: there is no such trial, or a checkpoint has changed since it was scored.
         CheckpointError, MergeError: as `export_model`.
     """
-    recipe = run.recipe(trial)
+    recipe = _with_present_paths(run, run.recipe(trial))
     sources = Sources.open(recipe.base, dict(recipe.experts))
     _require_as_scored(run, sources)
     scored = trial in run.points().index
@@ -103,12 +104,25 @@ def _first_model(document: Mapping[str, Any]) -> object:
     return place
 
 
+def _with_present_paths(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe with the models where the run's study file has them: they may have been moved since it was scored."""
+    models = read_yaml(run.path / "study.yaml").get("models") if (run.path / "study.yaml").is_file() else None
+    if not isinstance(models, dict):
+        return recipe
+    experts = models.get("experts") or {}
+    return replace(
+        recipe,
+        base=models.get("base", recipe.base),
+        experts=tuple((name, experts.get(name, source)) for name, source in recipe.experts),
+    )
+
+
 def _require_as_scored(run: Run, sources: Sources) -> None:
     stored = read_manifest(run.path)["fingerprint"]
     assert isinstance(stored, dict)
     known = {"base": stored.get("base"), **stored.get("experts", {})}
     for name, model in {"base": sources.base, **sources.experts}.items():
-        if known.get(name) not in (None, model.fingerprint):
+        if known.get(name) is not None and not model.is_known_as(known[name]):
             raise RunError(
                 f"{model.folder} ({name}) has changed since run {run.name} scored it; restore it, or merge what is "
                 "there now by a recipe: mergefront merge"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -84,26 +86,71 @@ def test_shards_read_as_one(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(sharded.tensor(name), whole.tensor(name)) for name in whole.names)
 
 
-def test_a_fingerprint_changes_with_the_files_and_not_with_the_opening(base: Path, expert: Path) -> None:
+def test_a_fingerprint_is_of_the_content_and_not_of_times_or_places(base: Path, expert: Path, tmp_path: Path) -> None:
     one = Checkpoint.open(base).fingerprint
     assert one == Checkpoint.open(base).fingerprint
     os.utime(base / "model.safetensors", ns=(1, 1))
-    assert one != Checkpoint.open(base).fingerprint
-    edit_json(expert / "config.json", use_cache=False)
-    assert len({Checkpoint.open(expert).fingerprint, one}) == 2
+    assert one == Checkpoint.open(shutil.copytree(base, tmp_path / "copy")).fingerprint
+    on_base = Checkpoint.open(adapter(tmp_path / "lora"), base=Checkpoint.open(base))
+    on_copy = Checkpoint.open(
+        shutil.copytree(tmp_path / "lora", tmp_path / "l"), base=Checkpoint.open(tmp_path / "copy")
+    )
+    assert on_base.fingerprint == on_copy.fingerprint
+    edit_json(base / "config.json", use_cache=False)
+    assert len({one, Checkpoint.open(base).fingerprint, Checkpoint.open(expert).fingerprint, on_base.fingerprint}) == 4
 
 
-def test_a_file_replaced_while_in_use_is_noticed(base: Path, expert: Path) -> None:
+@pytest.mark.parametrize("name", [UP, EMBEDDINGS, "model.norm.weight"])
+def test_a_fingerprint_changes_with_any_tensor(name: str, base: Path) -> None:
+    before = Checkpoint.open(base).fingerprint
+    edit_tensors(base, lambda tensors: tensors[name].add_(1))
+    assert Checkpoint.open(base).fingerprint != before
+
+
+def test_a_file_touched_or_copied_back_in_use_is_as_good(base: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(base)
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    os.utime(base / "config.json", ns=(1, 1))
+    checkpoint.require_unchanged()
+    shutil.copyfile(base / "model.safetensors", tmp_path / "kept")
+    os.replace(tmp_path / "kept", base / "model.safetensors")
+    checkpoint.require_unchanged()
+
+
+def test_a_file_replaced_while_in_use_is_noticed(base: Path, expert: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(base)
     checkpoint.require_unchanged()
     before = checkpoint.tensor(UP).clone()
+    kept = shutil.copyfile(base / "model.safetensors", tmp_path / "kept")
     os.replace(expert / "model.safetensors", base / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors changed after it was opened"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors changed after it was opened \(same size, other content"
+    ):
         checkpoint.require_unchanged()
     assert torch.equal(checkpoint.tensor(UP), before)
     (base / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="can no longer be read"):
         checkpoint.require_unchanged()
+    os.replace(kept, base / "model.safetensors")
+    checkpoint.require_unchanged()
+    os.truncate(base / "model.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed after it was opened \(size \d+ -> 100"):
+        checkpoint.require_unchanged()
+
+
+def test_a_full_look_gives_what_sha256sum_gives_and_finds_a_damaged_blob(base: Path, tmp_path: Path) -> None:
+    snapshot = cached(base, tmp_path / "hub/models--org--pico")
+    weights = snapshot / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    blob = weights.resolve()
+    weights.unlink()
+    weights.symlink_to(f"../../blobs/{blob.rename(blob.with_name(digest)).name}")
+    assert Checkpoint.open(snapshot).full_digests()[weights] == digest
+    with weights.resolve().open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x01")
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is damaged: the hub gave it sha256 {digest}"):
+        Checkpoint.open(snapshot).full_digests()
 
 
 # Where a checkpoint may be

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -332,6 +334,21 @@ def test_check_of_a_sound_study_exits_with_0_and_of_another_with_2(searched: Pat
     assert call("check", searched, "--set", "models.base=./nowhere").exit_code == 2
 
 
+def test_a_full_check_reads_every_value_and_gives_each_file_its_sha256(searched: Path) -> None:
+    result = call("check", searched, "--full")
+    assert result.exit_code == 0, result.output
+    for file in (searched.parent / "base/model.safetensors", searched.parent / "expert/config.json"):
+        assert f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" in result.stdout.splitlines()
+    weights = searched.parent / "expert/model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-2] + b"\xc0\x7f")  # a NaN in bfloat16
+    assert call("check", searched).exit_code == 0
+    result = call("check", searched, "--full")
+    weights.write_bytes(kept)
+    assert result.exit_code == 2
+    assert "expert/model.safetensors, tensor" in "".join(result.stdout.splitlines())
+
+
 def test_an_exported_trial_and_its_recipes_are_the_same_model(searched: Path, tmp_path: Path) -> None:
     run = searched.parent / "runs/small"
     assert call("export", run, "--trial", "3", "--out", tmp_path / "a").exit_code == 0
@@ -345,16 +362,66 @@ def test_an_exported_trial_and_its_recipes_are_the_same_model(searched: Path, tm
         assert (tmp_path / out / "model.safetensors").read_bytes() == (tmp_path / "a/model.safetensors").read_bytes()
 
 
-def test_an_export_of_changed_checkpoints_is_refused(searched: Path, tmp_path: Path) -> None:
-    weights = searched.parent / "expert/model.safetensors"
-    before = weights.stat()
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+def test_an_export_of_changed_checkpoints_is_refused_and_of_touched_ones_is_not(searched: Path, tmp_path: Path) -> None:
+    run, weights = searched.parent / "runs/small", searched.parent / "expert/model.safetensors"
+    before = weights.read_bytes()
+    os.utime(weights, ns=(1, 1))
+    assert call("export", run, "--trial", "3", "--out", tmp_path / "touched").exit_code == 0
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     try:
-        result = call("export", searched.parent / "runs/small", "--knee", "--out", tmp_path / "a")
+        result = call("export", run, "--trial", "3", "--out", tmp_path / "changed")
     finally:
-        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        weights.write_bytes(before)
     assert result.exit_code == 2
-    assert "has changed since run small scored it" in result.stderr
+    assert "(clinical) has changed since run small scored it" in result.stderr
+
+
+def test_a_run_of_an_earlier_version_whose_fingerprints_held_times_goes_on(searched: Path) -> None:
+    manifest = searched.parent / "runs/small/tasks.json"
+    now = json.loads(manifest.read_text())
+    dated = {name: _dated(searched.parent / name) for name in ("base", "expert")}
+    told = {**now["fingerprint"], "base": dated["base"], "experts": {"clinical": dated["expert"]}}
+    manifest.write_text(json.dumps({**now, "fingerprint": told}))
+    assert call("export", manifest.parent, "--trial", "3", "--out", manifest.parent / "a").exit_code == 0
+    assert call("search", searched, "--set=search.trials=10").exit_code == 0
+    assert json.loads(manifest.read_text()) == now
+    manifest.write_text(json.dumps({**now, "fingerprint": told}))
+    os.utime(searched.parent / "base/model.safetensors", ns=(1, 1))
+    result = call("search", searched, "--set=search.trials=10")
+    manifest.write_text(json.dumps(now))
+    assert result.exit_code == 2
+    assert f'base: "{dated["base"]}" -> ' in result.stderr
+
+
+def test_a_run_goes_on_with_models_that_were_moved_and_not_with_others(searched: Path, tmp_path: Path) -> None:
+    run = searched.parent / "runs/small"
+    for name in ("base", "expert"):
+        shutil.copytree(searched.parent / name, tmp_path / name, copy_function=shutil.copyfile)
+    moved = [f"--set=models.base={tmp_path}/base", f"--set=models.experts.clinical={tmp_path}/expert"]
+    result = call("search", searched, *moved, "--set=search.trials=10")
+    assert result.exit_code == 0, result.output
+    assert "of 10 trials are finished" in result.stdout
+    (searched.parent / "expert").rename(tmp_path / "away")
+    try:
+        assert call("export", run, "--trial", "3", "--out", tmp_path / "out").exit_code == 0
+    finally:
+        (tmp_path / "away").rename(searched.parent / "expert")
+    weights = tmp_path / "expert/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\0\0")
+    result = call("search", searched, *moved, "--set=search.trials=11")
+    assert result.exit_code == 2
+    assert "experts.clinical: " in result.stderr
+
+
+def _dated(folder: Path) -> str:
+    """A fingerprint as versions before this one made it."""
+    facts: list[list[object]] = []
+    for name in ("config.json", "model.safetensors"):
+        status, content = (folder / name).stat(), (folder / name).read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")] if name == "model.safetensors" else b""
+        digest = hashlib.sha256(header).hexdigest()[:16] if header else ""
+        facts.append([name, status.st_size, status.st_mtime_ns, digest])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(
