@@ -23,6 +23,7 @@ import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.registry import metric_registry
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -65,7 +66,8 @@ class LoadedTask:
     info: TaskInfo
     members: tuple[ConfigurableTask, ...]
     filter: str
-    shots: int
+    shots: tuple[int, ...]  # of each member
+    shots_from: str  # study, task or "": nobody asks for any
     items: Mapping[str, tuple[Item, ...]]  # by suite
 
 
@@ -184,7 +186,8 @@ class Harness:
                 "kind": task.info.output_type,
                 "metric": task.info.metric,
                 "chance": task.info.chance,
-                "shots": task.shots,
+                "shots": _range(task.shots),
+                "shots_from": task.shots_from,
                 **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
                 **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},
             }
@@ -196,7 +199,7 @@ class Harness:
         member.set_fewshot_seed(_number(f"{self._seed}:{item.hash}"))  # an item's shots do not depend on its neighbours
         context = member.fewshot_context(
             doc=item.doc,
-            num_fewshot=task.shots,
+            num_fewshot=task.shots[item.member],
             apply_chat_template=self._chat_template,
             fewshot_as_multiturn=self._chat_template,
             chat_template=partial(_chat, tokenizer) if self._chat_template else None,
@@ -269,7 +272,8 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
     if len(members) > 1:
         _require_pooled(name, loaded.get("groups", {}).values())
     items, choices = _items(name, members)
-    suites = _split(name, items, members, spec, seed)
+    shots = tuple(_shots(member, spec) for member in members)
+    suites = _split(name, items, members, spec, shots, seed)
     chosen = [choices[item.member, item.hash] for suite in SUITES for item in suites[suite]]
     accuracy = metric in ACCURACIES and members[0].OUTPUT_TYPE == "multiple_choice"
     info = TaskInfo(
@@ -283,7 +287,8 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
         search_items=len(suites[SEARCH]),
         holdout_items=len(suites[HOLDOUT]),
     )
-    return LoadedTask(info, members, chosen_filter, spec.shots, suites)
+    shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
+    return LoadedTask(info, members, chosen_filter, shots, shots_from, suites)
 
 
 @lru_cache(maxsize=1)
@@ -461,15 +466,18 @@ def _index(answer: object, choices: object) -> int:
 
 
 def _split(
-    name: str, items: Mapping[str, list[Item]], members: Sequence[ConfigurableTask], spec: TaskSpec, seed: int
+    name: str,
+    items: Mapping[str, list[Item]],
+    members: Sequence[ConfigurableTask],
+    spec: TaskSpec,
+    shots: Sequence[int],
+    seed: int,
 ) -> dict[str, tuple[Item, ...]]:
     """Search items from one end of a seeded order of contents, holdout items from the other, shots from between."""
     order = sorted(items, key=lambda content: _hash(f"{seed}:{content}"))
     left = len(order) - spec.search_items
     if spec.holdout_items == REST:
-        outside = min(len({_content_of_shot(m, doc) for doc in m.sampler.df} - set(items)) for m in members)
-        reserved = spec.shots + 1 if spec.shots and outside <= spec.shots else 0
-        holdout = left - reserved
+        holdout = left - max(_reserved(*needed, items) for needed in zip(members, shots, strict=True))
     elif isinstance(spec.holdout_items, float):
         holdout = round(spec.holdout_items * len(order))
     else:
@@ -481,21 +489,53 @@ def _split(
             f"{asked} holdout items asked for"
         )
     chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :]}
-    if spec.shots:
-        used = {content for contents in chosen.values() for content in contents}
-        for member in members:
-            _keep_shots(name, member, used, spec.shots)
+    used = {content for contents in chosen.values() for content in contents}
+    for member, number in zip(members, shots, strict=True):
+        if number:
+            _keep_shots(name, member, used, number)
     return {suite: tuple(i for content in contents for i in items[content]) for suite, contents in chosen.items()}
 
 
 def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int) -> None:
     """Leave a task only worked examples that no suite scores."""
     pool = [doc for doc in member.sampler.df if _content_of_shot(member, doc) not in used]
-    if len(pool) <= shots:
+    needed = _examples(member, shots)
+    if len(pool) < needed:
         raise TaskError(
-            f"shots come from items that no suite scores: task {name} has {len(pool)} such items, {shots + 1} needed"
+            f"shots come from items that no suite scores: task {name} has {len(pool)} such items, {needed} needed; "
+            "ask for fewer shots, or for fewer items"
         )
     member.sampler.replace_df(pool)
+
+
+def _reserved(member: ConfigurableTask, shots: int, items: Mapping[str, list[Item]]) -> int:
+    """How many of the items must be left to the shots, where there are too few examples elsewhere."""
+    if not shots:
+        return 0
+    outside = {_content_of_shot(member, doc) for doc in member.sampler.df} - set(items)
+    return shots + 1 if len(outside) < _examples(member, shots) else 0
+
+
+def _examples(member: ConfigurableTask, shots: int) -> int:
+    """How many examples so many shots need: lm-eval draws one more where an item might be among its own examples."""
+    draws_one_more = member.fewshot_cfg.split == member.config.test_split
+    return shots + (draws_one_more and not isinstance(member.sampler, FirstNSampler))
+
+
+def _shots(member: ConfigurableTask, spec: TaskSpec) -> int:
+    """The study's number of worked examples, or else the task's own; lm-eval puts none before a whole text."""
+    if spec.shots is not None:
+        return spec.shots
+    own = member.config.num_fewshot or 0
+    if type(own) is not int or own < 0:
+        raise TaskError(f"task {spec.name}: num_fewshot must be a whole number, 0 or more; given {_short(own)}")
+    return 0 if member.OUTPUT_TYPE == "loglikelihood_rolling" else own
+
+
+def _range(numbers: Sequence[int]) -> int | str:
+    """One number, or the least and the largest of several."""
+    low, high = min(numbers), max(numbers)
+    return low if low == high else f"{low} to {high}"
 
 
 def _content_of_shot(member: ConfigurableTask, doc: Mapping[str, Any]) -> str:

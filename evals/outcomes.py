@@ -28,7 +28,7 @@ class TaskSpec:
         search_items: items the search scores.
         holdout_items: items that judge the front, disjoint from the search items: a number, a share of the task's
             items (a float between 0 and 1), or `REST`, all that remain.
-        shots: worked examples before each item.
+        shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
     """
 
@@ -37,7 +37,7 @@ class TaskSpec:
     expert: str = ""
     search_items: int = field(kw_only=True)
     holdout_items: int | float = field(kw_only=True)
-    shots: int = 0
+    shots: int | None = None
     metric: str = ""
 
 

@@ -230,7 +230,8 @@ def _space_rows(space: Space | Choice) -> Iterator[tuple[str, str]]:
 def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
     for row in harness.describe():
         role = f"{row['role']} ({row['expert']})" if row["expert"] else row["role"]
-        numbers = f"{row['chance']:.2f}", row["shots"], *(row[f"{suite}_items"] for suite in SUITES)
+        shots = f"{row['shots']} ({row['shots_from']})" if row["shots_from"] else row["shots"]
+        numbers = f"{row['chance']:.2f}", shots, *(row[f"{suite}_items"] for suite in SUITES)
         yield row["task"], role, row["metric"], *numbers
 
 

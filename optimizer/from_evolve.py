@@ -161,7 +161,7 @@ class _Conversion:
         for key in ("shuffle", "random_init"):
             if self._flag(key, False):
                 self._refuse(key, "has no counterpart: a study's items and anchors are fixed by its seeds", True)
-        chat, shots = self._flag("apply_chat_template", True), self._count("num_fewshot", 0, MOST_SHOTS) or 0
+        chat, shots = self._flag("apply_chat_template", True), self._count("num_fewshot", 0, MOST_SHOTS)
         if not self._flag("fewshot_as_multiturn", True) and chat and shots:
             mend = "examples in a chat template are turns of a conversation"
             self._refuse("fewshot_as_multiturn", "has no counterpart where it is off", False, mend)
@@ -175,7 +175,7 @@ class _Conversion:
         general = [source_from(task, folder) for task in self.general or GENERAL]
         return {"domain": domain, "general": general, **items, "chat_template": chat}
 
-    def _task(self, key: str, given: object, shots: int) -> dict[str, Any]:
+    def _task(self, key: str, given: object, shots: int | None) -> dict[str, Any]:
         task = {"name": given} if isinstance(given, str) else self._mapping(key, given)
         self._only(task, TASK_KEYS, f"{key}.")
         if not isinstance(task.get("name"), str) or not task["name"]:
@@ -187,7 +187,7 @@ class _Conversion:
             self._refuse(f"{key}.metric", "must be a metric's name", task["metric"])
         metric, _, chosen = task.get("metric", "acc,none").partition(",")
         return {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"} | (
-            {"shots": shots} if shots else {}
+            {} if shots is None else {"shots": shots}
         )
 
     def _mapping(self, key: str, value: object) -> Mapping[str, Any]:

@@ -362,7 +362,12 @@ class TaskEntry(_Section):
         default=None,
         description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
     )
-    shots: int = Field(default=0, ge=0, le=MOST_SHOTS, description="Worked examples before each item.")
+    shots: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_SHOTS,
+        description="Worked examples before each item. Default: the task's own num_fewshot.",
+    )
     metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
 
 

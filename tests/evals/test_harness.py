@@ -58,6 +58,8 @@ def test_shots_come_from_no_suite(tmp_path: Path, engine: Engine) -> None:
         used = [row["question"] for row in questions(20) if row["question"] in asked[0].args[0]]
         assert len(used) == 3
         assert [q for q in used if q in scored] == [item.doc["question"]]
+    refused("task shots has 2 such items, 3 needed", folder, search=9, holdout=9, shots=3)
+    write_task(tmp_path / "shots", questions(20), doc_to_text="{{question}}", fewshot_split="test")
     refused("task shots has 2 such items, 3 needed", folder, search=9, holdout=9, shots=2)
 
 

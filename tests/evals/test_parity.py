@@ -131,6 +131,58 @@ def test_fixed_shots(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     check(load(folder, shots=2), engine, theirs, "acc")
 
 
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+def test_as_many_fixed_examples_as_shots_are_enough(
+    tmp_path: Path, engine: Engine, reference: HFLM, sampler: str
+) -> None:
+    shots = [{"question": words(90 + i, 1), "choices": list("abcd"), "gold": i} for i in range(3)]
+    folder = write_task(
+        tmp_path / "all",
+        [row for i, row in enumerate(questions()) if i % 7 != 6],
+        doc_to_text="{{question}}",
+        fewshot_delimiter="\n",
+        fewshot_config={"sampler": sampler, "samples": shots},
+    )
+    theirs = evaluate(reference, folder / "all.yaml", num_fewshot=3)
+    harness = load(folder, shots=3)
+    if sampler == "first_n":  # else lm-eval draws the order once for the task, and we for each item
+        check(harness, engine, theirs, "acc")
+    harness.prepare(engine.tokenizer, SEARCH)
+    for asked in harness.requests(SEARCH):
+        assert all(shot["question"] in asked.args[0] for shot in shots)
+
+
+def test_a_tasks_own_number_of_shots_is_lm_evals(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
+    """A group whose members differ in it, too; the study's own number overrides both."""
+    shots = [{"question": words(90 + i, 1), "choices": list("abcd"), "gold": i} for i in range(4)]
+    short = [row for i, row in enumerate(questions()) if i % 7 != 6]
+    fixed = {"fewshot_config": {"sampler": "first_n", "samples": shots}, "doc_to_text": "{{question}}"}
+    folder = write_task(tmp_path / "own", short, task="two", num_fewshot=2, **fixed)
+    write_task(folder, [{**row, "question": row["question"][::-1]} for row in short], task="none", **fixed)
+    (folder / "both.yaml").write_text("group: both\ntask: [two, none]\naggregate_metric_list: [{metric: acc}]\n")
+    theirs = evaluate(reference, folder / "two.yaml")
+    assert theirs["samples"]["two"][0]["arguments"][0][0].count("\n\n") == 2
+    check(load(folder / "two.yaml"), engine, theirs, "acc")
+    check(load(folder / "both.yaml"), engine, evaluate(reference, folder / "both.yaml"), "acc")
+    found = [
+        load(folder / f"{name}.yaml", **given).describe()[0]
+        for name, given in (
+            ("two", {}),
+            ("both", {}),
+            ("none", {}),
+            ("two", {"shots": 0}),
+            ("both", {"shots": 1}),
+        )
+    ]
+    assert [(row["shots"], row["shots_from"]) for row in found] == [
+        (2, "task"),
+        ("0 to 2", "task"),
+        (0, ""),
+        (0, "study"),
+        (1, "study"),
+    ]
+
+
 def test_rolling_text_shorter_and_longer_than_the_context(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     rows = [{"text": words(i, 3 + 7 * (i % 6))} for i in range(20)]
     assert max(len(row["text"].encode()) for row in rows) > 2 * engine.max_length

@@ -49,6 +49,24 @@ def test_a_sound_study_is_told_in_full_and_fits(study_path: Path) -> None:
         assert words in text
 
 
+def test_it_says_how_many_shots_a_task_has_and_who_asks_for_them(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    rows = [json.dumps({"q": f"{i}", "c": ["yes", "no"], "g": i % 2}) for i in range(20)]
+    for name, own in (("plain", ""), ("shown", "num_fewshot: 3\n"), ("set", "num_fewshot: 3\n")):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: g\n"
+            f"{own}metric_list: [{{metric: acc}}]\n"
+        )
+    tasks = "./plain.yaml, ./shown.yaml, {task: ./set.yaml, shots: 1}"
+    text = printed(plan_of(path, f"evals.general=[{tasks}]", "evals.holdout_items=4"))
+    lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if "general" in line}
+    assert "acc 0.50 0 4 4" in lines["plain"]
+    assert "acc 0.50 3 (task) 4 4" in lines["shown"]
+    assert "acc 0.50 1 (study) 4 4" in lines["set"]
+
+
 def test_every_problem_is_found_at_once(study_path: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("task: odd\ndataset_path: json\n")
     plan = plan_of(

@@ -62,6 +62,9 @@ def test_a_genome_becomes_a_study(folder: Path) -> None:
         ("sums", "exact_match,strict-match", 3),
     ]
     assert (study.evals.items, study.evals.holdout_items, study.evals.chat_template) == (70, 70, True)
+    for line, shots in (("num_fewshot: 0", 0), ("num_fewshot: null", None)):  # null: each task's own number
+        none = converted(folder, GENOME, ("num_fewshot: 3", line))
+        assert [entry.shots for entry in none.evals.domain] == [shots] * 3
     space = space_of(study, llama(4, tied=False))
     assert space.shape.kind == "blocks"
     assert [name for name in space.distributions() if name.startswith("law.weight")] == [

@@ -110,6 +110,15 @@ def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path
     assert hellaswag.search_items == 30
 
 
+def test_shots_that_are_not_given_are_left_to_the_task(tmp_path: Path, good: str) -> None:
+    """And a study file that an earlier version wrote out, with shots: 0 in every task, still means none."""
+    text = good.replace("- arc_easy", "- {task: arc_easy, shots: 0}")
+    study = read_study(written(tmp_path, text))
+    for read in (study, read_study(written(tmp_path, dump_study(study)))):
+        assert [spec.shots for spec in task_specs(read)] == [None, 0, None]
+    jsonschema.validate(read_yaml(tmp_path / "study.yaml"), study_schema())
+
+
 def test_holdout_items_may_be_a_share(tmp_path: Path, good: str) -> None:
     specs = task_specs(read_study(written(tmp_path, good.replace("holdout_items: 100", "holdout_items: 0.25"))))
     assert {spec.holdout_items for spec in specs} == {0.25}
