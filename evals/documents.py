@@ -81,6 +81,8 @@ def read_bytes(path: str | Path, *, limit: int = LARGEST, error: type[Exception]
     checked_path(path, error=error)
     try:
         kind, size, content = _content(path, limit)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
     except OSError as problem:
         if problem.errno != errno.ENXIO:  # how a socket answers
             raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None

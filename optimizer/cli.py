@@ -247,7 +247,7 @@ def export(
         bool, typer.Option("--knee", help="The front's point farthest above the base-expert line.")
     ] = False,
     max_forgetting: Annotated[
-        float | None, typer.Option(help="The most domain gain that forgets at most so much, 0.05 for 5 %.")
+        float | None, typer.Option(help="The most domain gain that forgets at most so much: a share, 0.05 for 5 %.")
     ] = None,
     sure: Annotated[
         float, typer.Option(help="With --max-forgetting: how sure, 0.9 for 90 % of resamplings.", min=0, max=1)
@@ -314,11 +314,11 @@ def _opened(run: Path, storage: str | None) -> Run:
 
 def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
     """The knee, or the best point that forgets little enough; exits with 3 where there is none."""
-    from optimizer.errors import RunError
+    from optimizer.errors import NoPointError
 
     try:
         return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
-    except RunError as error:
+    except NoPointError as error:
         _fail(str(error), NOT_NOW)
 
 

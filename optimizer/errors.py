@@ -6,7 +6,8 @@ MergefrontError
 ├── MergeError         the arithmetic gave no usable tensor: fix the recipe or the expert
 ├── RunError           a run folder was made from another study, or something it is asked for is not in it
 │   ├── UnavailableError   not now: another search writes to it, the disk is full, a database server does not answer
-│   └── DamagedError       its study is damaged, missing, or another program's
+│   ├── DamagedError       its study is damaged, missing, or another program's
+│   └── NoPointError       it has no point such as was asked for
 ├── SearchError        the search cannot go on: mend the cause and start it again
 └── WorkerError        a worker died or cannot start
 
@@ -40,6 +41,10 @@ class UnavailableError(RunError):
 
 class DamagedError(RunError):
     """A run's study is damaged, missing, or another program's; it is left as it is."""
+
+
+class NoPointError(RunError):
+    """A run has no point such as was asked for."""
 
 
 class SearchError(MergefrontError):

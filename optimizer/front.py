@@ -83,6 +83,22 @@ def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) 
     return int(np.lexsort((loss, -height))[0])
 
 
+def knee_of(losses: ArrayLike, is_expert: ArrayLike) -> int:
+    """The knee of a study's points, experts among them: the one a search tells of and a run recommends.
+
+    Args:
+        losses: (n, m) the negated domain gain of each expert, then forgetting.
+        is_expert: (n,) which points are experts; before one is there, the largest domain gain is the knee.
+
+    Returns:
+        The position of the point among the n.
+    """
+    points, experts = _points(losses), np.asarray(is_expert, dtype=bool)
+    front = np.flatnonzero(non_dominated(points))
+    gain, loss = -points[front, :-1].mean(axis=1), points[front, -1]
+    return int(front[knee(gain, loss, expert_forgetting=points[experts, -1].max(initial=0.0))])
+
+
 def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: float) -> int | None:
     """The point with the most domain gain among those that forget at most so much, or None where there is none.
 

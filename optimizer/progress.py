@@ -71,10 +71,10 @@ class Progress:
 
 
 class _Tally:
-    """The running figures: time left, the front so far, failures."""
+    """The running figures of the whole study: time left, the front so far, failures."""
 
     def __init__(self) -> None:
-        self._points: list[tuple[float, ...]] = []
+        self._points: list[tuple[str, tuple[float, ...]]] = []  # label and objectives
         self._failed = 0
         self._first: tuple[float, int] | None = None  # when counting began, and what was done then
         self._left = ""
@@ -83,8 +83,11 @@ class _Tally:
         now = time.monotonic()
         if self._first is None or event.kind == "start":
             self._first = now, event.done
+        if event.kind == "start":
+            self._points = list(event.known)
+            self._failed = event.done - len(event.known)
         if event.objectives is not None and event.kind == "trial":
-            self._points.append(event.objectives)
+            self._points.append((event.label, event.objectives))
         self._failed += event.kind == "failed"
         since, done_then = self._first
         finished = event.done - done_then
@@ -100,14 +103,12 @@ class _Tally:
         return ", ".join(parts)
 
     def _front(self) -> list[str]:
-        from optimizer.front import knee, non_dominated
+        from optimizer.front import knee_of, non_dominated
 
-        losses = [(*(-gain for gain in gains), forgetting) for *gains, forgetting in self._points]
-        front = [point for point, on in zip(self._points, non_dominated(losses), strict=True) if on]
-        domain = [sum(gains) / len(gains) for *gains, _ in front]
-        loss = [point[-1] for point in front]
-        best = knee(domain, loss, expert_forgetting=max(point[-1] for point in self._points))
-        return [f"front {len(front)}", f"knee {percent(domain[best])} domain at {percent(loss[best])} forgetting"]
+        losses = [(*(-gain for gain in gains), forgetting) for _, (*gains, forgetting) in self._points]
+        *lost, loss = losses[knee_of(losses, [label.startswith("expert:") for label, _ in self._points])]
+        knee = f"knee {percent(-sum(lost) / len(lost))} domain at {percent(loss)} forgetting"
+        return [f"front {non_dominated(losses).sum()}", knee]
 
 
 def event_text(event: Event) -> str:

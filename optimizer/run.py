@@ -23,9 +23,9 @@ from evals.limits import cut_short
 from evals.objectives import Draws, carries, draw_objectives, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
 from optimizer.comparison import Gap, gap_to_line
-from optimizer.errors import RunError
+from optimizer.errors import NoPointError, RunError
 from optimizer.frames import Row, rows_of
-from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee, non_dominated
+from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
 from optimizer.run_folder import all_outcomes, read_manifest, redacted
 from optimizer.study_db import read_storage
 from optimizer.trial_words import NOT_COUNTED, SEARCHED
@@ -57,8 +57,10 @@ class Run:
     """A run as it was when it was opened. Points are trials by number; figures are shares (0.06 is 6 %)."""
 
     def __init__(self, path: Path, storage: str | None = None) -> None:
+        if not path.exists():
+            raise RunError(f"{path} does not exist; a run folder is made by `mergefront search`")
         if not path.is_dir():
-            raise RunError(f"there is no run folder {path}; `mergefront search` makes one")
+            raise RunError(f"{path} is a file, not a run folder")
         self.path = path
         self.name = path.resolve().name
         manifest = read_manifest(path)
@@ -122,8 +124,9 @@ class Run:
 
     def recipe(self, trial: int) -> Recipe:
         """The recipe of a trial."""
-        if trial not in self._frozen or "recipe" not in self._frozen[trial].user_attrs:
-            raise RunError(f"run {self.name} has no recipe for trial {trial}; it has {len(self._frozen)} trials")
+        self._require_trial(trial)
+        if "recipe" not in self._frozen[trial].user_attrs:
+            raise RunError(f"trial {trial} of run {self.name} has no recipe: it is {self._ended(trial)}")
         try:
             return Recipe.from_json(self._frozen[trial].user_attrs["recipe"])
         except SpaceError as error:
@@ -153,6 +156,7 @@ class Run:
             task, role, expert, metric, suite, base_score, score, share (domain: of the expert's gain; general: of the
             base's ability kept), and the share's 95 % interval low, high.
         """
+        self._require_scored(trial)
         suite = suite or self.suite_of(trial)
         everyone = self._retention(suite)
         rows = everyone[everyone["trial"] == trial]
@@ -183,7 +187,8 @@ class Run:
 
     def named(self, trial: int) -> str:
         """A trial as people call it: its number, and its method where the run has several."""
-        return f"trial {trial} ({self._methods[trial]})" if len(self.methods) > 1 else f"trial {trial}"
+        self._require_trial(trial)
+        return f"trial {trial} ({self._methods.get(trial, 'no recipe')})" if len(self.methods) > 1 else f"trial {trial}"
 
     def suite_of(self, trial: int) -> str:
         """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
@@ -192,8 +197,9 @@ class Run:
 
     def describe(self, trial: int) -> str:
         """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
+        self._require_scored(trial)
         prefix = _prefix(self.suite_of(trial))
-        row = rows_of(self._require_points())[trial]
+        row = rows_of(self._points)[trial]
         gain, loss = (_said(row, f"{prefix}{name}") for name in ("domain", "forgetting"))
         items = "items the search never saw" if prefix else "the items the search used"
         return f"{self._titled(trial)} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
@@ -202,10 +208,8 @@ class Run:
 
     def knee(self) -> int:
         """The front's point farthest above the line from base to expert (search items choose, holdout items judge)."""
-        self._require_points()
-        front = self.front()
-        at = knee(front["domain"], front["forgetting"], expert_forgetting=self.reference()["forgetting"])
-        return int(front.index[at])
+        points = self._require_points()
+        return int(points.index[knee_of(self._losses(""), points["kind"].str.startswith("expert:"))])
 
     def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
         """The front's point with the most domain gain that forgets at most so much, by the search items.
@@ -215,18 +219,23 @@ class Run:
             sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone.
 
         Raises:
-            RunError: no point forgets so little.
+            NoPointError: no point forgets so little.
+            RunError: one of the two is not a share.
         """
+        if not -1 <= max_forgetting <= 1:  # below 0: better than the base at what it could do
+            raise RunError(f"a limit on forgetting is a share: 5 % is 0.05; given {max_forgetting:g}")
+        if not 0 <= sure <= 1:
+            raise RunError(f"how sure to be is a share: 90 % is 0.9; given {sure:g}")
         self._require_points()
         if (found := self._best(max_forgetting, sure)) is not None:
             return found
         front, asked = self.front(), percent(max_forgetting)
         if sure and (front["forgetting"] <= max_forgetting).any():
-            raise RunError(
+            raise NoPointError(
                 f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
                 "allow more forgetting, be less sure, or measure more items"
             )
-        raise RunError(
+        raise NoPointError(
             f"no point of run {self.name} forgets at most {asked}; the least is {percent(front['forgetting'].min())}"
         )
 
@@ -238,6 +247,7 @@ class Run:
 
     def how_sure(self, trial: int, max_forgetting: float) -> str:
         """One sentence on how sure it is that a trial forgets at most so much, by the items that judge it."""
+        self._require_scored(trial)
         suite = self.suite_of(trial)
         share = self.within(max_forgetting, suite)[trial]
         return f"In {percent(share)} of resamplings of the {suite} items it forgets at most {percent(max_forgetting)}."
@@ -302,6 +312,7 @@ class Run:
         if len(self.experts) != 1 or self._points.empty or (trial is None and self._is_anchor(self.knee())):
             return pd.DataFrame(columns=columns)
         trial = self.knee() if trial is None else trial
+        self._require_scored(trial)
         suite = self.suite_of(trial)
         rows = [(line, suite, *found) for line in ("uniform", "slope") if (found := self._against(trial, line, suite))]
         return pd.DataFrame(rows, columns=columns)
@@ -484,8 +495,25 @@ class Run:
 
     def _require_points(self) -> pd.DataFrame:
         if self._points.empty:
-            raise RunError(f"run {self.name} has no finished trial yet: the base and every expert must be scored first")
+            raise NoPointError(
+                f"run {self.name} has no finished trial yet: the base and every expert must be scored first"
+            )
         return self._points
+
+    def _require_trial(self, trial: int) -> None:
+        if trial not in self._frozen:
+            there = f"trials 0 to {max(self._frozen)}" if self._frozen else "none yet"
+            raise RunError(f"run {self.name} has no trial {trial}; it has {there}")
+
+    def _require_scored(self, trial: int) -> None:
+        self._require_trial(trial)
+        if trial not in self._require_points().index:
+            raise RunError(f"trial {trial} of run {self.name} is not scored: {self._ended(trial)}")
+
+    def _ended(self, trial: int) -> str:
+        """The state of a trial, and why it failed."""
+        frozen = self._frozen[trial]
+        return ", ".join(filter(None, (frozen.state.name.lower(), str(frozen.user_attrs.get("reason", "")))))
 
     def _best(self, max_forgetting: float, sure: float) -> int | None:
         front = self.front()

@@ -60,6 +60,7 @@ class Event:
         done, total: finished trials and the budget; for "holdout" trials judged and to be judged.
         objectives: of a "trial", in the study's order.
         label: what the trial is: "base", "expert:<name>", another anchor's name, or "search".
+        known: of a "start": label and objectives of each trial that was finished before.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Event:
     total: int
     objectives: tuple[float, ...] | None = None
     label: str = ""
+    known: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
 
 def objective_names(experts: Sequence[str]) -> tuple[str, ...]:
@@ -264,7 +266,9 @@ class _Search:
         self._enqueue_anchors()
         self.samplers = self._make_sampler(self.settings.sampler), self._make_sampler("random")
         text = f"{self.finished} of {self.budget} trials are finished" if trials else f"{self.budget} trials"
-        self._emit("start", None, f"{text}; {len(left)} were left open" if left else text)
+        text += f"; {len(left)} were left open" if left else ""
+        known = tuple((self.kinds[number], values) for number, values in self.values.items())
+        self.events(Event("start", None, text, self.finished, self.budget, known=known))
         self._tell_held()
 
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:

@@ -72,14 +72,14 @@ def test_every_command_says_what_it_does() -> None:
 def test_an_error_of_ours_is_one_line_on_stderr(tmp_path: Path) -> None:
     result = call("check", tmp_path / "none.yaml")
     assert result.exit_code == 2
-    assert result.stderr == f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory\n"
+    assert result.stderr == f"error: {tmp_path}/none.yaml does not exist\n"
     assert result.stdout == ""
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     result = call("--debug", "check", tmp_path / "none.yaml")
     assert result.exit_code == 1
-    assert "cannot be read" in str(result.exception)
+    assert "does not exist" in str(result.exception)
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
@@ -201,7 +201,18 @@ def test_show_of_a_failed_trial_says_why_and_of_none_says_so(run: Path) -> None:
     assert json.loads(call("show", run, failed, "--json").stdout)["tasks"] == []
     result = call("show", run, 999)
     assert result.exit_code == 2
-    assert "no recipe for trial 999" in result.stderr
+    assert "run toy has no trial 999; it has trials 0 to 19" in result.stderr
+
+
+def test_what_is_missing_does_not_exist(tmp_path: Path) -> None:
+    for command in ("status", "front", "report"):
+        result = call(command, tmp_path / "none")
+        assert result.exit_code == 2
+        assert f"{tmp_path}/none does not exist; a run folder is made by `mergefront search`" in result.stderr
+    for command in ("check", "search"):
+        assert f"{tmp_path}/none.yaml does not exist" in call(command, tmp_path / "none.yaml").stderr
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file is a file, not a run folder" in call("status", tmp_path / "file").stderr
 
 
 def test_what_is_no_run_is_said_so(tmp_path: Path) -> None:
@@ -225,9 +236,17 @@ def test_an_export_needs_exactly_one_point(run: Path) -> None:
 
 
 def test_an_export_of_nothing_feasible_exits_with_3(run: Path) -> None:
-    result = call("export", run, "--max-forgetting", "-9")
+    result = call("export", run, "--max-forgetting", "-0.9")
     assert result.exit_code == 3
     assert "forgets at most" in result.stderr
+
+
+@pytest.mark.parametrize("given", ["5", "-5", "nan"])
+def test_a_limit_that_is_no_share_is_refused(run: Path, given: str) -> None:
+    result = call("export", run, "--max-forgetting", given)
+    assert result.exit_code == 2
+    assert f"a limit on forgetting is a share: 5 % is 0.05; given {given}" in result.stderr
+    assert not (run / "exports").exists()
 
 
 def test_how_sure_needs_a_limit(run: Path) -> None:

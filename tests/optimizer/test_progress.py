@@ -74,6 +74,21 @@ def test_time_left_is_from_trials_done_since_the_start(monkeypatch: pytest.Monke
     assert "8 min left" in lines[2]
 
 
+def test_after_a_resume_front_knee_and_failures_are_of_the_whole_study() -> None:
+    known = (("base", (0.0, 0.0)), ("expert:clinical", (1.0, 0.2)), ("search", (0.8, 0.061)))
+    resumed = [
+        Event("start", None, "4 of 6 trials are finished", 4, 6, known=known),
+        Event("trial", 4, "", 5, 6, (0.1, 0.1), "search"),
+    ]
+    assert "front 3, knee 80 % domain at 6.1 % forgetting, 1 failed" in shown(resumed, terminal=False)
+
+
+def test_the_knee_is_measured_from_the_experts_whatever_else_forgets_more() -> None:
+    points = [("base", (0.0, 0.0)), ("expert:a", (1.0, 0.2)), ("search", (0.75, 0.08)), ("search", (1.1, 0.7))]
+    events = [Event("trial", i, "", i + 1, 5, values, label) for i, (label, values) in enumerate(points)]
+    assert "knee 75 % domain at 8.0 % forgetting" in shown(events, terminal=False).splitlines()[-1]
+
+
 def test_several_experts_each_have_a_figure() -> None:
     event = Event("trial", 3, "", 1, 9, (0.5, 0.25, 0.1), "search")
     assert event_text(event) == "trial 3 (search): domain 50 %, 25 %, forgetting 10 %"

@@ -89,8 +89,30 @@ def test_weights_follow_the_recipe(run: Run) -> None:
     assert weights["layer"].tolist() == [*sorted(weights["layer"].iloc[:-1]), -1]
     for row in weights.itertuples():
         assert row.weight == recipe.value("weight", expert="clinical", group=row.group)
-    with pytest.raises(RunError, match="no recipe for trial 999"):
-        run.weights(999)
+
+
+def test_a_trial_that_is_not_there_is_refused_with_those_that_are(run: Run) -> None:
+    last = len(run.trials()) - 1
+    failed = int(run.trials().query("state == 'fail'").index[0])
+    for look in (run.weights, run.recipe, run.named, run.retention, run.describe, run.does_search_pay):
+        for number in (999, -1):
+            with pytest.raises(RunError, match=f"run toy has no trial {number}; it has trials 0 to {last}"):
+                look(number)
+    for look in (run.retention, run.describe, run.does_search_pay):
+        with pytest.raises(RunError, match=f"trial {failed} of run toy is not scored: fail, merge gave a tensor"):
+            look(failed)
+    with pytest.raises(RunError, match="run toy has no trial 999"):
+        run.how_sure(999, 0.1)
+
+
+def test_a_limit_is_a_share_and_may_ask_for_better_than_the_base(run: Run) -> None:
+    for limit in (5.0, -5.0, float("nan")):
+        with pytest.raises(RunError, match=r"a limit on forgetting is a share: 5 % is 0.05"):
+            run.best(limit)
+    with pytest.raises(RunError, match=r"how sure to be is a share: 90 % is 0.9; given 90"):
+        run.best(0.1, sure=90)
+    with pytest.raises(RunError, match="no point of run toy forgets at most -90 %"):
+        run.best(-0.9)
 
 
 def test_retention_turns_forgetting_into_what_is_kept(run: Run) -> None:
@@ -221,7 +243,7 @@ def test_a_run_without_a_finished_trial(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="there is no run folder"):
+    with pytest.raises(RunError, match="does not exist"):
         open_run(tmp_path / "nothing")
     with pytest.raises(RunError, match="is not a run folder"):
         open_run(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import warnings
@@ -11,13 +12,17 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 
 from optimizer import search as search_module
 from optimizer.errors import SearchError, StudyFileError
 from optimizer.pool import Job, Result, SerialPool
+from optimizer.progress import Progress
+from optimizer.run import open_run
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler, require_learns
 from optimizer.search import Event, objective_names
+from optimizer.words import percent
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
@@ -356,6 +361,22 @@ def test_a_sampler_follows_from_the_seed_and_the_number_of_trials() -> None:
         draws = [first(0, 0), first(0, 1), first(1, 0)]
     assert draws[0] == first(0, 0)
     assert len(set(draws)) == 3
+
+
+def test_progress_after_a_resume_says_what_the_run_folder_says(bench: Bench) -> None:
+    bench.search(trials=11)
+    bench.events.clear()
+    bench.search(trials=14)
+    sink = io.StringIO()
+    with Progress(Console(file=sink, width=200)) as progress:
+        for event in bench.events:
+            progress(event)
+    run = open_run(bench.run.path)
+    knee = run.points().loc[run.knee()]
+    news = (
+        f"front {len(run.front())}, knee {percent(knee['domain'])} domain at {percent(knee['forgetting'])} forgetting"
+    )
+    assert news in next(line for line in sink.getvalue().splitlines() if "14/14 trial" in line)
 
 
 def test_the_front_is_judged_only_where_it_was_not(bench: Bench) -> None:
