@@ -200,7 +200,7 @@ def test_a_recipe_may_be_a_point_of_one_of_several_methods(tmp_path: Path, good:
     ("recipe", "space", "message"),
     [
         (RECIPE, "{from: none.yaml}", "none.yaml does not exist"),
-        (RECIPE, "{from: none.json}", "none.json: cannot be read"),
+        (RECIPE, "{from: none.json}", "none.json does not exist"),
         (
             RECIPE,
             "{from: recipe.yaml, method: linear}",
