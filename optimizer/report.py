@@ -17,7 +17,9 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from evals.documents import read_text
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import SURE
 from optimizer.plots import library_script
@@ -90,7 +92,7 @@ def report_html(run: Run) -> str:
         figures=_figures(run) if scored else "",
         table=_table(run) if scored else "",
         words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
-        study=_text(redacted(study.read_text(encoding="utf-8"))) if study.exists() else "",
+        study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
         plotly=library,
         script=SCRIPT,

@@ -21,12 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from evals.errors import TaskError
 from evals.limits import cut_short
 from evals.objectives import Draws, carries, draw_objectives, objectives, task_retention, task_scores
-from evals.outcomes import HOLDOUT, SEARCH, TaskInfo
+from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.comparison import Gap, gap_to_line
 from optimizer.errors import NoPointError, RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
-from optimizer.run_folder import all_outcomes, read_manifest, redacted
+from optimizer.manifest import read_manifest, tasks_of
+from optimizer.run_folder import all_outcomes, redacted
 from optimizer.study_db import read_storage
 from optimizer.trial_words import NOT_COUNTED, SEARCHED
 from optimizer.words import count, percent
@@ -63,10 +64,7 @@ class Run:
             raise RunError(f"{path} is a file, not a run folder")
         self.path = path
         self.name = path.resolve().name
-        manifest = read_manifest(path)
-        stored = manifest["tasks"]
-        assert isinstance(stored, list)
-        self.tasks = tuple(TaskInfo(**task) for task in stored)
+        self.tasks = tasks_of(read_manifest(path), path / "tasks.json")
         self._frozen = {trial.number: trial for trial in _read_trials(path / "study.db", storage)}
 
     # --- trials and points ---------------------------------------------------------------------------------------

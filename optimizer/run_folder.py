@@ -32,11 +32,11 @@ from optuna.storages import RDBStorage
 
 from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
 from optimizer.errors import RunError, UnavailableError
+from optimizer.manifest import FORMAT, read_manifest
 from optimizer.study_db import open_storage
 
 _Read = TypeVar("_Read")
 
-FORMAT = 1
 FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
 SCHEMA = pa.schema(
     {
@@ -224,23 +224,6 @@ def _opened_lock(path: Path) -> IO[str]:
 
 def _no_lock(path: Path) -> RunError:
     return RunError(f"{path} must be a plain file, made by `mergefront search`; remove what is there")
-
-
-def read_manifest(folder: Path) -> dict[str, object]:
-    """What tasks.json holds: format, tasks and fingerprint.
-
-    Raises:
-        RunError: the folder is not a run of this format.
-    """
-    path = folder / "tasks.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        made_by = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} is not a run folder: its tasks.json cannot be read ({error})") from error
-    if made_by != FORMAT:
-        raise RunError(f"{path} has format {made_by}, this version reads format {FORMAT}; use the version that made it")
-    return manifest
 
 
 def renew_fingerprints(folder: Path, renewed: Mapping[str, str]) -> None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.documents import read_text
 from optimizer.errors import RunError, StudyFileError
 from optimizer.export import export_model
 from optimizer.frames import rows_of
+from optimizer.manifest import read_manifest
 from optimizer.merge import Sources
-from optimizer.run_folder import read_manifest
-from optimizer.study_file import LARGEST_FILE, read_yaml
+from optimizer.study_file import LARGEST_FILE, read_yaml, shown
 from optimizer.words import tasks_said
 from search_spaces.mergekit import from_mergekit
 from search_spaces.recipe import Recipe
@@ -53,7 +54,7 @@ def merge_recipe(path: Path, out: Path) -> Path:
     from optimizer.checkpoints import Checkpoint
 
     if path.suffix == ".json":
-        text = _read(path)
+        text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
         if is_stack_text(text):
             return _write_stack(Stack.from_json(text), out)
         recipe = Recipe.from_json(text)
@@ -74,14 +75,6 @@ def _write_stack(stack: Stack, out: Path) -> Path:
     return write_stack(stack, {name: Checkpoint.open(source) for name, source in stack.models}, out)
 
 
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(LARGEST_FILE).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyFileError(f"{path}: cannot be read: {error}") from None
-
-
 def _base_of(document: Mapping[str, Any], path: Path) -> str:
     """The base's path: `base_model: path`, `base_model: {model: {path: path}}`, or else the first model there is."""
     given = document.get("base_model")
@@ -90,7 +83,7 @@ def _base_of(document: Mapping[str, Any], path: Path) -> str:
         inner = base.get("model")
         base = inner.get("path") if isinstance(inner, dict) else inner
     if not isinstance(base, str):
-        raise StudyFileError(f"{path}: base_model: must name the base's folder; given {given!r}")
+        raise StudyFileError(f"{path}: base_model: must name the base's folder; given {shown(given)}")
     return base
 
 

@@ -485,6 +485,8 @@ def stored_storage(run: Path) -> str | None:
     """
     search = read_yaml(run / "study.yaml").get("search") if (run / "study.yaml").is_file() else None
     storage = search.get("storage") if isinstance(search, dict) else None
+    if storage is not None and not isinstance(storage, str):
+        raise StudyFileError(f"{run / 'study.yaml'}: search.storage must be a text; given {shown(storage)}")
     if storage and "***" in storage:
         raise StudyFileError(
             f"{run}: the study is at {storage}; give its whole URL in MERGEFRONT_STORAGE or by --storage"
