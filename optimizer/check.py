@@ -20,7 +20,7 @@ from optimizer.errors import MergefrontError, RunError, StudyFileError
 from optimizer.samplers import require_learns
 from optimizer.study_file import Study, task_specs
 from optimizer.study_space import space_of
-from optimizer.words import count
+from optimizer.words import count, printable
 from search_spaces.errors import SpaceError
 
 if TYPE_CHECKING:
@@ -183,7 +183,6 @@ def print_plan(plan: Plan, console: Console) -> None:
     from rich.text import Text
 
     from optimizer.tables import table
-    from optimizer.words import count
 
     if plan.base is not None:
         console.print(
@@ -203,7 +202,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         return
     console.print(Text(f"{count(len(plan.problems), 'problem')}:", style="bold"))
     for problem in plan.problems:
-        console.print(Text(f"- {problem}"), soft_wrap=True)
+        console.print(Text(printable(f"- {problem}")), soft_wrap=True)
 
 
 def _model_rows(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -73,8 +73,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    typer.echo(f"error: {shown}", err=True)
+    _say(f"error: {text}", error=True)
     raise typer.Exit(code)
 
 
@@ -92,7 +91,7 @@ def _version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        typer.echo(f"mergefront {version('mergefront')}")
+        _say(f"mergefront {version('mergefront')}")
         raise typer.Exit
 
 
@@ -136,7 +135,7 @@ def init(
     else:
         _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
     out.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
+    _say(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
 
 
 @app.command()
@@ -157,7 +156,7 @@ def check(
     digests = read_in_full(plan) if full else {}
     print_plan(plan, _console())
     for file, digest in digests.items():
-        typer.echo(f"{digest}  {file}")
+        _say(f"{digest}  {file}")
     if plan.problems:
         raise typer.Exit(WRONG)
 
@@ -180,7 +179,7 @@ def search(
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     folder = run_study(study, overrides, _console())
-    typer.echo(f"report: {folder / 'report.html'}")
+    _say(f"report: {folder / 'report.html'}")
     if _opened(folder, read_study(study, overrides).search.storage).front().empty:
         raise typer.Exit(NOT_NOW)
 
@@ -195,11 +194,11 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
     if as_json:
         _print_json(document)
         return
-    typer.echo(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
+    _say(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
     if len(document["methods"]) > 1:
-        typer.echo("Trials by method: " + ", ".join(f"{name} {n}" for name, n in document["methods"].items()))
+        _say("Trials by method: " + ", ".join(f"{name} {n}" for name, n in document["methods"].items()))
     for finding in document["findings"]:
-        typer.echo(f"- {finding}")
+        _say(f"- {finding}")
 
 
 @app.command()
@@ -236,7 +235,7 @@ def show(
         console.print(retention_table(opened, trial, width=console.width))
     else:
         about = opened.trials().loc[trial]
-        typer.echo(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
+        _say(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
 
 
 @app.command()
@@ -264,11 +263,11 @@ def export(
     number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
     from optimizer.ship import export_trial  # brings torch
 
-    typer.echo(f"wrote {export_trial(opened, number, out)}")
+    _say(f"wrote {export_trial(opened, number, out)}")
     if number in opened.points().index:
-        typer.echo(opened.describe(number))
+        _say(opened.describe(number))
         if max_forgetting is not None:
-            typer.echo(opened.how_sure(number, max_forgetting))
+            _say(opened.how_sure(number, max_forgetting))
 
 
 @app.command()
@@ -277,7 +276,7 @@ def report(run: RunPath, storage: Storage = None) -> None:
     from optimizer.run_study import finish
 
     finish(_opened(run, storage))
-    typer.echo(f"wrote {run / 'report.html'}")
+    _say(f"wrote {run / 'report.html'}")
 
 
 @app.command()
@@ -288,7 +287,7 @@ def merge(
     """Merge checkpoints by a recipe, without a search."""
     from optimizer.ship import merge_recipe
 
-    typer.echo(f"wrote {merge_recipe(recipe, out)}")
+    _say(f"wrote {merge_recipe(recipe, out)}")
 
 
 @app.command()
@@ -323,13 +322,19 @@ def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from optimizer.terminal import Terminal
 
-    return Console()
+    return Terminal()
+
+
+def _say(text: str, *, error: bool = False) -> None:
+    from optimizer.terminal import say  # brings rich
+
+    say(text, error=error)
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+    _say(json.dumps(document, indent=1, allow_nan=False))
 
 
 def main() -> None:

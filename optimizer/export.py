@@ -163,8 +163,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def _plain(text: str) -> str:
     """Make a name inert in Markdown and HTML: one line, no cell border, no tag."""
-    one_line = " ".join(re.sub(r"[\x00-\x1f\x7f]+", " ", text).split())
-    return one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    inert = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return inert.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
 
 
 def _number(value: float | None) -> str:

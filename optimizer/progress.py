@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from optimizer.words import percent
+from optimizer.words import one_line, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +114,8 @@ class _Tally:
 def event_text(event: Event) -> str:
     """One event in words, without the time."""
     name = "" if event.trial is None else f"trial {event.trial}"
-    label = f" ({event.label})" if event.label and name else event.label
+    label = one_line(event.label)
+    label = f" ({label})" if label and name else label
     text = event.text or ("judged on the holdout items" if event.kind == "holdout" else "")
     if event.objectives is not None:
         *gains, forgetting = event.objectives

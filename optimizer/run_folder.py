@@ -34,6 +34,7 @@ from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
 from optimizer.errors import RunError, UnavailableError
 from optimizer.manifest import FORMAT, read_manifest
 from optimizer.study_db import open_storage
+from optimizer.words import printable
 
 _Read = TypeVar("_Read")
 
@@ -142,7 +143,7 @@ class RunFolder:
     def log(self, text: str) -> None:
         """Append a line with the time to log.txt, secrets blacked out."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {redacted(text)}\n")
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(redacted(text))}\n")
 
 
 class RunLock:

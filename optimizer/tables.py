@@ -14,7 +14,7 @@ from rich.text import Text
 from evals.outcomes import SUITES
 from optimizer.front import SURE
 from optimizer.run_folder import is_locked
-from optimizer.words import kind_said, percent, tasks_said
+from optimizer.words import kind_said, percent, printable, tasks_said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,15 +33,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         right: columns of numbers, set flush right.
     """
     made = Table(
-        title=Text(title, style="bold"),
+        title=Text(printable(title), style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
         show_header=any(columns),
     )
-    cells = [[str(cell) for cell in row] for row in rows]
-    for column, *below in zip(columns, *cells, strict=True):
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    for column, *below in zip(map(printable, columns), *cells, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
         made.add_column(Text(column), justify=side, overflow="fold", no_wrap=not _breaks([column, *below]))
     for row in cells:

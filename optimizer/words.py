@@ -7,6 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Text without an order to a terminal: what is no printable character or line end is written as `\\x1b` is here."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(name: str) -> str:
+    """A name, printable and on one line."""
+    return printable(name).replace("\n", "\\n")
+
+
 def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
     """A share in per cent, with its interval where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
     digits = 0 if abs(value) >= 0.0995 else 1
@@ -18,7 +28,7 @@ def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
 
 def kind_said(kind: str) -> str:
     """A trial's kind: `expert clinical` of `expert:clinical`, the others as they are."""
-    return kind.replace("expert:", "expert ")
+    return one_line(kind.replace("expert:", "expert "))
 
 
 def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -29,7 +39,7 @@ def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """
     pairs = [(row["task"], row["expert"]) for row in rows]
     several = len({expert for _, expert in pairs if expert}) > 1
-    return [f"{task} ({expert})" if several and expert else task for task, expert in pairs]
+    return [one_line(f"{task} ({expert})" if several and expert else task) for task, expert in pairs]
 
 
 def count(number: int, noun: str) -> str:
