@@ -21,10 +21,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from optimizer.errors import WorkerError
+from optimizer.ray_address import require_cluster
 
 if TYPE_CHECKING:
     from optimizer.worker import Evaluation
@@ -169,12 +171,12 @@ class RayPool(_Closing):
         make_worker: builds a worker; pickled to each actor, which must be able to import it.
         count: workers, each counted as one CPU by Ray.
         threads: of torch per worker; 0 shares this machine's cores among the workers.
-        address: None for a private cluster (a running one is ignored), else as `ray.init` takes it.
+        address: None for a private cluster (a running one is ignored), else HOST:PORT of one, or "auto".
         trial_seconds: a job that runs longer costs its worker's life; None is no limit.
         device: "cpu" keeps workers off GPUs; else the GPUs Ray knows of are shared among them.
 
     Raises:
-        WorkerError: Ray cannot start.
+        WorkerError: Ray cannot start, or no cluster can be joined at the address.
     """
 
     def __init__(
@@ -312,42 +314,41 @@ class _Cluster:
 
     def __init__(self, count: int, address: str | None, worker_env: Mapping[str, str]) -> None:
         self._count, self._address, self._worker_env = count, address, worker_env
+        self.ray: Any = None  # the library, once it is imported and no session but ours is in it
         self._folder: Path | None = None
         self._lock: IO[str] | None = None
         self._restore: dict[str, str | None] = {}
         self._on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place
 
     def start(self) -> None:
+        if self._address is not None:
+            require_cluster(self._address)
         parent = temporary_parent()
         remove_leftovers(parent)
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         self._lock = _locked(self._folder / "lock")
         self._set_environment()
-        import ray
-        import ray.exceptions
-
-        self.ray: Any = ray
-        for attempt in range(STARTS):
+        for attempt in range(STARTS):  # a port chosen by Ray may be taken by another program just then
             try:
                 self._init()
-                if self._on_sigterm is signal.SIG_IGN:  # a signal that is ignored stays so
-                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                return
+                break
             except Exception as error:
+                final = self.ray is None or self._address is not None or attempt + 1 == STARTS
                 with contextlib.suppress(Exception):
-                    ray.shutdown()
-                if attempt + 1 == STARTS or ray.is_initialized():
+                    self._leave()
+                if final:
                     self.stop()
                     raise WorkerError(
                         f"Ray could not start: {describe(error)}. Set workers.count to 0 to search without Ray"
                     ) from error
+        if self._on_sigterm is signal.SIG_IGN:  # a signal that is ignored stays so
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def stop(self) -> None:
         """End the cluster and remove its folder; stopping twice does nothing."""
         if self._folder is None:
             return
-        self.ray.shutdown()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._leave()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
         if self._lock is not None:
@@ -357,6 +358,13 @@ class _Cluster:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        if self.ray is not None:
+            _read_token_anew()
+
+    def _leave(self) -> None:
+        if self.ray is not None:
+            self.ray.shutdown()
+            signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def tail(self, pid: int) -> str:
         """The last lines a worker of a private cluster wrote, on lines of their own; empty where there are none."""
@@ -380,7 +388,7 @@ class _Cluster:
         if self._address is None:
             token = self._folder / "token"
             token.touch(0o600)
-            token.write_text(_token())
+            token.write_text(secrets.token_hex(32))
             wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         for name, value in wanted.items():
             self._restore[name] = os.environ.get(name)
@@ -388,6 +396,13 @@ class _Cluster:
 
     def _init(self) -> None:
         assert self._folder is not None
+        import ray
+        import ray.exceptions
+
+        if ray.is_initialized() and self.ray is None:
+            raise WorkerError("this process is in a Ray session already; end it with ray.shutdown() first")
+        self.ray = ray
+        _read_token_anew()
         here = self._folder / "work"  # without it Ray puts the driver's current folder first on a worker's sys.path
         here.mkdir(exist_ok=True)
         (here / "README").write_text("The working directory of mergefront's workers.\n")
@@ -398,22 +413,20 @@ class _Cluster:
             "_temp_dir": str(self._folder / "r"),
         }
         self.ray.init(
-            address=self._address or "local",
+            address="local" if self._address is None else self._address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": dict(self._worker_env), "working_dir": str(here)},
-            **({} if self._address else private),
+            **(private if self._address is None else {}),
         )
 
 
-_TOKENS: list[str] = []
-
-
-def _token() -> str:
-    """This process's token: Ray reads it once and keeps it, so two pools in a row must share it."""
-    if not _TOKENS:
-        _TOKENS.append(secrets.token_hex(32))
-    return _TOKENS[0]
+def _read_token_anew() -> None:
+    """Have Ray look at the environment again: it keeps the mode and the token that it found when it was imported."""
+    with contextlib.suppress(ImportError, AttributeError):  # Ray's inside, which has no promise
+        raylet = import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def temporary_parent() -> Path:

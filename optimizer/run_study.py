@@ -17,6 +17,7 @@ from evals.packing import PLAN
 from optimizer.check import Plan, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.pool import RayPool, SerialPool
 from optimizer.progress import Progress, event_text
+from optimizer.ray_address import other_cluster
 from optimizer.run import open_run
 from optimizer.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
 from optimizer.search import Event, run_search
@@ -58,6 +59,8 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         if not known:
             held.enter_context(run.lock())
         console.print(f"run folder: {run.path}", highlight=False, markup=False, soft_wrap=True)
+        if study.workers.count and study.workers.ray_address is None and (other := other_cluster()):
+            console.print(other, highlight=False, markup=False, soft_wrap=True)
         try:
             _search(plan, run, console)
         except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from pydantic import (
 from evals.documents import DEEPEST, MOST_DIGITS, read_text, resolved_path
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
+from optimizer.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
@@ -701,6 +702,8 @@ def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
         yield "name", f"must not end with a dot; given {study.name!r}"
     if study.workers.ray_address is not None and study.workers.count == 0:
         yield "workers.ray_address", "needs workers: workers.count is 0, which means in this process"
+    if study.workers.ray_address is not None and (problem := address_problem(study.workers.ray_address)):
+        yield "workers.ray_address", f"must be HOST:PORT, or auto: {problem}; given {study.workers.ray_address!r}"
 
 
 def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Pools: one Ray cluster for the whole file, with workers that obey orders."""
+"""Pools: one Ray cluster for the whole file, with workers that obey orders.
+
+Each test finds two sound workers, whatever the test before left, so that any test may run alone and in any order.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,8 +38,10 @@ from optimizer.pool import (
     remove_leftovers,
     worker_environment,
 )
+from optimizer.ray_address import require_cluster
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
+from tests.conftest import ROOT
 from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, Refuse, space_of
 
 RAY_SECONDS = 120.0
@@ -137,14 +145,75 @@ def test_ray_is_not_started_from_a_thread_that_may_end() -> None:
     assert "main thread" in str(caught[0])
 
 
-def test_a_signal_that_is_ignored_stays_ignored_by_ray_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module._Cluster, "_init", lambda self: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Ray that always starts, but for the errors in its list; it counts how often it was started and left."""
+
+    def init(**_: object) -> None:
+        ray.starts += 1
+        if ray.errors:
+            raise ray.errors.pop(0)
+
+    def shutdown() -> None:
+        ray.ends += 1
+
+    exceptions = SimpleNamespace()
+    ray = SimpleNamespace(
+        starts=0, ends=0, errors=[], init=init, shutdown=shutdown, is_initialized=lambda: False, exceptions=exceptions
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    monkeypatch.setattr(pool_module, "_read_token_anew", lambda: None)
+    return ray
+
+
+def test_ray_is_started_twice_where_a_port_was_taken_and_not_a_third_time(fake_ray: SimpleNamespace) -> None:
+    taken = OSError("[Errno 98] Address already in use")
+    fake_ray.errors = [taken]
+    cluster = pool_module._Cluster(1, None, {})
+    cluster.start()
+    assert (fake_ray.starts, fake_ray.ends) == (2, 1)
+    cluster.stop()
+    fake_ray.errors = [taken, taken, taken]
+    with pytest.raises(WorkerError, match=r"Address already in use. Set workers.count to 0 to search without Ray"):
+        pool_module._Cluster(1, None, {}).start()
+    assert fake_ray.starts == 4
+    assert fake_ray.ends >= 4
+
+
+def test_without_ray_a_search_without_it_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(WorkerError, match=r"Ray could not start: ModuleNotFoundError.* Set workers.count to 0"):
+        RayPool(FakeWorker, 1)
+
+
+def test_a_ray_session_of_the_process_is_left_alone(fake_ray: SimpleNamespace) -> None:
+    fake_ray.is_initialized = lambda: True
+    with pytest.raises(WorkerError, match=r"in a Ray session already; end it with ray.shutdown\(\)"):
+        RayPool(FakeWorker, 1)
+    assert (fake_ray.starts, fake_ray.ends) == (0, 0)
+
+
+def test_starts_leave_no_folder_and_no_setting(fake_ray: SimpleNamespace, tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "temporary_parent", lambda: tmp_path)
+        for _ in range(20):
+            cluster = pool_module._Cluster(1, None, {})
+            cluster.start()
+            cluster.stop()
+    assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == environment
+    assert fake_ray.ends == 20
+
+
+def test_a_signal_that_is_ignored_stays_ignored_by_ray_too(fake_ray: SimpleNamespace) -> None:
+    fake_ray.init = lambda **_: signal.signal(signal.SIGTERM, signal.SIG_DFL)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         cluster = pool_module._Cluster(1, None, {})
         cluster.start()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        monkeypatch.setattr(cluster, "ray", SimpleNamespace(shutdown=lambda: None))
         cluster.stop()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -159,26 +228,53 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(orders: Path) -> Iterator[RayPool]:
-    """Two workers, started in a folder that shadows a package of ours, with a stranger's address set."""
-    trap = orders / "trap"
+def cluster(orders: Path) -> Iterator[list[RayPool]]:
+    """The pool that is open, if one is, in surroundings that Ray by itself does not start in, or not by itself.
+
+    The current folder shadows a package of ours, a stranger's cluster is named, Ray's token has no home, the temporary
+    folder's name is long, shared memory is as small as Docker makes it, and Ray was imported without a token.
+    """
+    trap, long = orders / "trap", orders / ("t" * 60)
     (trap / "evals").mkdir(parents=True)
     (trap / "evals" / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    long.mkdir()
     with pytest.MonkeyPatch.context() as patch, socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
         patch.setenv("RAY_ADDRESS", f"127.0.0.1:{stranger.getsockname()[1]}")
-        patch.setenv("HOME", "/proc/nonexistent")  # Ray would keep its token there
+        patch.setenv("HOME", "/proc/nonexistent")
+        patch.setattr(tempfile, "tempdir", str(long))
+        patch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: 64 * 2**20)
         patch.chdir(trap)
-        with RayPool(functools.partial(ObedientWorker, folder=orders), 2) as pool:
-            yield pool
+        pools: list[RayPool] = []
+        yield pools
+        for pool in pools:
+            pool.close()
 
 
 @pytest.fixture
-def pool(cluster: RayPool, orders: Path) -> RayPool:
+def pool(cluster: list[RayPool], orders: Path) -> Iterator[RayPool]:
+    """Two workers that have started, and no orders for them."""
     for name in ("kill", "hang", "fail", "refuse", "kill-done"):
-        with contextlib.suppress(FileNotFoundError):
-            (orders / name).unlink()
-    return cluster
+        (orders / name).unlink(missing_ok=True)
+    if not cluster:
+        cluster.append(RayPool(functools.partial(ObedientWorker, folder=orders), 2))
+    (pool,) = cluster
+    both_started(pool)
+    yield pool
+    if pool.size == 0:
+        cluster.clear()
+
+
+def renew(pool: RayPool) -> None:
+    """Put new workers in the place of all."""
+    for slot in list(pool._slots):
+        pool._ray.kill(slot.actor)
+        pool._replace(slot, started=1)
+
+
+def busy_slot(pool: RayPool) -> pool_module._Slot:
+    (busy,) = (slot for slot in pool._slots if slot.job is not None)
+    return busy
 
 
 def test_the_cluster_is_private(pool: RayPool) -> None:
@@ -195,10 +291,8 @@ def test_the_cluster_is_private(pool: RayPool) -> None:
 
 
 def test_workers_run_in_a_folder_of_their_own_offline_with_their_share_of_threads(pool: RayPool, orders: Path) -> None:
-    both_started(pool)
-    about = [json.loads(path.read_text()) for path in orders.glob("about-*.json")]
-    assert len(about) == 2
-    for worker in about:
+    for pid in pool.pids:
+        worker = json.loads((orders / f"about-{pid}.json").read_text())
         assert str(orders / "trap") not in (*worker["path"], worker["folder"])
         assert worker["environment"]["HF_HUB_OFFLINE"] == "1"
         assert worker["environment"]["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
@@ -221,11 +315,11 @@ def test_a_worker_killed_from_outside_gives_its_job_back(pool: RayPool, orders: 
     Obey(orders).order("hang", recipe.digest)
     pool.submit(Job(5, recipe.to_json(), "search"))
     assert pool.wait(0.5) == []
-    (busy,) = (slot for slot in pool._slots if slot.job is not None)
-    os.kill(busy.pid, signal.SIGKILL)
+    pid = busy_slot(pool).pid
+    os.kill(pid, signal.SIGKILL)
     (result,) = collect(pool, 1)
     assert (result.died, result.evaluation, result.job.trial) == (True, None, 5)
-    assert f"worker process {busy.pid} died" in result.error
+    assert f"worker process {pid} died" in result.error
 
 
 def test_a_poisoned_recipe_fails_and_the_search_goes_on(pool: RayPool, orders: Path, tmp_path: Path) -> None:
@@ -264,41 +358,79 @@ def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> N
     assert not by_trial[10].died
 
 
-def test_ray_is_not_the_bottleneck(pool: RayPool) -> None:
-    job, count = Job(0, recipes()[0].to_json(), "search"), 50
-    pool.submit(job)
-    pool.submit(job)
-    collect(pool, 2)
-    start = time.perf_counter()
-    for _ in range(count):
-        pool.submit(job)
-    collect(pool, count)
-    assert (time.perf_counter() - start) / count < 0.2  # about 1 ms on an idle machine
+def test_a_wait_ends_with_the_first_result(pool: RayPool, orders: Path) -> None:
+    slow, quick = recipes()[:2]
+    Obey(orders).order("hang", slow.digest)
+    pool.submit(Job(0, slow.to_json(), "search"))
+    pool.submit(Job(1, quick.to_json(), "search"))
+    start = time.monotonic()
+    (result,) = pool.wait(RAY_SECONDS)
+    assert (result.job.trial, result.error) == (1, "")
+    assert time.monotonic() - start < RAY_SECONDS / 2  # and not at the wait's own end
+    os.kill(busy_slot(pool).pid, signal.SIGKILL)
+    collect(pool, 1)
 
 
 def test_a_worker_that_cannot_be_built_says_why(pool: RayPool, orders: Path) -> None:
-    """Leaves the pool with a broken worker: the last but one test."""
-    for pid in both_started(pool):
-        os.kill(pid, signal.SIGKILL)
     (orders / "refuse").touch()
-    for number in range(2):
-        pool.submit(Job(number, recipes()[0].to_json(), "search"))
+    renew(pool)
+    pool.submit(Job(0, recipes()[0].to_json(), "search"))
     with pytest.raises(WorkerError, match="a worker cannot be built: no such model"):
-        collect(pool, 3)
+        collect(pool, 1)
+    (orders / "refuse").unlink()
+    pool._queue.clear()
+    renew(pool)
+
+
+def test_a_cluster_that_runs_is_joined(pool: RayPool, tmp_path: Path) -> None:
+    address = pool._ray.get_runtime_context().gcs_address
+    for slot in pool._slots:
+        pool._ray.kill(slot.actor)  # makes room for the guest's
+    command, environment = [sys.executable, "-c", GUEST, address], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=RAY_SECONDS)
+    renew(pool)
+    assert done.stdout == "scored\n", done.stderr
+
+
+GUEST = """\
+import sys
+from optimizer.pool import Job, RayPool
+from tests.optimizer.fakes import FakeWorker
+from tests.optimizer.test_pool import collect, recipes
+with RayPool(FakeWorker, 1, address=sys.argv[1]) as pool:
+    pool.submit(Job(0, recipes()[0].to_json(), "search"))
+    assert collect(pool, 1)[0].evaluation
+    print("scored")
+"""
+
+
+def test_a_cluster_of_other_versions_is_refused_with_both(pool: RayPool) -> None:
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    address, key = pool._ray.get_runtime_context().gcs_address, b"CLUSTER_METADATA"
+    true = _internal_kv_get(key, namespace=b"cluster")
+    about = json.loads(true) | {"ray_version": "2.61.0", "python_version": "3.12.1"}
+    _internal_kv_put(key, json.dumps(about).encode(), overwrite=True, namespace=b"cluster")
+    try:
+        with pytest.raises(WorkerError, match=r"Ray 2\.61\.0 under Python 3\.12\.1.*`pip install ray==2\.61\.0`"):
+            require_cluster(address)
+    finally:
+        _internal_kv_put(key, true, overwrite=True, namespace=b"cluster")
 
 
 def test_nothing_is_left_after_close(pool: RayPool) -> None:
-    """Closes the pool: the last test."""
+    """Closes the pool; the test after it, if there is one, starts another."""
     folder = pool._cluster._folder
     assert folder is not None
     assert processes_of(folder)
     pool.close(kill=True)
     pool.close()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while processes_of(folder) and time.monotonic() < end:
         time.sleep(0.2)
     assert processes_of(folder) == []
     assert not folder.exists()
+    assert not [path for path in Path("/dev/shm").iterdir() if folder.name in path.name]
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
 
