@@ -33,7 +33,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, Outcome, TaskInfo, TaskSpec
 from evals.packing import plant
-from evals.task_files import Sandbox, find_task_file, make_paths_absolute, read_rows, require_plain
+from evals.task_files import find_task_file, make_paths_absolute, read_rows, require_plain
+from evals.templates import Sandbox
 from evals.tokens import Encoder, Pair, Prompt
 
 if TYPE_CHECKING:

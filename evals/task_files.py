@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jinja2
 import yaml
-from jinja2.sandbox import SandboxedEnvironment
 
 from evals.errors import TaskError
 
 PLAIN_TAG = "tag:yaml.org,2002:"
 CODE_KEYS = ("class", "custom_dataset", "use_prompt")
 CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
-
-
-class Sandbox(SandboxedEnvironment):
-    """lm-eval's template environment without the ways out of it; a template is compiled once."""
-
-    def __init__(self, original: jinja2.Environment) -> None:
-        super().__init__(loader=original.loader, undefined=original.undefined, keep_trailing_newline=True)
-        self.filters = original.filters
-        self.from_string = lru_cache(maxsize=1024)(self.from_string)  # type: ignore[method-assign, assignment]
 
 
 def find_task_file(source: Path) -> Path:
