@@ -6,6 +6,7 @@ full disk, no answer from a database), 4 a study is damaged, missing or another 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,12 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from optimizer.words import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from optimizer.run import Run
 
 FAILED, WRONG, NOT_NOW, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 130
+# What the system refuses and a person can mend, wherever it happens; another OSError is a fault of ours, and shows it.
+MENDABLE: dict[int | None, int] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP), WRONG),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), NOT_NOW),
+}
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -45,7 +53,14 @@ class _Commands(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody to tell
             raise typer.Exit(FAILED) from None
+        except OSError as error:
+            if error.errno not in MENDABLE or ctx.params.get("debug"):
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"{place}{error.strerror}; with --debug before the command it shows where", MENDABLE[error.errno])
         except Exception as error:
+            if "message" in vars(error):  # how typer words a usage error, with what was typed
+                vars(error)["message"] = printable(str(vars(error)["message"]))
             code = _exit_code(error)
             if code is None or ctx.params.get("debug"):
                 raise
@@ -54,6 +69,7 @@ class _Commands(TyperGroup):
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error made for a person; None for any other."""
+    from evals.documents import DocumentError
     from evals.errors import TaskError
     from optimizer.errors import (
         CheckpointError,
@@ -67,7 +83,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, UnavailableError | DamagedError):
         return NOT_NOW if isinstance(error, UnavailableError) else DAMAGED
-    if isinstance(error, StudyFileError | CheckpointError | RunError | TaskError | SpaceError):
+    if isinstance(error, StudyFileError | CheckpointError | RunError | TaskError | SpaceError | DocumentError):
         return WRONG
     return FAILED if isinstance(error, MergefrontError) else None
 
@@ -121,10 +137,12 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file to start from."""
+    from evals.documents import checked_path
     from optimizer.from_evolve import study_from_evolve
     from optimizer.new_study import new_study
 
-    if out.exists() and not force:
+    out = checked_path(out, where="--out")
+    if os.path.lexists(out) and not force:
         _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:
         if base or domain:
@@ -134,7 +152,10 @@ def init(
         text = new_study(out, base, experts, domain=domain or (), general=general or ())
     else:
         _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"--out: {out} cannot be written: {error.strerror}; name a file in a folder that is there", WRONG)
     _say(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
 
 
@@ -305,9 +326,11 @@ def demo(
 
 
 def _opened(run: Path, storage: str | None) -> Run:
+    from evals.documents import checked_path
     from optimizer.run import open_run
     from optimizer.study_file import stored_storage
 
+    run = checked_path(run, where="RUN")
     return open_run(run, storage=storage or stored_storage(run))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -86,6 +87,77 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
     result = call("check", tmp_path / "a\x1b[31m.yaml")
     assert "\\x1b[31m" in result.stderr
     assert "\x1b" not in result.stderr
+
+
+def test_names_of_others_do_not_reach_the_terminal_as_commands(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "a\x1b]0;title\x07\x9b31m")
+    tasks = (copy / "tasks.json").read_text()
+    (copy / "tasks.json").write_text(tasks.replace('"acc"', '"a\\u001b[2Jb\\u202e"'))
+    for command in ("status", "front", "show 0", "report"):
+        verb, *rest = command.split()
+        result = call(verb, copy, *rest)
+        assert result.exit_code == 0, result.output
+        assert not set(result.output) & set("\x1b\x07\x9b\u202e"), command
+    assert "a\\x1b]0;title\\x07\\x9b31m" in call("status", copy).output
+    assert "a\\x1b]0;title\\x07\\x9b31m" in call("front", copy).output
+    assert "a\\x1b[2Jb\\u202e" in call("show", copy, "0").output
+    assert not set(call("show", copy, "1", "\x1b[31m").output) & {"\x1b"}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 3), (errno.EDQUOT, 3), (errno.EFBIG, 3)],
+)
+def test_what_the_system_refuses_is_one_line_that_asks_for_debug(
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/\x1bfile")
+
+    monkeypatch.setattr("optimizer.run.open_run", fail)
+    result = call("front", run)
+    assert result.exit_code == code
+    said = f"error: /some/\\x1bfile: {os.strerror(number)}; with --debug before the command it shows where\n"
+    assert result.stderr == said
+    assert isinstance(call("--debug", "front", run).exception, OSError)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("ours"), FileNotFoundError(2, "none", "x"), RecursionError(), OSError("x")]
+)
+def test_a_fault_of_ours_stays_visible(run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("optimizer.run.open_run", fail)
+    assert call("front", run).exception is error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init", "a/b", "c/d", "--out", "x" * 300], "--out: a path may have 255 bytes in each name"),
+        (["init", "a/b", "c/d", "--out", "none/x.yaml"], "--out: none/x.yaml cannot be written: No such file"),
+        (["init", "a/b", "c/d", "--force", "--out", "."], "--out: . cannot be written: Is a directory"),
+        (["init", "a/b", "a\0b"], "a path must not hold a NUL character"),
+        (["init", "a/b", "~nobody-by-this-name"], "no user of this machine has the home folder"),
+        (["init", "a/b", "x" * 300], "a path may have 255 bytes in each name"),
+        (["status", "x" * 300], "RUN: a path may have 255 bytes in each name"),
+        (["report", "x/" * 3000], "RUN: a path may have 255 bytes in each name and 4,095 in all"),
+        (["merge", "x" * 300, "out"], "a path may have 255 bytes in each name"),
+        (["merge", "/dev/zero", "out"], "must be a regular file; given a device"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*words)
+    assert result.exit_code == 2, result.exception
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
