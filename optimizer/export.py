@@ -6,6 +6,7 @@ as recipe.json for us, as mergekit.yaml for mergekit, and in words in the model 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -56,10 +57,11 @@ def export_model(
         copy_files(base.folder, folder)
         (folder / "recipe.json").write_text(recipe.to_json() + "\n", encoding="utf-8")
         adapters = [name for name, expert in sources.experts.items() if expert.is_adapter]
-        dtype = str(base.dtype(base.names[0])).removeprefix("torch.")
+        if recipe.dtype:
+            say_dtype(folder / "config.json", recipe.dtype)
         unsaid = ""
         try:
-            mergekit = to_mergekit(recipe, base.names, out_dtype=dtype, adapters=adapters)
+            mergekit = to_mergekit(recipe, base.names, out_dtype=recipe.dtype or float_dtype(base), adapters=adapters)
             if any(expert.is_matched for expert in sources.experts.values()):
                 mergekit["tokenizer_source"] = "base"  # it then drops rows without a token, also the base's own
             (folder / "mergekit.yaml").write_text(dump_yaml(mergekit), encoding="utf-8")
@@ -93,7 +95,11 @@ def model_card(
     if unsaid:
         about += f"`recipe.json` holds all that is needed to make it again. For mergekit: {_plain(unsaid)}."
     else:
-        about += "`recipe.json` and `mergekit.yaml` hold all that is needed to make it again."
+        about += (
+            "`recipe.json` and `mergekit.yaml` hold all that `mergefront merge` needs to make it again, to the bit."
+        )
+        if METHODS[recipe.method].random:
+            about += " mergekit draws random masks of its own: from the same document it makes another model."
     model_rows = [[name, public_name(model), f"`{model.fingerprint}`"] for name, model in models.items()]
     about += " The tokenizer and the vocabulary are the base's."
     matched = [f"{name} ({model.left_out} left out)" for name, model in models.items() if model.is_matched]
@@ -126,6 +132,22 @@ def public_name(checkpoint: Checkpoint) -> str:
     if HUB_ID.fullmatch(checkpoint.source) and not Path(checkpoint.source).exists():
         return checkpoint.source
     return re.sub(r"[^\w.-]+", "-", Path(checkpoint.source).expanduser().resolve().name).strip("-.") or "model"
+
+
+def float_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of all floating tensors, such as `bfloat16`; empty where they differ."""
+    found = {checkpoint.dtype(name) for name in checkpoint.names}
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in found if dtype.is_floating_point)
+    return names[0] if len(names) == 1 else ""
+
+
+def say_dtype(file: Path, dtype: str) -> None:
+    """Have a config.json name the dtype of its weights, which transformers loads them in."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["torch_dtype" if "torch_dtype" in part and "dtype" not in part else "dtype"] = dtype
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, folder: Path) -> None:

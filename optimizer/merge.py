@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimizer.checkpoints import (
+    DTYPES,
     Checkpoint,
     count_nonfinite,
     require_compatible,
@@ -40,7 +41,7 @@ from optimizer.methods import (
 )
 from optimizer.tensor_file import write_sharded
 from search_spaces import METHODS as SPECS
-from search_spaces import Recipe, group_of
+from search_spaces import Recipe, SpaceError, group_of
 
 DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
 MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -108,7 +109,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
-    """Return one merged tensor in the base's dtype.
+    """Return one merged tensor in the dtype that the recipe asks for, else in the base's.
 
     Raises:
         MergeError: the recipe and the sources do not fit, or the tensor has NaN or infinite values.
@@ -130,6 +131,7 @@ def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recip
         MergeError: names, shapes or dtypes do not fit, or a merged tensor has NaN or infinite values. The parameters
             are then partly written; the next merge writes them all.
     """
+    assert not recipe.dtype, "a resident model keeps the base's dtypes"
     merger = _Merger(sources, recipe, kept)
     _require_same_tensors(parameters, sources.base)
     with torch.no_grad():
@@ -155,8 +157,19 @@ def write_shards(sources: Sources, recipe: Recipe, folder: Path, *, shard_bytes:
     Sources are read tensor by tensor, not mapped: mapped pages stay, and would count, until memory is short.
     """
     base, anew = sources.base, sources.read_anew()
-    kinds = {name: base.kind(name) for name in base.names}
+    kinds = {name: (code_of(stored_as(recipe.dtype, base.dtype(name))), base.shape(name)) for name in base.names}
     write_sharded(folder, kinds, lambda name: merged_tensor(name, anew, recipe), shard_bytes=shard_bytes)
+
+
+def stored_as(asked: str, own: torch.dtype) -> torch.dtype:
+    """The dtype a tensor is stored in: the one asked for, if any, where the tensor is a floating one."""
+    dtype: torch.dtype = getattr(torch, asked) if asked and own.is_floating_point else own
+    return dtype
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """The safetensors dtype code of a dtype."""
+    return next(code for code, known in DTYPES.items() if known == dtype)
 
 
 @contextmanager
@@ -187,17 +200,19 @@ class _Merger:
         missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
         if missing:
             raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
-        if unknown := sorted(recipe.tensors - set(sources.base.names)):
-            raise MergeError(f"recipe {recipe.digest} has a number for {unknown[0]!r}, which the base does not have")
+        try:
+            recipe.require_places(sources.base.names)
+        except SpaceError as error:
+            raise MergeError(f"recipe {recipe.digest} does not fit {sources.base.folder}: {error}") from error
         self._sources = sources
-        self._recipe, self._digest = recipe, recipe.digest
+        self._recipe, self._seed = recipe, recipe.mask_seed
         self._own_numbers = recipe.tensors
         self._kept = Kept() if kept is None else kept
         self._numbers: dict[str, tuple[tuple[str, ...], Values | None]] = {}
 
     def tensor(self, name: str) -> Tensor:
         base = self._sources.base
-        out = torch.empty(base.shape(name), dtype=base.dtype(name))
+        out = torch.empty(base.shape(name), dtype=stored_as(self._recipe.dtype, base.dtype(name)))
         self.write_into(out, name)
         return out
 
@@ -213,12 +228,13 @@ class _Merger:
         experts, values = self._numbers_at(name) if base.is_floating_point() else ((), None)
         if values is None:
             out.copy_(base)
-            self._require_finite(name, out, self._kept.facts.once((name, "finite"), lambda: sum_is_finite(base)))
+            proven = out.dtype == base.dtype and self._kept.facts.once((name, "finite"), lambda: sum_is_finite(base))
+            self._require_finite(name, out, proven)
             return
         if base.dtype not in MERGED_DTYPES:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
         if self._random:
-            values = replace(values, seeds=tuple(_seed(self._digest, name, expert) for expert in experts))
+            values = replace(values, seeds=tuple(_seed(self._seed, name, expert) for expert in experts))
         pairs = [(expert, self._kept.tensor(sources, expert, name, device)) for expert in experts]
         tensors = Tensors(name, base, pairs, self._kept.facts)
         blend = METHODS[self._recipe.method](tensors, values)
@@ -284,9 +300,9 @@ def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
     return finite
 
 
-def _seed(digest: str, tensor: str, expert: str) -> int:
-    """63 bits that follow from the recipe's numbers, the tensor and the expert."""
-    return int.from_bytes(hashlib.sha256(f"{digest}\0{tensor}\0{expert}".encode()).digest()[:8], "big") >> 1
+def _seed(seed: str, tensor: str, expert: str) -> int:
+    """63 bits that follow from the recipe's seed, the tensor and the expert."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{tensor}\0{expert}".encode()).digest()[:8], "big") >> 1
 
 
 def _require_same_tensors(parameters: Mapping[str, Tensor], base: Checkpoint) -> None:

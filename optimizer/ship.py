@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.documents import read_text
+from evals.documents import read_json
 from optimizer.errors import RunError, StudyFileError
-from optimizer.export import export_model
+from optimizer.export import export_model, float_dtype
 from optimizer.frames import rows_of
 from optimizer.manifest import read_manifest
 from optimizer.merge import Sources
@@ -18,7 +18,7 @@ from optimizer.study_file import LARGEST_FILE, read_yaml, shown
 from optimizer.words import tasks_said
 from search_spaces.mergekit import from_mergekit
 from search_spaces.recipe import Recipe
-from search_spaces.stack import Stack, is_stack, is_stack_text, stack_of, stack_sources
+from search_spaces.stack import Stack, is_stack, stack_of, stack_sources
 
 if TYPE_CHECKING:
     from optimizer.run import Run
@@ -54,18 +54,23 @@ def merge_recipe(path: Path, out: Path) -> Path:
     from optimizer.checkpoints import Checkpoint
 
     if path.suffix == ".json":
-        text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
-        if is_stack_text(text):
-            return _write_stack(Stack.from_json(text), out)
-        recipe = Recipe.from_json(text)
-        return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
+        written = read_json(path, limit=LARGEST_FILE, unique=True, finite=True, error=StudyFileError)
+        if isinstance(written, dict) and "layers" in written:
+            return _write_stack(Stack.from_document(written), out)
+        return _write_merge(Recipe.from_document(written), out)
     document = read_yaml(path)
     if is_stack(document):
-        names = {source: Checkpoint.open(source).names for source in dict.fromkeys(stack_sources(document))}
-        return _write_stack(stack_of(document, names), out)
+        models = {source: Checkpoint.open(source) for source in dict.fromkeys(stack_sources(document))}
+        first, names = next(iter(models.values())), {source: model.names for source, model in models.items()}
+        return _write_stack(stack_of(document, names, base_dtype=float_dtype(first)), out)
     base = Checkpoint.open(_base_of(document, path))
-    recipe = from_mergekit(document, base.names)
-    return export_model(recipe, Sources.open(recipe.base, dict(recipe.experts)), out)
+    return _write_merge(from_mergekit(document, base.names, base_dtype=float_dtype(base)), out)
+
+
+def _write_merge(recipe: Recipe, out: Path) -> Path:
+    sources = Sources.open(recipe.base, dict(recipe.experts))
+    recipe.require_places(sources.base.names)
+    return export_model(recipe, sources, out)
 
 
 def _write_stack(stack: Stack, out: Path) -> Path:

@@ -15,8 +15,8 @@ import torch
 
 from optimizer.checkpoints import LAYER_COUNT_KEYS, Checkpoint, count_nonfinite, full_config, require_compatible
 from optimizer.errors import CheckpointError, MergeError
-from optimizer.export import SHARD_BYTES, card_head, copy_files, public_name, table
-from optimizer.merge import new_folder
+from optimizer.export import SHARD_BYTES, card_head, copy_files, float_dtype, public_name, say_dtype, table
+from optimizer.merge import code_of, new_folder, stored_as
 from optimizer.tensor_file import write_sharded
 from search_spaces.stack import Stack
 
@@ -44,21 +44,24 @@ def write_stack(stack: Stack, models: Mapping[str, Checkpoint], out: Path) -> Pa
 
     def tensor_of(name: str) -> torch.Tensor:
         model, there = stack.source_of(name)
-        return _scaled(anew[model].tensor(there), stack.scale(name), first.dtype(there), name)
+        dtype = stored_as(stack.dtype, first.dtype(there))
+        return _scaled(anew[model].tensor(there), stack.scale(name), dtype, name)
 
+    stack.require_scaled(names)
     kinds = {}
     for name in names:
         model, there = stack.source_of(name)
         if there not in models[model].names:
             raise CheckpointError(f"{models[model].folder} has no {there}, which the stack asks for as {name}")
-        kinds[name] = first.kind(there)
+        kinds[name] = code_of(stored_as(stack.dtype, first.dtype(there))), first.shape(there)
     with new_folder(out) as folder:
         write_sharded(folder, kinds, tensor_of, shard_bytes=SHARD_BYTES)
         copy_files(first.folder, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "recipe.json").write_text(stack.to_json() + "\n", encoding="utf-8")
-        dtype = str(first.dtype(first.names[0])).removeprefix("torch.")
-        document = stack.to_mergekit(first.names, dtype=dtype)
+        if stack.dtype:
+            say_dtype(folder / "config.json", stack.dtype)
+        document = stack.to_mergekit(first.names, dtype=stack.dtype or float_dtype(first))
         (folder / "mergekit.yaml").write_text(dump_yaml(document), encoding="utf-8")
         (folder / "README.md").write_text(_card(stack, models, out.name), encoding="utf-8")
     return out

@@ -82,4 +82,4 @@ def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
     names = {source: name for name, source in study.models.experts.items()}
     names |= {os.path.relpath(source): name for source, name in names.items() if os.path.isabs(source)}
     names |= {os.path.relpath(source, path.parent): name for source, name in names.items() if os.path.isabs(source)}
-    return from_mergekit(document, tensors, expert_names=names)
+    return from_mergekit(document, tensors, base_dtype="", expert_names=names)

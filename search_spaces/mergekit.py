@@ -1,6 +1,7 @@
 """Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
 
-What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness).
+What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness), and
+the same bytes here: experts' names and the seed of random masks stand under keys that mergekit passes over.
 Read in: `models:` or `slices:` that are the whole model, with scalars, gradients over the layers and substring filters.
 Anything else is refused by name.
 """
@@ -11,14 +12,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
+from search_spaces.dtypes import stored_dtype
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
-from search_spaces.parameters import MethodSpec, Parameter
+from search_spaces.parameters import MethodSpec, Parameter, to_float
 from search_spaces.recipe import Recipe, Setting, method_spec
-from search_spaces.slices import flattened
+from search_spaces.slices import flattened, mapping
 
 # What mergekit takes and a recipe has no word for: read where it is set to what the recipe does anyway.
 _FIXED: dict[str, dict[str, float]] = {
@@ -29,8 +31,9 @@ _BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
 _MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
            "breadcrumbs_ties", "sce")  # fmt: skip
 _DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
-_TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+OWN_KEY = "mergefront"  # of a document: what only we read
+_TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
+             OWN_KEY)  # fmt: skip
 _ROUNDING = 1e-12  # how far weights that sum to 1 may miss it in float64
 
 
@@ -42,7 +45,8 @@ def to_mergekit(
     Args:
         recipe: any recipe.
         tensor_names: the base checkpoint's tensor names; they decide the filters.
-        out_dtype: dtype mergekit saves in, such as `bfloat16`; it computes in float32.
+        out_dtype: dtype the merge is stored in, such as `bfloat16`, while mergekit computes in float32; empty where
+            tensors differ: mergekit then computes and stores each in the dtype it comes in.
         adapters: names of experts whose source is a LoRA adapter on the base.
 
     Returns:
@@ -74,26 +78,34 @@ def to_mergekit(
         del document["base_model"]
         models = models or [{"model": _reference(recipe.base)}]
     document["models"] = models
-    return document | ({"parameters": shared} if shared else {}) | {"dtype": "float32", "out_dtype": out_dtype}
+    document |= {"parameters": shared} if shared else {}
+    document |= {"dtype": "float32", "out_dtype": out_dtype} if out_dtype else {}
+    return document | ({OWN_KEY: {"seed": recipe.mask_seed}} if method_spec(recipe.method).random else {})
 
 
 def from_mergekit(
-    document: Mapping[str, object], tensor_names: Iterable[str], *, expert_names: Mapping[str, str] | None = None
+    document: Mapping[str, object],
+    tensor_names: Iterable[str],
+    *,
+    base_dtype: str,
+    expert_names: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Read a mergekit document as a recipe.
 
-    `dtype` and `out_dtype` are not kept: a recipe is computed in float32 and stored in the base's dtype.
+    It is computed in float32 whatever the document says, and stored in its `out_dtype`, else its `dtype`.
 
     Args:
         document: what the YAML holds.
         tensor_names: the base checkpoint's tensor names; filters and gradients are resolved on them.
-        expert_names: source -> name; a source not named here is named after its folder.
+        base_dtype: dtype of all the base's floating tensors, such as `bfloat16`; empty where they differ.
+        expert_names: source -> name; a source not named here has the name beside it, else its folder's.
 
     Raises:
         SpaceError: the document asks for something a recipe cannot hold.
     """
     groups = group_tensors(tensor_names)
-    return _Reader(flattened(document, groups), groups, expert_names or {}).recipe()
+    dtype = stored_dtype(document, base_dtype)
+    return replace(_Reader(flattened(document, groups), groups, expert_names or {}).recipe(), dtype=dtype)
 
 
 # --- writing ---
@@ -154,7 +166,8 @@ def _model_written(
         for parameter in _parameters_written(recipe)
         if parameter.scope == "expert"
     }
-    return {"model": reference} | ({"parameters": parameters} if parameters else {})
+    own_name = {"name": name} if name != _folder_name(source) else {}
+    return {"model": reference} | own_name | ({"parameters": parameters} if parameters else {})
 
 
 def _places(recipe: Recipe, groups: Iterable[str]) -> list[str]:
@@ -226,10 +239,11 @@ def _apart(words: Iterable[str], others: Collection[str], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """An entry of `models:`: where it stands, its source and its parameters."""
+    """An entry of `models:`: where it stands, its source, the name beside it and its parameters."""
 
     where: str
     source: str
+    name: str
     parameters: Mapping[str, object]
 
 
@@ -248,7 +262,7 @@ class _Reader:
         self.spec = _known_method(document.get("merge_method"))
         self.baseless = document.get("base_model") is None and self.spec.name in _BASELESS
         self.base = "" if self.baseless else self._source(document.get("base_model"), "base_model")
-        self.shared = _mapping(document.get("parameters") or {}, "parameters")
+        self.shared = mapping(document.get("parameters"), "parameters")
         self.models = self._read_models(document.get("models"))
         if self.baseless:
             self.base = self.models[0].source
@@ -267,7 +281,14 @@ class _Reader:
                 if needed or any(parameter.name in scope for scope in scopes):
                     settings += self._compact(parameter, name, self._values(parameter, model))
         sources = tuple((name, model.source) for name, model in experts.items())
-        return Recipe(self.spec.name, self.base, sources, tuple(settings))
+        recipe = Recipe(self.spec.name, self.base, sources, tuple(settings))
+        seed = self._seed()
+        return recipe if seed in ("", recipe.mask_seed) else replace(recipe, seed=seed)
+
+    def _seed(self) -> str:
+        own = _mapping(self.document.get(OWN_KEY, {}), OWN_KEY)
+        _only(own, ("seed",), OWN_KEY)
+        return _text(own["seed"], f"{OWN_KEY}.seed") if own else ""
 
     def _read_models(self, entries: object) -> list[_Model]:
         if not isinstance(entries, list) or not entries:
@@ -275,9 +296,10 @@ class _Reader:
         models = []
         for i, entry in enumerate(entries):
             where = f"models[{i}]"
-            _only(_mapping(entry, where), ("model", "parameters"), where)
-            parameters = _mapping(entry.get("parameters") or {}, f"{where}.parameters")
-            models.append(_Model(where, self._source(entry.get("model"), f"{where}.model"), parameters))
+            _only(_mapping(entry, where), ("model", "name", "parameters"), where)
+            parameters = mapping(entry.get("parameters"), f"{where}.parameters")
+            name = _text(entry.get("name", ""), f"{where}.name")
+            models.append(_Model(where, self._source(entry.get("model"), f"{where}.model"), name, parameters))
         sources = [model.source for model in models]
         if len(set(sources)) != len(sources):
             raise SpaceError("a model is listed once", given=", ".join(sources), where="models")
@@ -288,7 +310,7 @@ class _Reader:
         if isinstance(reference, str) and reference and "@" not in reference:
             path, plus, lora = reference.partition("+")
         elif isinstance(reference, Mapping) and set(reference) <= {"model", "lora"}:
-            path, lora = _path(reference.get("model"), where), _path(reference.get("lora") or "", where)
+            path, lora = _path(reference.get("model"), where), _path(reference.get("lora", ""), where)
             plus = lora
         else:
             mend = "write the folder of each checkpoint, and the base as base_model"
@@ -304,18 +326,17 @@ class _Reader:
         named: dict[str, _Model] = {}
         for model in self.models:
             if model.source != self.base:
-                name = self.expert_names.get(model.source) or _folder_name(model.source)
+                name = self.expert_names.get(model.source) or model.name or _folder_name(model.source)
                 if name in named:
-                    mend = "pass a name for each source"
+                    mend = "write a name of its own beside each model"
                     raise SpaceError("experts have different names", given=name, where=model.where, mend=mend)
                 named[name] = model
+            elif model.name:
+                raise SpaceError("only an expert has a name", given=model.name, where=f"{model.where}.name")
         return named
 
     def _check_surroundings(self) -> None:
         """Refuse what would change the model and has no place in a recipe."""
-        for key in ("dtype", "out_dtype"):
-            if self.document.get(key) not in (None, *_DTYPES):
-                raise SpaceError(f"{key} is one of {', '.join(_DTYPES)}", given=self.document[key], where=key)
         if self.document.get("tokenizer_source") not in (None, "base", self.document.get("base_model", self.base)):
             given = self.document["tokenizer_source"]
             raise SpaceError("a merge keeps the base's tokenizer", given=given, where="tokenizer_source")
@@ -474,7 +495,7 @@ def _number(value: object, parameter: Parameter, where: str) -> float:
     if isinstance(value, bool) and parameter.domain != "switch":
         raise SpaceError(f"{parameter.name} is a number", given=value, where=where)
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = to_float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise SpaceError(f"{parameter.name} is a number", given=repr(value), where=where) from error
     if not parameter.allows(number):

@@ -88,6 +88,18 @@ class MethodSpec:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
 
 
+def to_float(value: float | str) -> float:
+    """Read a number; a whole number with no room in 64 bits is infinite, which no parameter allows.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if int(value) > 0 else -math.inf
+
+
 def _weight(meaning: str, *, ours: bool = False) -> Parameter:
     return Parameter("weight", 1.0, 0.0, 1.0, "expert", meaning, required=not ours, ours=ours)
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from search_spaces.dtypes import STORED_DTYPES
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_at
-from search_spaces.parameters import DOMAINS, METHODS, MethodSpec, Parameter
+from search_spaces.groups import group_at, group_of
+from search_spaces.parameters import DOMAINS, METHODS, MethodSpec, Parameter, to_float
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SEED = re.compile(r"[A-Za-z0-9_-]{0,64}")
 _KEYS = ("method", "base", "experts", "settings")
+_EXTRA_KEYS = ("dtype", "seed")  # written where they are not empty
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,15 +50,20 @@ class Recipe:
         base: source of the base checkpoint.
         experts: (name, source) of each expert; names are letters, digits, `_` and `-`.
         settings: at most one for each (parameter, expert, group or tensor).
+        dtype: what the merge is stored in; empty is the base's.
+        seed: of a random method's masks: letters, digits, `_` and `-`; empty is the digest of the numbers.
 
     Raises:
-        SpaceError: an unknown method, parameter, expert or group, a value outside the parameter's domain, a duplicate.
+        SpaceError: an unknown method, parameter, expert or group, a value outside the parameter's domain, a duplicate,
+            another dtype, or a seed where nothing is random.
     """
 
     method: str
     base: str
     experts: tuple[tuple[str, str], ...]
     settings: tuple[Setting, ...]
+    dtype: str = ""
+    seed: str = ""
     _values: dict[tuple[str, str, str], float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +76,14 @@ class Recipe:
             if _key(one) == _key(other):
                 raise SpaceError("a recipe sets a number once", given=f"{one.value} and {other.value}", where=one.where)
         object.__setattr__(self, "_values", {_key(setting): setting.value for setting in settings})
+        if self.dtype not in ("", *STORED_DTYPES):
+            rule = f"a merge is stored in {', '.join(STORED_DTYPES)}"
+            raise SpaceError(rule, given=repr(self.dtype), where="dtype", mend="leave it out for the base's")
+        if not SEED.fullmatch(self.seed):
+            raise SpaceError("a seed is at most 64 letters, digits, _ and -", given=repr(self.seed), where="seed")
+        if self.seed and not spec.random:
+            rule = f"{self.method} draws no random masks"
+            raise SpaceError(rule, given=f"the seed {self.seed}", where="seed", mend="leave the seed out")
 
     def value(self, parameter: str, *, expert: str = "", group: str = "") -> float:
         """Give a number: the most specific setting wins, then the method's default.
@@ -93,17 +109,45 @@ class Recipe:
         """The tensors that have numbers of their own."""
         return frozenset(place for _, _, place in self._values if place and group_at(place) != place)
 
+    def require_places(self, tensors: Iterable[str]) -> None:
+        """Raise SpaceError for a number of a group or tensor that the base does not have.
+
+        Args:
+            tensors: the base's tensor names.
+        """
+        known = set(tensors)
+        groups = {group_of(name) for name in known}
+        for setting in self.settings:
+            if setting.group and setting.group not in groups and setting.group not in known:
+                layers = sorted(group for group in groups if group.startswith("layer."))
+                mend = f"remove the number, or write one of embed, head, {layers[0]} to {layers[-1]}" if layers else ""
+                raise SpaceError("a number is for a part of the base", given=setting.group, where=setting.where,
+                                 mend=mend)  # fmt: skip
+
     @property
     def digest(self) -> str:
-        """Name the numbers: 12 hex digits over method, expert names and settings, whatever the checkpoints' paths."""
+        """Name what is made: 12 hex digits over method, expert names and settings, whatever the checkpoints' paths.
+
+        A dtype other than the base's and a seed of its own count too.
+        """
+        extra = {key: getattr(self, key) for key in _EXTRA_KEYS if getattr(self, key)}
+        return self._hash(*([extra] if extra else []))
+
+    @property
+    def mask_seed(self) -> str:
+        """What random masks hang on: the seed, or else the numbers."""
+        return self.seed or self._hash()
+
+    def _hash(self, *extra: object) -> str:
         names = [name for name, _ in self.experts]
-        text = _canonical([self.method, names, [_row(setting) for setting in self.settings]])
+        text = _canonical([self.method, names, [_row(setting) for setting in self.settings], *extra])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
         """Write the recipe on one line; a setting is [parameter, expert, group, value]."""
         settings = [_row(setting) for setting in self.settings]
-        return _canonical({"method": self.method, "base": self.base, "experts": self.experts, "settings": settings})
+        document = {"method": self.method, "base": self.base, "experts": self.experts, "settings": settings}
+        return _canonical(document | {key: getattr(self, key) for key in _EXTRA_KEYS if getattr(self, key)})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -114,19 +158,31 @@ class Recipe:
         """
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SpaceError("a recipe is JSON", given=str(error), where="the recipe's text") from error
-        if not isinstance(document, dict) or sorted(document) != sorted(_KEYS):
+        return cls.from_document(document)
+
+    @classmethod
+    def from_document(cls, document: object) -> Recipe:
+        """Read what the JSON of a recipe holds.
+
+        Raises:
+            SpaceError: not a valid recipe.
+        """
+        if not isinstance(document, dict) or not set(_KEYS) <= set(document) <= {*_KEYS, *_EXTRA_KEYS}:
             given = sorted(document) if isinstance(document, dict) else type(document).__name__
-            raise SpaceError(f"a recipe has the keys {', '.join(_KEYS)}", given=given, where="the recipe's text")
+            mend = f"there may be {' and '.join(_EXTRA_KEYS)} besides"
+            rule = f"a recipe has the keys {', '.join(_KEYS)}"
+            raise SpaceError(rule, given=given, where="the recipe's text", mend=mend)
         experts = [_strings(row, count=2, where="experts") for row in _rows(document, "experts")]
         settings = [_setting(row) for row in _rows(document, "settings")]
         method, base = _strings([document["method"], document["base"]], count=2, where="method and base")
-        return cls(method, base, tuple((name, source) for name, source in experts), tuple(settings))
+        dtype, seed = _strings([document.get(key, "") for key in _EXTRA_KEYS], count=2, where="dtype and seed")
+        return cls(method, base, tuple((name, source) for name, source in experts), tuple(settings), dtype, seed)
 
     def short(self) -> str:
         """Describe the recipe on one line for people."""
-        words = [f"{self.method} {self.digest}"]
+        words = [f"{self.method} {self.digest}", *([f"stored in {self.dtype}"] if self.dtype else [])]
         for parameter in METHODS[self.method].parameters:
             experts = [name for name, _ in self.experts] if parameter.scope == "expert" else [""]
             words += [text for expert in experts if (text := self._span(parameter.name, expert))]
@@ -173,7 +229,7 @@ def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str]) -> Set
         group_at(setting.group)  # raises where the group is misspelt
         if parameter.scope == "recipe":
             raise SpaceError(f"{parameter.name} has one value for all groups", given=setting.group, where=setting.where)
-    value = float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
+    value = to_float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
     if not parameter.allows(value):
         raise SpaceError(f"{parameter.name} is {DOMAINS[parameter.domain]}", given=value, where=setting.where)
     return Setting(setting.parameter, setting.expert, setting.group, value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_of, layer_count, split_name
+from search_spaces.parameters import to_float
 
 Document = Mapping[str, object]
 _SLICE_KEYS, _SOURCE_KEYS = ("sources", "parameters"), ("model", "layer_range", "parameters")
@@ -67,7 +68,7 @@ def flattened(document: Document, groups: Mapping[str, tuple[str, ...]]) -> Docu
     """
     if "slices" not in document:
         return document
-    slices, shared = read_slices(document), _mapping(document.get("parameters") or {}, "parameters")
+    slices, shared = read_slices(document), mapping(document.get("parameters"), "parameters")
     _require_whole(slices, layer_count(groups))
     places = list(_places(slices, groups))
     models = {str(source.model): source.model for part in slices for source in part.sources}
@@ -151,7 +152,7 @@ def resolved(setting: object, tensor: str, along: float, where: str) -> object:
     place = along * (len(setting) - 1)
     left = min(int(place), len(setting) - 1)
     right = min(left + 1, len(setting) - 1)
-    return (1 - (place - left)) * float(setting[left]) + (place - left) * float(setting[right])
+    return (1 - (place - left)) * to_float(setting[left]) + (place - left) * to_float(setting[right])
 
 
 def only(value: Document, known: Sequence[str], where: str) -> None:
@@ -194,7 +195,7 @@ def _slice(entry: object, where: str) -> Slice:
     lengths = {source.last - source.first for source in read}
     if len(lengths) > 1:
         raise SpaceError("the models of a slice give as many layers", given=sorted(lengths), where=where)
-    return Slice(where, read, _mapping(entry.get("parameters") or {}, f"{where}.parameters"))
+    return Slice(where, read, mapping(entry.get("parameters"), f"{where}.parameters"))
 
 
 def _source(entry: object, where: str) -> Source:
@@ -205,8 +206,13 @@ def _source(entry: object, where: str) -> Source:
         raise SpaceError("layer_range is [first, last + 1]", given=span, where=where)
     if not 0 <= span[0] < span[1]:
         raise SpaceError("a layer_range runs from 0 or more to more than that", given=span, where=where)
-    parameters = _mapping(entry.get("parameters") or {}, f"{where}.parameters")
+    parameters = mapping(entry.get("parameters"), f"{where}.parameters")
     return Source(where, entry.get("model"), span[0], span[1], parameters)
+
+
+def mapping(value: object, where: str) -> Document:
+    """Require a mapping; None is an empty one."""
+    return {} if value is None else _mapping(value, where)
 
 
 def _mapping(value: object, where: str) -> Document:

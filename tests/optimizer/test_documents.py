@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from optimizer.checkpoints import Checkpoint
-from optimizer.errors import CheckpointError, MergeError
+from optimizer.errors import MergeError
 from optimizer.ship import merge_recipe
 from search_spaces import SpaceError
 from search_spaces.stack import Stack
@@ -158,6 +159,82 @@ def test_a_stack_is_a_model_of_its_own_depth(models: Path, tmp_path: Path) -> No
     assert Stack.from_json((out / "recipe.json").read_text()).layers == tuple(("m0", i) for i in (0, 1, 1, 2, 3))
 
 
+def dtypes_of(model: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(model / "model.safetensors").values()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", [FLAT, STACK], ids=["merge", "stack"])
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [
+        ("dtype: float32", torch.float32),
+        ("dtype: bfloat16", torch.bfloat16),
+        ("dtype: float32\nout_dtype: float16", torch.float16),
+        ("", torch.bfloat16),  # the base's
+    ],
+)
+def test_a_document_says_what_the_model_is_stored_in(
+    text: str, asked: str, stored: torch.dtype, models: Path, tmp_path: Path
+) -> None:
+    for name in ("base", "law", "code"):
+        shutil.copytree(models / name, tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        halved = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+        save_file(halved, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    path = written(tmp_path, text.replace("dtype: float32", asked), tmp_path)
+    document = yaml.safe_load(path.read_text())
+    out = merge_recipe(path, tmp_path / "out")
+    assert dtypes_of(out) == {stored}
+    assert getattr(torch, json.loads((out / "config.json").read_text())["dtype"]) == stored
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+    exact = merge_recipe(written(tmp_path, text, tmp_path), tmp_path / "exact")  # float32 sums, rounded once
+    for name, tensor in load_file(exact / "model.safetensors").items():
+        assert load_file(out / "model.safetensors")[name].equal(tensor.to(stored)), name
+    for file in ("recipe.json", "mergekit.yaml"):
+        again = merge_recipe(out / file, tmp_path / "again" / file)
+        assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    pytest.importorskip("mergekit", reason="mergekit is not installed")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(quiet=True, copy_tokenizer=False, clone_tensors=True)
+    run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "peer"), options)
+    peers = {tensor.dtype for file in (tmp_path / "peer").glob("*.safetensors") for tensor in load_file(file).values()}
+    assert peers == {stored}
+
+
+def test_a_merge_that_overflows_the_dtype_asked_for_is_refused(models: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(models / "base", base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5  # float16 ends at 65,504
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    law = {"model": str(models / "law"), "parameters": {"weight": 0.0}}
+    document = {"merge_method": "task_arithmetic", "base_model": str(base), "models": [law], "out_dtype": "float16"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document))
+    with pytest.raises(MergeError, match=r"1 NaN or infinite values in model.norm.weight"):
+        merge_recipe(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_or_a_factor_for_what_is_not_there_is_refused(models: Path, tmp_path: Path) -> None:
+    experts = [["law", str(models / "law")]]
+    recipe = {"method": "linear", "base": str(models / "base"), "experts": experts}
+    recipe["settings"] = [["weight", "law", "layer.99.attn", 0.5]]
+    stack = {"method": "passthrough", "models": experts, "layers": [["law", 0]], "scales": [["model.layers.1.w", 2]]}
+    for document, message in ((recipe, "part of the base; given: layer.99.attn; .* layer.00.attn to layer.03.mlp"),
+                              (stack, "tensor of the stack, which has 1 layers; given: model.layers.1.w")):  # fmt: skip
+        (tmp_path / "recipe.json").write_text(json.dumps(document))
+        with pytest.raises(SpaceError, match=message):
+            merge_recipe(tmp_path / "recipe.json", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_what_a_config_says_of_each_layer_moves_with_it(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "base", tmp_path / "base")
     config = Gemma2Config(**(json.loads((models / "base/config.json").read_text()) | {"model_type": "gemma2"}))
@@ -173,11 +250,13 @@ def test_what_a_config_says_of_each_layer_moves_with_it(models: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("old", "new", "error", "message"),
     [
-        ("[1, 4]", "[1, 5]", CheckpointError, r"has no model.layers.4.*asks for as model.layers.5"),
+        ("[1, 4]", "[1, 5]", SpaceError, r"has 4 layers; given: \[1, 5\]; where: slices\[1\].*layer_range"),
+        ("dtype: float32", "dtype: float64", SpaceError, "dtype is one of.*float64"),
         ("dtype: float32", "tokenizer: {source: union}", SpaceError, "'tokenizer'"),
         ("dtype: float32", "parameters: {weight: 1}", SpaceError, "'weight'.*only scale"),
         ("dtype: float32", "parameters: {scale: much}", SpaceError, "scale is a number.*much"),
-        ("dtype: float32", "parameters: {scale: .inf}", MergeError, "must be finite"),
+        ("dtype: float32", "parameters: {scale: .inf}", SpaceError, "scale is a finite number.*inf"),
+        ("dtype: float32", "parameters: {scale: 1e39}", MergeError, "must be finite"),
         ("model: base,", "model: base+law,", SpaceError, "base.law.*merge an adapter"),
         ("[0, 2]}]", "[0, 2]}, {model: law, layer_range: [0, 2]}]", SpaceError, "has one model"),
     ],

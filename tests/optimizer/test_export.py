@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimizer import export
@@ -15,7 +16,8 @@ from optimizer.checkpoints import Checkpoint
 from optimizer.errors import MergeError
 from optimizer.export import export_model, model_card, public_name
 from optimizer.merge import Sources, merged_tensor
-from search_spaces import Recipe, Setting
+from optimizer.ship import merge_recipe
+from search_spaces import METHODS, Recipe, Setting
 from search_spaces.mergekit import from_mergekit
 from tests.pico import pico_expert, pico_llama
 
@@ -75,12 +77,51 @@ def test_an_export_says_how_to_make_it_again(models: tuple[Path, dict[str, str]]
     out = export_model(recipe, Sources.open(base, experts), tmp_path / "out")
     assert Recipe.from_json((out / "recipe.json").read_text()) == recipe
     names = Checkpoint.open(base).names
-    again = from_mergekit(yaml.safe_load((out / "mergekit.yaml").read_text()), names)
+    again = from_mergekit(yaml.safe_load((out / "mergekit.yaml").read_text()), names, base_dtype="bfloat16")
     for expert in experts:
         assert again.value("weight", expert=expert, group="embed") == recipe.value("weight", expert=expert)
         assert again.value("density", expert=expert, group="embed") == recipe.value("density", expert=expert)
     rebuilt = export_model(recipe, Sources.open(base, experts), tmp_path / "again")
     assert (rebuilt / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+RANDOM = [method for method, spec in METHODS.items() if spec.random]
+
+
+@pytest.mark.parametrize("method", [*RANDOM, "ties", "linear"])
+def test_an_export_is_made_again_to_the_bit_from_its_mergekit_document(method: str, tmp_path: Path) -> None:
+    base = pico_llama(tmp_path / "base")
+    # the folders have one name, and sort in another order than the experts: a sum and a mask hang on names
+    experts = {
+        name: str(pico_expert(base, tmp_path / f"expert-{4 - i}/final", seed=i)) for i, name in enumerate("abc", 1)
+    }
+    weights = [("weight", name, "layer.01.mlp", 0.1 * i) for i, name in enumerate("abc", 1)]
+    density = [("density", "", "", 0.6), ("density", "b", "head", 0.5)] if method != "linear" else []
+    recipe = weighted(method, experts, base, *weights, ("weight", "", "", 0.3), *density)
+    first = export_model(recipe, Sources.open(base, experts), tmp_path / "1")
+    second = merge_recipe(first / "mergekit.yaml", tmp_path / "2")
+    third = merge_recipe(second / "mergekit.yaml", tmp_path / "3")
+    fourth = merge_recipe(second / "recipe.json", tmp_path / "4")
+    for again in (second, third, fourth):
+        assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+        assert (again / "config.json").read_bytes() == (first / "config.json").read_bytes()
+    card = (first / "README.md").read_text()
+    assert "all that `mergefront merge` needs to make it again, to the bit" in card
+    assert ("mergekit draws random masks of its own" in card) is (method in RANDOM)
+
+
+def test_a_base_of_two_dtypes_keeps_both_when_it_is_made_again(tmp_path: Path) -> None:
+    base = pico_llama(tmp_path / "base")
+    expert = pico_expert(base, tmp_path / "law")
+    for folder in (base, expert):
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = weighted("linear", {"law": str(expert)}, base, ("weight", "", "", 0.3))
+    first = export_model(recipe, Sources.open(base, {"law": str(expert)}), tmp_path / "1")
+    again = merge_recipe(first / "mergekit.yaml", tmp_path / "2")
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert Checkpoint.open(again).dtype("model.norm.weight") == torch.float32
 
 
 def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(

@@ -102,7 +102,7 @@ def by_mergekit(document: Document, out: Path) -> dict[str, Tensor]:
 def opened(document: Document, models: list[Path], base: Path | None = None) -> tuple[Sources, Recipe]:
     """Our sources and recipe; `base` may be the same base in another dtype."""
     names = load_file(models[0] / "model.safetensors").keys()
-    recipe = from_mergekit(document, names, expert_names={str(m): m.name for m in models})
+    recipe = from_mergekit(document, names, base_dtype="float32", expert_names={str(m): m.name for m in models})
     return Sources.open(base or recipe.base, dict(recipe.experts)), recipe
 
 
@@ -202,7 +202,7 @@ def test_bfloat16_is_at_most_one_rounding_apart(
     shutil.copytree(real[0], rounded)
     tensors = {name: x.bfloat16() for name, x in load_file(rounded / "model.safetensors").items()}  # exact: they were
     save_file(tensors, rounded / "model.safetensors", metadata={"format": "pt"})
-    recipe = opened(document(real, case), real)[1]
+    recipe = opened(document(real, case) | {"out_dtype": "bfloat16"}, real)[1]
     sources = Sources.open(rounded, dict(recipe.experts))
     for name, theirs in wanted.items():
         ours = merged_tensor(name, sources, recipe)

@@ -220,7 +220,7 @@ def test_every_method_sees_the_matched_rows(method: str, base: Path, expert: Pat
         model = {"model": str(source), "parameters": parameters}
         models = [{"model": str(base)}, model] if method != "linear" else [{"model": str(base), **HALF}, model]
         document = {"merge_method": method, "base_model": str(base), "models": models, "parameters": shared}
-        recipe = from_mergekit(document, names, expert_names={str(source): "law"})
+        recipe = from_mergekit(document, names, base_dtype="bfloat16", expert_names={str(source): "law"})
         sources = Sources.open(base, {"law": str(source)})
         return {name: merged_tensor(name, sources, recipe) for name in names}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,7 @@ TIES = {
 
 
 def read(document: Mapping[str, object], names: Mapping[str, object] = llama(4)) -> Recipe:
-    return from_mergekit(document, names, expert_names=NAMES)
+    return from_mergekit(document, names, base_dtype="bfloat16", expert_names=NAMES)
 
 
 def with_weight(weight: object) -> dict[str, object]:
@@ -256,8 +257,8 @@ def test_sources_with_mergekits_own_signs_are_written_apart() -> None:
     recipe = Recipe("linear", "a+b", (("clinical", "c@d"),), ())
     document = to_mergekit(recipe, TENSORS, out_dtype="float32")
     assert document["base_model"] == {"model": {"path": "a+b"}}
-    assert from_mergekit(document, TENSORS).base == "a+b"
-    assert from_mergekit(document, TENSORS).experts == (("c-d", "c@d"),)
+    assert from_mergekit(document, TENSORS, base_dtype="bfloat16").base == "a+b"
+    assert from_mergekit(document, TENSORS, base_dtype="bfloat16").experts == recipe.experts
 
 
 def test_an_adapter_stands_on_the_base() -> None:
@@ -273,10 +274,61 @@ def test_an_adapter_stands_on_the_base() -> None:
 
 def test_experts_are_named_after_their_folders() -> None:
     models = [{"model": "/a/Clinical v1.5/", "parameters": {"weight": 1}}]
-    assert from_mergekit(TIES | {"models": models}, TENSORS).experts == (("Clinical-v1-5", "/a/Clinical v1.5/"),)
+    assert from_mergekit(TIES | {"models": models}, TENSORS, base_dtype="bfloat16").experts == (
+        ("Clinical-v1-5", "/a/Clinical v1.5/"),
+    )
+    named = [models[0] | {"name": "law"}]
+    assert from_mergekit(TIES | {"models": named}, TENSORS, base_dtype="float32").experts == (
+        ("law", "/a/Clinical v1.5/"),
+    )
     two = [{"model": f"{folder}/final", "parameters": {"weight": 1}} for folder in "ab"]
     with pytest.raises(SpaceError, match=r"different names.*final.*models\[1\]"):
-        from_mergekit(TIES | {"models": two}, TENSORS)
+        from_mergekit(TIES | {"models": two}, TENSORS, base_dtype="bfloat16")
+
+
+@given(recipes())
+def test_names_and_random_masks_come_back_from_mergekit(recipe: Recipe) -> None:
+    renamed = replace(recipe, experts=tuple((name, f"{name}/final") for name, _ in recipe.experts))
+    document = written(renamed)
+    if document is None or recipe.method == "passthrough":
+        return
+    again = from_mergekit(document, TENSORS, base_dtype="bfloat16")
+    assert_same_numbers(renamed, again)
+    assert again.mask_seed == recipe.mask_seed or not METHODS[recipe.method].random
+    assert again.dtype == ""
+    assert Recipe.from_json(again.to_json()) == again
+    third = from_mergekit(written(again) or {}, TENSORS, base_dtype="bfloat16")
+    assert third.mask_seed == again.mask_seed
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ({}, ""),
+        ({"dtype": "bfloat16"}, ""),
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, ""),
+        ({"dtype": "float32", "out_dtype": "torch.float16"}, "float16"),
+        ({"dtype": "bfloat16", "out_dtype": "float32"}, "float32"),
+    ],
+)
+def test_a_recipe_is_stored_in_the_documents_out_dtype_or_else_its_dtype(given: dict[str, str], stored: str) -> None:
+    plain = {key: value for key, value in TIES.items() if key != "dtype"}
+    recipe = read(plain | given)
+    assert recipe.dtype == stored
+    assert (recipe.digest == read(plain).digest) is (stored == "")
+    out = recipe.dtype or "bfloat16"
+    assert read(to_mergekit(recipe, TENSORS, out_dtype=out)) == recipe
+
+
+def test_what_mergekit_itself_does_not_know_it_passes_over() -> None:
+    config = pytest.importorskip("mergekit.config", reason="mergekit is not installed")
+    recipe = Recipe("dare_ties", "base", (("law", "a"), ("code", "b")), (Setting("density", "", "", 0.5),))
+    document = to_mergekit(recipe, TENSORS, out_dtype="float32")
+    assert document["mergefront"] == {"seed": recipe.digest}
+    assert [entry["name"] for entry in document["models"]] == ["code", "law"]  # type: ignore[attr-defined]
+    understood = config.MergeConfiguration.model_validate(document)
+    assert [str(entry.model.model.path) for entry in understood.models] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -291,6 +343,19 @@ def test_experts_are_named_after_their_folders() -> None:
         ({"chat_template": "auto"}, "'chat_template'"),
         ({"tokenizer_source": "union"}, "base's tokenizer.*union"),
         ({"dtype": "int8"}, "dtype is one of.*int8"),
+        (
+            {"dtype": "float64"},
+            "dtype is one of float32, bfloat16, float16: a merge is computed.*float64; where: dtype",
+        ),
+        ({"out_dtype": ["float32"]}, r"out_dtype is one of.*\['float32'\]; where: out_dtype; mend: write out_dtype"),
+        ({"mergefront": {"seed": 7}}, "a word stands here.*7.*mergefront.seed"),
+        ({"mergefront": {"seed": "7"}}, "ties draws no random masks; given: the seed 7"),
+        ({"mergefront": ["seed"]}, "mapping of keys.*mergefront"),
+        ({"mergefront": {"mask": "7"}}, "'mask'.*mergefront.*only seed"),
+        ({"models": [{"model": "a", "name": 3}]}, r"a word stands here.*models\[0\].name"),
+        ({"models": [{"model": "base", "name": "b"}]}, r"only an expert has a name.*models\[0\].name"),
+        ({"models": [{"model": "a", "name": "b/c", "parameters": {"weight": 1}}]}, "name is made of.*'b/c'"),
+        ({"parameters": 0}, "mapping of keys.*0.*parameters"),
         ({"models": None}, "models is a list"),
         ({"models": [7]}, r"models\[0\]"),
         ({"models": [{"model": "a", "layer_range": [0, 2]}]}, r"'layer_range'.*models\[0\]"),
@@ -319,6 +384,9 @@ def test_what_a_recipe_cannot_hold_is_refused_by_name(change: dict[str, object],
         (True, "weight is a number.*True"),
         (None, "weight is a number"),
         (float("nan"), "weight takes no such value.*nan"),
+        (10**400, "weight takes no such value.*inf"),
+        ([0, -(10**400)], "weight takes no such value.*-inf"),
+        ("9" * 5000, "weight takes no such value.*inf"),
         ([], "at least one number"),
         ([{"filter": "mlp", "value": 1}, 2], "weight is a number"),
         ([{"filter": 3, "value": 1}], "a word stands here.*filter"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import METHODS, Recipe, Setting, SpaceError
-from tests.search_spaces.strategies import GROUPS, recipes
+from tests.search_spaces.strategies import GROUPS, TENSORS, recipes
 
 ONE = (("clinical", "a/clinical"),)
 TWO = (*ONE, ("law", "a/law"))
@@ -164,8 +165,58 @@ def test_asking_for_an_unknown_name_is_an_error() -> None:
         ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[["weight","",""]]}', "a setting is"),
         ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[["weight","",1,1]]}', "setting's words"),
         ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[["weight","","",NaN]]}', "nan"),
+        ("[" * 100_000, "a recipe is JSON"),
+        ('{"base":' * 100_000, "a recipe is JSON"),
+        ("9" * 5000, "a recipe is JSON"),
+        (
+            f'{{"method":"ties","base":"b","experts":[["a","b"]],"settings":[["weight","","",1{"0" * 400}]]}}',
+            "finite.*inf",
+        ),
+        ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[],"dtype":16}', "dtype and seed are strings"),
+        ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[],"dtype":"int8"}', "stored in float32.*int8"),
+        ('{"method":"ties","base":"b","experts":[["a","b"]],"settings":[],"seed":"1"}', "ties draws no random masks"),
+        ('{"method":"dare_ties","base":"b","experts":[["a","b"]],"settings":[],"seed":"1 2"}', "seed is at most 64"),
     ],
 )
 def test_json_that_is_no_recipe_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         Recipe.from_json(text)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(["method", "base", "experts", "settings", "dtype", "seed"]), JUNK, st.data())
+def test_what_stands_anywhere_in_a_recipes_json_is_a_recipe_or_refused(
+    key: str, junk: object, data: st.DataObject
+) -> None:
+    document = json.loads(ties(Setting("weight", "law", "head", 0.5)).to_json()) | {key: junk}
+    if key in ("experts", "settings") and data.draw(st.booleans()):
+        document[key] = [data.draw(st.lists(st.sampled_from(["weight", "law", "", "head", 1.0]) | JUNK, max_size=4))]
+    with contextlib.suppress(SpaceError):
+        Recipe.from_document(document)
+
+
+def test_a_dtype_and_a_seed_of_its_own_count_and_change_no_other_recipe() -> None:
+    plain = Recipe("dare_ties", "a/base", TWO, (Setting("density", "", "", 0.5),))
+    assert plain.mask_seed == plain.digest
+    assert set(json.loads(plain.to_json())) == {"method", "base", "experts", "settings"}
+    stored = dataclasses.replace(plain, dtype="float32")
+    assert stored.mask_seed == plain.mask_seed  # the same masks, in another dtype
+    seeded = dataclasses.replace(stored, seed="0123")
+    assert seeded.mask_seed == "0123"
+    assert len({plain.digest, stored.digest, seeded.digest}) == 3
+    assert Recipe.from_json(seeded.to_json()) == seeded
+
+
+def test_a_number_for_a_part_the_base_does_not_have_is_refused() -> None:
+    ties(Setting("weight", "law", "layer.03.mlp", 0.5), Setting("weight", "", TENSORS[0], 0.1)).require_places(TENSORS)
+    for place in ("layer.99.attn", "model.layers.4.mlp.up_proj.weight"):
+        with pytest.raises(
+            SpaceError, match=f"given: {place}; where: weight of law in {place}; mend: remove the number"
+        ):
+            ties(Setting("weight", "law", place, 0.5)).require_places(TENSORS)

@@ -47,7 +47,7 @@ def weight(recipe: Recipe, place: str) -> float:
 
 
 def test_gradients_run_along_a_slice_and_outer_tensors_stand_at_its_beginning() -> None:
-    recipe = from_mergekit(DOCUMENT, TENSORS)
+    recipe = from_mergekit(DOCUMENT, TENSORS, base_dtype="bfloat16")
     assert [weight(recipe, f"layer.{i:02d}.attn") for i in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.9])
     assert weight(recipe, "embed") == 0.1
     assert weight(recipe, "head") == 0.9  # the last slice has no number for it, so the document's
@@ -58,7 +58,7 @@ def test_gradients_run_along_a_slice_and_outer_tensors_stand_at_its_beginning() 
 
 def test_a_model_that_a_slice_leaves_out_has_no_weight_there() -> None:
     alone = changed(slices__1__sources=[{"model": "base", "layer_range": [3, 4]}])
-    recipe = from_mergekit(alone, TENSORS)
+    recipe = from_mergekit(alone, TENSORS, base_dtype="bfloat16")
     assert [weight(recipe, f"layer.{i:02d}.mlp") for i in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.0])
     assert weight(recipe, "head") == 0.0
 
@@ -67,7 +67,7 @@ def test_a_documents_gradient_runs_along_each_slice() -> None:
     shared = changed(parameters={"weight": [0, 1]})
     del shared["slices"][0]["sources"][1]["parameters"]
     del shared["slices"][1]["parameters"]
-    recipe = from_mergekit(shared, TENSORS)
+    recipe = from_mergekit(shared, TENSORS, base_dtype="bfloat16")
     assert [weight(recipe, f"layer.{i:02d}.mlp") for i in range(4)] == [0.0, 0.5, 1.0, 1.0]
 
 
@@ -90,8 +90,11 @@ def test_a_documents_gradient_runs_along_each_slice() -> None:
         ({"slices__1__parameters__weight": ["a"]}, r"gradient is a list.*slices\[1\].parameters.weight"),
         ({"slices__1__parameters__weight": [{"filter": "a", "values": 1}]}, "'values'"),
         ({"slices__1__parameters__weight": "much"}, "weight is a number.*much"),
+        ({"slices__1__parameters__weight": [0, 10**400]}, "weight takes no such value"),
+        ({"slices__1__parameters": False}, r"mapping of keys.*False.*slices\[1\].parameters"),
+        ({"parameters": []}, "mapping of keys.*parameters"),
     ],
 )
 def test_other_slices_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SpaceError, match=message):
-        from_mergekit(changed(**changes), TENSORS)
+        from_mergekit(changed(**changes), TENSORS, base_dtype="")
