@@ -10,7 +10,9 @@ from typing import Any, NoReturn, get_type_hints
 
 from evals.documents import DocumentError, read_json
 from evals.outcomes import TaskInfo
-from optimizer.errors import DamagedError, RunError
+from optimizer.errors import DamagedError, RunError, StudyFileError
+from optimizer.study_file import read_yaml
+from optimizer.study_url import storage_label
 
 FORMAT = 1
 ROLES = ("domain", "general")
@@ -18,10 +20,14 @@ KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What tasks.json holds: format, tasks (a list) and fingerprint (a mapping).
+    """What tasks.json holds: format, tasks (a list), fingerprint (a mapping), study and storage.
+
+    The study is a name, which counts in a database outside the folder; the storage is that database's URL, without a
+    password, or None for study.db. A file of an earlier version has neither; its study file tells them.
 
     Raises:
-        RunError: the folder is not a run of this format, or its tasks.json is damaged.
+        RunError: the folder is not a run of this format.
+        DamagedError: its tasks.json is damaged.
     """
     path = folder / "tasks.json"
     try:
@@ -40,7 +46,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest["tasks"], list):
         _refuse(path, "tasks", "must be a list of tasks", manifest["tasks"])
     tasks_of(manifest, path)
+    manifest = {**_told_by_study_file(folder), **manifest} if "study" not in manifest else manifest
+    for key, kinds in (("study", (str,)), ("storage", (str, type(None)))):
+        if not isinstance(manifest.get(key), kinds):
+            _refuse(path, key, "must be a text", manifest.get(key))
     return manifest
+
+
+def stored_study(folder: Path) -> dict[str, Any]:
+    """What a run's study.yaml holds; nothing where it cannot be read."""
+    try:
+        return read_yaml(folder / "study.yaml")
+    except StudyFileError:
+        return {}
+
+
+def _told_by_study_file(folder: Path) -> dict[str, Any]:
+    """A study had the name of its folder, there and then; `home` is that folder, since the study does not say it."""
+    study = stored_study(folder)
+    search, runs, name = study.get("search"), study.get("runs"), str(study.get("name", folder.resolve().name))
+    storage = search.get("storage") if isinstance(search, dict) else None
+    return {
+        "study": name,
+        "storage": storage_label(storage) if isinstance(storage, str) else None,
+        "home": str(Path(runs) / name) if isinstance(runs, str) else None,
+    }
 
 
 def tasks_of(manifest: Mapping[str, Any], path: Path) -> tuple[TaskInfo, ...]:

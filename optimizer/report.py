@@ -22,8 +22,9 @@ from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import SURE
+from optimizer.masking import redacted
 from optimizer.plots import library_script
-from optimizer.run_folder import redacted, write_atomically
+from optimizer.run_folder import write_atomically
 from optimizer.words import count, kind_said, percent
 
 if TYPE_CHECKING:

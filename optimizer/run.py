@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import optuna
 import pandas as pd
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
 from evals.limits import cut_short
@@ -27,8 +24,8 @@ from optimizer.errors import NoPointError, RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
 from optimizer.manifest import read_manifest, tasks_of
-from optimizer.run_folder import all_outcomes, redacted
-from optimizer.study_db import read_storage
+from optimizer.run_folder import all_outcomes
+from optimizer.study_home import stored_trials
 from optimizer.trial_words import NOT_COUNTED, SEARCHED
 from optimizer.words import count, percent
 from search_spaces.errors import SpaceError
@@ -64,8 +61,9 @@ class Run:
             raise RunError(f"{path} is a file, not a run folder")
         self.path = path
         self.name = path.resolve().name
-        self.tasks = tasks_of(read_manifest(path), path / "tasks.json")
-        self._frozen = {trial.number: trial for trial in _read_trials(path / "study.db", storage)}
+        manifest = read_manifest(path)
+        self.tasks = tasks_of(manifest, path / "tasks.json")
+        self._frozen = {trial.number: trial for trial in stored_trials(path, manifest, storage)}
 
     # --- trials and points ---------------------------------------------------------------------------------------
 
@@ -543,23 +541,6 @@ class Run:
             return None
         gap = gap_to_line(self._draws(suite), trial, stops.to_list())
         return forgetting[trial], domain[trial], *astuple(gap)
-
-
-def _read_trials(database: Path, url: str | None) -> list[FrozenTrial]:
-    if url is None and not database.exists():
-        return []
-    try:
-        storage = RDBStorage(url) if url is not None else read_storage(database)
-        names = optuna.get_all_study_names(storage)
-        if not names:
-            return []
-        name = names[0] if len(names) == 1 else database.parent.resolve().name
-        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-        storage.remove_session()
-        storage.engine.dispose()
-        return trials
-    except (KeyError, ValueError, RuntimeError, SQLAlchemyError) as error:
-        raise RunError(f"the study of {database.parent} cannot be read: {redacted(str(error))}") from error
 
 
 def _kind(trial: FrozenTrial) -> str:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -20,20 +18,28 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
+import optuna
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 
 from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
+from optimizer.differences import differences
 from optimizer.errors import RunError, UnavailableError
-from optimizer.manifest import FORMAT, read_manifest
-from optimizer.study_db import open_storage
+from optimizer.manifest import FORMAT, read_manifest, stored_study
+from optimizer.masking import redacted
+from optimizer.room import NO_ROOM, no_room
+from optimizer.study_file import parse_yaml
+from optimizer.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
+from optimizer.study_url import storage_label
 from optimizer.words import printable
 
 _Read = TypeVar("_Read")
@@ -52,7 +58,6 @@ SCHEMA = pa.schema(
         "broken_off": pa.bool_(),
     }
 )
-SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +72,45 @@ class RunFolder:
 
     @classmethod
     def create_or_resume(
-        cls, path: Path | str, study_yaml: str, fingerprint: Mapping[str, object], *, tasks: Sequence[TaskInfo]
+        cls,
+        path: Path | str,
+        study_yaml: str,
+        fingerprint: Mapping[str, object],
+        *,
+        tasks: Sequence[TaskInfo],
+        storage: str | None = None,
     ) -> RunFolder:
         """Make the folder, or take up one that was made from the same things.
 
         Args:
             study_yaml: the resolved study file; on resume it replaces the stored one (the budget may have grown).
             fingerprint: every setting a score depends on, as (nested) JSON values: checkpoints, items, dtype, space.
+            storage: the URL of the study's database; None for study.db in the folder.
 
         Raises:
-            RunError: the folder is not a run, cannot be written, or its fingerprint differs; each changed key is named.
+            RunError: the folder is not a run, cannot be written, or was made from other things; each is named.
         """
         folder = Path(path)
         manifest = {
             "format": FORMAT,
             "tasks": [dataclasses.asdict(task) for task in tasks],
             "fingerprint": json.loads(json.dumps(fingerprint)),
+            "study": new_name(folder, storage),
+            "storage": storage_label(storage),
         }
         if not _holds_something(folder):
             _create(folder, study_yaml, manifest)
         _probe(folder)
-        _require_same(folder, read_manifest(folder), manifest)
+        stored = read_manifest(folder)
+        _require_same(folder, stored, manifest, study_yaml)
+        if (folder / "tasks.json").read_bytes() != _as_json(stored):  # an earlier version's did not name the study
+            write_atomically(folder / "tasks.json", _as_json(stored))
         write_atomically(folder / "study.yaml", redacted(study_yaml).encode())
         return cls(folder)
 
     @property
     def database(self) -> Path:
-        return self.path / "study.db"
+        return self.path / DATABASE
 
     def lock(self) -> RunLock:
         """Become the folder's one writer until the lock is released or this process ends, however it ends.
@@ -104,9 +121,22 @@ class RunFolder:
         """
         return RunLock(self.path / "lock")
 
-    def storage(self) -> RDBStorage:
-        """Open the Optuna storage: checked and copied to study.db.bak first, created where there is none."""
-        return open_storage(self.database)
+    def storage(self, url: str | None = None) -> RDBStorage:
+        """Open the Optuna storage: checked first (and study.db copied to study.db.bak), created where there is none.
+
+        Args:
+            url: of a database outside the folder.
+        """
+        return open_study_storage(self.path, url)
+
+    def study(self, storage: RDBStorage, url: str | None, directions: Sequence[StudyDirection]) -> optuna.Study:
+        """This folder's study in its storage, made where there is none; see `take_study`."""
+        manifest = read_manifest(self.path)
+        study, name = take_study(storage, self.path, manifest, url, directions)
+        if url is not None and name != manifest["study"]:
+            write_atomically(self.path / "tasks.json", _as_json({**manifest, "study": name}))
+            self.log(f"this folder is a copy: its study is now {name}, a copy of {manifest['study']}")
+        return study
 
     def write_outcomes(self, trial: int, suite: str, digest: str, outcomes: Iterable[Outcome]) -> Path:
         """Write one trial's outcomes; they are on the disk, whole, when this returns.
@@ -142,8 +172,13 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Append a line with the time to log.txt, secrets blacked out."""
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(redacted(text))}\n")
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(redacted(text))}\n"
+        path = self.path / "log.txt"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise _unwritten(path, len(line), error) from error
 
 
 class RunLock:
@@ -164,12 +199,18 @@ class RunLock:
         except OSError as error:
             self._file.close()
             raise RunError(f"{path} cannot be locked ({error}); put the run folder on a local disk") from error
-        self._file.truncate(0)
         command = redacted(shlex.join(sys.argv))
-        self._file.write(
+        about = (
             f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S} ({command})\n"
         )
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(about)
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # what was not written is tried again
+                self._file.close()
+            raise _unwritten(path, len(about), error) from error
 
     def release(self) -> None:
         """Give the folder back; releasing twice does nothing."""
@@ -244,7 +285,7 @@ def renew_fingerprints(folder: Path, renewed: Mapping[str, str]) -> None:
     new = {key: _renewed(value, renewed) for key, value in old.items()}
     if new != old:
         manifest["fingerprint"] = {**stored, **new}
-        write_atomically(folder / "tasks.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(folder / "tasks.json", _as_json(manifest))
 
 
 def _renewed(given: object, renewed: Mapping[str, str]) -> object:
@@ -287,13 +328,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({len(content):,} bytes): {error.strerror}") from error
+        raise _unwritten(path, len(content), error) from error
     _sync_folder(path.parent)
-
-
-def redacted(text: str) -> str:
-    """The text without access tokens and without user and password in URLs."""
-    return SECRETS.sub("***", text)
 
 
 def _reading(path: Path, reader: Callable[[Path], _Read]) -> _Read:
@@ -303,6 +339,16 @@ def _reading(path: Path, reader: Callable[[Path], _Read]) -> _Read:
         raise RunError(
             f"{path} cannot be read ({error}); delete it and start the search again to score anew"
         ) from error
+
+
+def _unwritten(path: Path, size: int, error: OSError) -> RunError:
+    if error.errno in NO_ROOM:
+        return no_room(path, size, error)
+    return RunError(f"cannot write {path} ({size:,} bytes): {error.strerror}")
+
+
+def _as_json(manifest: Mapping[str, object]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _holds_something(folder: Path) -> bool:
@@ -324,7 +370,9 @@ def _create(folder: Path, study_yaml: str, manifest: Mapping[str, object]) -> No
         draft.chmod(0o755)
         (draft / "outcomes").mkdir()
         write_atomically(draft / "study.yaml", redacted(study_yaml).encode())
-        write_atomically(draft / "tasks.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(draft / "tasks.json", _as_json(manifest))
+        if manifest["storage"] is None:
+            make_storage(draft)
         os.rename(draft, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process made it first: resume that one
@@ -342,48 +390,16 @@ def _probe(folder: Path) -> None:
         raise RunError(f"a search must write to {folder}: {error.strerror}; `report` and `front` still work") from error
 
 
-def _require_same(folder: Path, stored: Mapping[str, object], given: Mapping[str, object]) -> None:
-    old, new = _flat(stored), _flat(given)
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+def _require_same(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any], study_yaml: str) -> None:
+    """Refuse another study, naming all that differs; the stored study file has the paths, a manifest only digests."""
+    new_study = parse_yaml(redacted(study_yaml), "the study") or {}
+    changed = differences(stored, given, old_study=stored_study(folder), new_study=new_study)
     if changed:
-        lines = [f"  {key}: {_brief(old.get(key, _ABSENT))} -> {_brief(new.get(key, _ABSENT))}" for key in changed]
+        lines = "".join(f"  {line}\n" for line in changed)
         raise RunError(
-            f"{folder} was made from other settings, and scores from both would not compare:\n"
-            + "\n".join(lines)
-            + "\nrestore these settings to resume it, or name another run folder"
+            f"{folder} was made from another study, and scores from both would not compare; what changed:\n{lines}"
+            "change it back to resume, or name another run folder"
         )
-
-
-_ABSENT = object()
-
-
-def _flat(manifest: Mapping[str, object]) -> dict[str, object]:
-    """The comparable part of a manifest, nested keys joined with dots and tasks by name."""
-    tasks = manifest["tasks"]
-    fingerprint = manifest["fingerprint"]
-    assert isinstance(tasks, list)
-    assert isinstance(fingerprint, dict)
-    named = {f"tasks.{task['name']}.{key}": value for task in tasks for key, value in task.items()}
-    return {**named, **_joined(fingerprint, "")}
-
-
-def _joined(tree: Mapping[str, object], prefix: str) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_joined(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _brief(value: object) -> str:
-    if value is _ABSENT:
-        return "(absent)"
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list) and len(text) > 80:
-        return f"{len(value)} entries (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -55,7 +55,9 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         assert plan.harness is not None
         tasks = plan.harness.infos
         renew_fingerprints(study.run_path, {model.dated: model.fingerprint for model in plan.models.values()})
-        run = RunFolder.create_or_resume(study.run_path, dump_study(study), fingerprint(plan), tasks=tasks)
+        run = RunFolder.create_or_resume(
+            study.run_path, dump_study(study), fingerprint(plan), tasks=tasks, storage=study.search.storage
+        )
         if not known:
             held.enter_context(run.lock())
         console.print(f"run folder: {run.path}", highlight=False, markup=False, soft_wrap=True)

@@ -24,16 +24,19 @@ import pandas as pd
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
 from evals.objectives import carries, draw_objectives
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
-from optimizer.errors import RunError, SearchError
+from optimizer.errors import SearchError
 from optimizer.front import non_dominated, widest_gaps
 from optimizer.interrupt import Interrupt, interruptible
 from optimizer.pool import Job, Pool, Result
 from optimizer.run_folder import RunFolder
 from optimizer.samplers import make_sampler
+from optimizer.study_db import unwritable
+from optimizer.study_home import storage_file
 from optimizer.trial_words import DRIVER_DIED, DUPLICATE, NOT_COUNTED, SEARCHED, WORKER_DIED
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
@@ -109,12 +112,8 @@ def run_search(
             search.resume()
             search.spend_budget()
             search.judge_front()
-    except optuna.exceptions.StorageInternalError as error:  # its own text blames the data, whatever it was
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise RunError(
-            f"the study's database cannot be written ({cause}); nothing finished is lost. "
-            "Free the disk or close the other program, and start the search again"
-        ) from error
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:  # optuna's text blames the data
+        raise unwritable(storage_file(run.path, study.search.storage), error) from error
     finally:
         optuna.logging.set_verbosity(verbosity)
 
@@ -126,7 +125,7 @@ def opened_storage(study: Study, run: RunFolder) -> Iterator[RDBStorage]:
     Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own
     that stays open spares every commit that wait.
     """
-    storage = RDBStorage(study.search.storage) if study.search.storage else run.storage()
+    storage = run.storage(study.search.storage)
     try:
         with storage.engine.connect() as connection:
             if connection.dialect.name == "sqlite":
@@ -232,13 +231,9 @@ class _Search:
                 f"needed {len(self.reference_kinds)} and some to search with"
             )
         self.storage = storage
-        self.optuna = optuna.create_study(
-            study_name=run.path.name,
-            storage=self.storage,
-            directions=[StudyDirection.MAXIMIZE] * len(self.experts) + [StudyDirection.MINIMIZE],
-            load_if_exists=True,
-        )
-        self.study_id = self.storage.get_study_id_from_name(run.path.name)
+        directions = [StudyDirection.MAXIMIZE] * len(self.experts) + [StudyDirection.MINIMIZE]
+        self.optuna = run.study(storage, study.search.storage, directions)
+        self.study_id = self.storage.get_study_id_from_name(self.optuna.study_name)
         self.samplers: tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler] | None = None
         self.deadline = time.monotonic() + 60 * (self.settings.timeout or math.inf)
         self.kinds: dict[int, str] = {}

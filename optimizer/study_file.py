@@ -30,6 +30,7 @@ from pydantic import (
 from evals.documents import DEEPEST, MOST_DIGITS, read_text, resolved_path
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
+from optimizer.masking import masked_url
 from optimizer.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
@@ -528,11 +529,6 @@ def _items(given: int | float | Literal["rest"]) -> int | float:
     return REST if given == "rest" else given
 
 
-def masked_url(url: str) -> str:
-    """A storage URL without its password."""
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", url)
-
-
 def _masked_search(study: Study) -> dict[str, Any]:
     storage = study.search.storage
     return study.search.model_dump(mode="json") | {"storage": storage and masked_url(storage)}
@@ -698,12 +694,20 @@ def _contradictions(study: Study) -> Iterator[tuple[str, str]]:
     if len(set(study.space.modules)) < len(study.space.modules):
         yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
     yield from _task_problems(study, experts)
+    if study.search.storage is not None and (problem := _storage_problem(study.search.storage)):
+        yield "search.storage", f"{problem}; given {masked_url(study.search.storage)!r}"
     if study.name.endswith("."):
         yield "name", f"must not end with a dot; given {study.name!r}"
     if study.workers.ray_address is not None and study.workers.count == 0:
         yield "workers.ray_address", "needs workers: workers.count is 0, which means in this process"
     if study.workers.ray_address is not None and (problem := address_problem(study.workers.ray_address)):
         yield "workers.ray_address", f"must be HOST:PORT, or auto: {problem}; given {study.workers.ray_address!r}"
+
+
+def _storage_problem(url: str) -> str:
+    from optimizer.study_url import storage_problem  # brings SQLAlchemy, which few studies need
+
+    return storage_problem(url)
 
 
 def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:
@@ -755,7 +759,7 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _with_absolute_paths(study: Study, path: Path) -> Study:
-    """The study with every path made absolute from the folder of its file."""
+    """The study with every path made absolute from the folder of its file; a database's from here, as in any URL."""
 
     def absolute(key: str, given: str) -> str:
         return str(resolved_path(given, folder, where=f"{path}: {key}", error=StudyFileError))
@@ -786,7 +790,17 @@ def _with_absolute_paths(study: Study, path: Path) -> Study:
     start = study.space.from_ and absolute("space.from", study.space.from_)
     space = study.space.model_copy(update={"from_": start} if start else {})
     runs = absolute("runs", study.runs)
-    return study.model_copy(update={"models": models, "space": space, "evals": evals, "runs": runs})
+    search = study.search.model_copy(update={"storage": _absolute_url(study.search.storage)})
+    update = {"models": models, "space": space, "evals": evals, "search": search, "runs": runs}
+    return study.model_copy(update=update)
+
+
+def _absolute_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    from optimizer.study_url import absolute_url
+
+    return absolute_url(url)
 
 
 def _is_path(task: str) -> bool:

@@ -160,6 +160,7 @@ class Bench:
     shape: Shape = field(default_factory=lambda: Shape("curve", 4))
     events: list[Event] = field(default_factory=list)
     methods: Sequence[str] = ("task_arithmetic",)
+    storage: str | None = None
 
     @property
     def space(self) -> Space | Choice:
@@ -169,14 +170,18 @@ class Bench:
     @property
     def run(self) -> RunFolder:
         return RunFolder.create_or_resume(
-            self.folder, "name: toy\n", {"shape": self.shape.kind}, tasks=tasks_of(self.experts)
+            self.folder,
+            f"name: {self.folder.name}\n",
+            {"shape": self.shape.kind},
+            tasks=tasks_of(self.experts),
+            storage=self.storage,
         )
 
     def search(self, *, pool: object = None, before: Callable[[Recipe], None] | None = None, **search: object) -> None:
         run = self.run
         with run.lock():
             run_search(
-                study_of(self.folder.name, self.experts, **search),
+                study_of(self.folder.name, self.experts, storage=self.storage, **search),
                 run,
                 space=self.space,
                 pool=pool or SerialPool(lambda: FakeWorker(before)),  # type: ignore[arg-type]

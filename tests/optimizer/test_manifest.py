@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from optimizer.errors import DamagedError, RunError, StudyFileError
+from optimizer.manifest import read_manifest, tasks_of
 from optimizer.report import write_report
 from optimizer.run import open_run
 from optimizer.study_file import stored_storage
@@ -33,7 +34,8 @@ def manifest(**changes: object) -> dict[str, object]:
 
 
 def test_a_plain_manifest_is_read(tmp_path: Path) -> None:
-    (task,) = open_run(crafted(tmp_path / "run", manifest())).tasks
+    run = crafted(tmp_path / "run", manifest())
+    (task,) = tasks_of(read_manifest(run), run / "tasks.json")
     assert (task.name, task.chance, task.higher_is_better) == ("notes", 0.25, True)
 
 
@@ -59,6 +61,8 @@ def test_a_plain_manifest_is_read(tmp_path: Path) -> None:
         (manifest(tasks=[TASK | {"search_items": -1}]), "tasks.0.search_items must be a whole number; given -1"),
         (manifest(tasks=[TASK | {"evil": 1}]), "tasks.0.evil is not known"),
         (manifest(tasks=[{"name": "x"}]), "tasks.0.role must be given"),
+        (manifest(study=5), "study must be a text; given 5"),
+        (manifest(study="a", storage=[]), r"storage must be a text; given \[\]"),
         (manifest(tasks=[TASK, TASK]), 'tasks.1.name must be another than those before it; given "notes"'),
     ],
 )

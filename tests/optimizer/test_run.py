@@ -253,7 +253,7 @@ def test_a_crafted_recipe_is_refused(tmp_path: Path) -> None:
     path = toy_run(tmp_path / "toy", trials=12)
     study = optuna.load_study(study_name=None, storage=RunFolder(path).storage())
     study.add_trial(optuna.trial.create_trial(values=[0.0, 0.0], user_attrs={"recipe": json.dumps({"method": "!"})}))
-    with pytest.raises(RunError, match=f"the recipe of trial {len(study.trials) - 1} cannot be read"):
+    with pytest.raises(RunError, match=f"trial {len(study.trials) - 1} has a recipe that cannot be read"):
         open_run(path).trials()
 
 

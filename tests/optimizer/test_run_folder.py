@@ -16,7 +16,8 @@ import pytest
 
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import RunError
-from optimizer.run_folder import FRAME_COLUMNS, RunFolder, is_locked, redacted, write_atomically
+from optimizer.masking import redacted
+from optimizer.run_folder import FRAME_COLUMNS, RunFolder, is_locked, write_atomically
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
@@ -57,16 +58,48 @@ def test_a_changed_study_is_refused_naming_each_key(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         made(tmp_path / "toy", **changes)
     message = str(caught.value)
-    assert 'evals.dtype: "bf16" -> "float32"' in message
-    assert "items.search.notes: 40 entries" in message
-    assert "-> 39 entries" in message
+    assert "evals.dtype: bf16 -> float32" in message
+    assert "task notes: other items in the search suite (40 -> 39)" in message
     assert "extra: (absent) -> 1" in message
     assert "evals.seed" not in message
 
 
+STORED = """\
+name: toy
+models: {base: /models/base, experts: {law: /models/law}}
+space: {shape: uniform}
+evals: {seed: 0}
+"""
+
+
+def test_a_changed_model_is_named_by_its_path_and_not_by_a_digest(tmp_path: Path) -> None:
+    tasks, prints = TASKS, {"base": "0123456789abcdef", "experts": {"law": "aaaabbbbccccdddd"}, "space": {"p": "x"}}
+    RunFolder.create_or_resume(tmp_path / "toy", STORED, prints, tasks=tasks)
+    other = {"base": "fedcba9876543210", "experts": {"law": "ddddccccbbbbaaaa"}, "space": {"p": "y"}}
+    given = STORED.replace("/models/law", "/models/tax").replace("uniform", "slope")
+    with pytest.raises(RunError) as caught:
+        RunFolder.create_or_resume(tmp_path / "toy", given, other, tasks=tasks)
+    message = str(caught.value)
+    assert "models.base: the files of /models/base have changed" in message
+    assert "models.experts.law: /models/law -> /models/tax, another model" in message
+    assert "space.shape: uniform -> slope" in message
+    assert not any(digest in message for digest in ("0123456789abcdef", "ddddccccbbbbaaaa"))
+
+
+def test_a_setting_that_chooses_the_items_is_named_once(tmp_path: Path) -> None:
+    def with_items(letter: str) -> dict[str, object]:
+        return {"items": {suite: {task.name: [letter * 16] for task in TASKS} for suite in ("search", "holdout")}}
+
+    RunFolder.create_or_resume(tmp_path / "toy", STORED, with_items("a"), tasks=TASKS)
+    with pytest.raises(RunError) as caught:
+        RunFolder.create_or_resume(tmp_path / "toy", STORED.replace("seed: 0", "seed: 5"), with_items("b"), tasks=TASKS)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert lines == ["  evals.seed: 0 -> 5"]
+
+
 def test_changed_tasks_are_refused(tmp_path: Path) -> None:
     made(tmp_path / "toy")
-    with pytest.raises(RunError, match=r"tasks\.science\.name: \"science\" -> \(absent\)"):
+    with pytest.raises(RunError, match="task science: is in the stored study only"):
         RunFolder.create_or_resume(tmp_path / "toy", "", FINGERPRINT, tasks=TASKS[:1])
 
 
@@ -185,6 +218,7 @@ def test_storage_keeps_trials_and_a_backup(tmp_path: Path) -> None:
 
 
 def strange(path: Path, kind: str) -> None:
+    path.unlink()
     if kind == "folder":
         path.mkdir()
     elif kind == "another program's":

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from optimizer import search as search_module
-from optimizer.errors import SearchError, StudyFileError
+from optimizer.errors import RunError, SearchError, StudyFileError
 from optimizer.pool import Job, Result, SerialPool
 from optimizer.progress import Progress
 from optimizer.run import open_run
@@ -393,7 +393,7 @@ def test_a_stranger_on_the_database_is_named_as_the_cause(bench: Bench, monkeypa
         raise optuna.exceptions.StorageInternalError("invalid data") from OperationalError("", {}, Exception("locked"))
 
     monkeypatch.setattr(RunFolder, "storage", locked)
-    with pytest.raises(search_module.RunError, match=r"cannot be written .*locked.* nothing finished is lost"):
+    with pytest.raises(RunError, match=r"cannot be written .*locked.* nothing finished is lost"):
         bench.search(trials=10)
 
 
