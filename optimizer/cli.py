@@ -362,4 +362,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """The `mergefront` command."""
-    app()
+    from optimizer.interrupt import interrupted_once
+
+    with interrupted_once():
+        app()

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from evals.outcomes import Outcome, TaskSpec
+from optimizer.memory import lack_of_memory_in_words
 from search_spaces.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,8 @@ class Worker:
         self._kept = Kept()
         base = self._sources.base
         self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
-        model = resident_model(base, dtype=spec.dtype, device=spec.device)
+        with lack_of_memory_in_words(base.bytes):
+            model = resident_model(base, dtype=spec.dtype, device=spec.device)
         self._parameters = tensor_places(model, base)
         self._merged = merge_target(self._parameters, base)
         room = min(DEVICE_ROOM, free_bytes(model.device))  # what merges leave to scoring
@@ -99,7 +97,12 @@ class Worker:
             CheckpointError: a source's file is not the one that was opened.
             MergeError: a merged tensor is not finite.
             TaskError: the candidate gave no usable score.
+            WorkerError: memory ran out.
         """
+        with lack_of_memory_in_words(self._sources.base.bytes):
+            return self._evaluated(recipe, suite)
+
+    def _evaluated(self, recipe: str, suite: str) -> Evaluation:
         from optimizer.merge import merge_into
 
         if suite not in self._prepared:

@@ -26,6 +26,7 @@ from search_spaces.recipe import Recipe
 from search_spaces.space import Shape, Space
 
 ITEMS = 20
+AGENTS = ("runtime_env/agent", "runtime_env_agent", "dashboard/agent", "RuntimeEnvAgent", "DashboardAgent")
 GROUPS = ("embed", *(f"layer.{i:02d}.{kind}" for i in range(8) for kind in ("attn", "mlp")), "head")
 
 
@@ -188,3 +189,14 @@ class Bench:
                 tasks=tasks_of(self.experts),
                 events=self.events.append,
             )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines that name a pool's folder, but for Ray's agents, which may live on for two minutes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in words and not any(agent in words for agent in AGENTS):
+                found.append(words)
+    return found

@@ -20,10 +20,12 @@ from benchmarks.agreement import agreements
 from evals.demo_tasks import clinical_terms, clinical_training_texts, write_clinical_text, write_clinical_words
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.frames import rows_of
+from optimizer.pool import PREFIX
 from optimizer.run import open_run
 from optimizer.run_study import run_study
 from optimizer.tables import status_document
 from tests.conftest import demo_command, demo_environment
+from tests.optimizer.fakes import processes_of
 
 
 def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
@@ -76,6 +78,8 @@ def test_killed_half_way_it_ends_with_as_many_trials(tiny_demo: Path, demo_input
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     wait_for(lambda: len(list(out.glob("outcomes/*-search.parquet"))) >= 7, first)
+    folder = pool_folder(first.pid)
+    assert processes_of(folder)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not (out / "front.json").exists()
@@ -84,6 +88,15 @@ def test_killed_half_way_it_ends_with_as_many_trials(tiny_demo: Path, demo_input
     undisturbed = open_run(tiny_demo).trials()["state"].value_counts()
     assert states["complete"] == undisturbed["complete"]
     assert states.get("running", 0) == 0
+    assert processes_of(folder) == []
+    assert not (folder / "lock").exists()  # removed by the second start; an agent of Ray's may make the folder again
+
+
+def pool_folder(pid: int) -> Path:
+    """The folder of a process's pool, by the lock that the process holds open."""
+    files = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    (lock,) = (file for file in files if file.endswith("/lock") and f"/{PREFIX}" in file)
+    return Path(lock).parent
 
 
 def test_lm_eval_gives_the_exported_model_the_scores_of_its_trial(tiny_demo: Path) -> None:

@@ -5,7 +5,6 @@ Each test finds two sound workers, whatever the test before left, so that any te
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -42,10 +41,9 @@ from optimizer.ray_address import require_cluster
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape
 from tests.conftest import ROOT
-from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, Refuse, space_of
+from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, Refuse, processes_of, space_of
 
 RAY_SECONDS = 120.0
-TOLERATED = ("runtime_env/agent", "runtime_env_agent", "dashboard/agent", "RuntimeEnvAgent", "DashboardAgent")
 
 
 def recipes() -> list[Recipe]:
@@ -95,6 +93,13 @@ def test_a_serial_pool_lets_a_person_interrupt() -> None:
     pool.submit(Job(0, recipes()[0].to_json(), "search"))
     with pytest.raises(KeyboardInterrupt):
         pool.wait(1.0)
+
+
+def test_a_pool_in_this_process_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with SerialPool(FakeWorker) as pool:
+        pool.submit(Job(0, recipes()[0].to_json(), "search"))
+        assert pool.wait(0.0)[0].evaluation
 
 
 def test_errors_of_ours_stand_for_themselves_and_others_get_their_kind() -> None:
@@ -298,6 +303,11 @@ def test_workers_run_in_a_folder_of_their_own_offline_with_their_share_of_thread
         assert worker["environment"]["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
 
 
+def values_of(bench: Bench) -> dict[int, list[float]]:
+    study = optuna.load_study(study_name="toy", storage=bench.run.storage())
+    return {trial.number: trial.values for trial in study.trials}
+
+
 def test_a_killed_workers_trial_is_done_by_another(pool: RayPool, orders: Path, tmp_path: Path) -> None:
     Obey(orders).order("kill", "once")
     bench = Bench(tmp_path / "toy")
@@ -305,6 +315,9 @@ def test_a_killed_workers_trial_is_done_by_another(pool: RayPool, orders: Path, 
     assert (orders / "kill-done").exists()
     study = optuna.load_study(study_name="toy", storage=bench.run.storage())
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 12
+    undisturbed = Bench(tmp_path / "undisturbed" / "toy")
+    undisturbed.search(trials=12)
+    assert values_of(bench) == values_of(undisturbed)
     (retry,) = (event for event in bench.events if event.kind == "retry")
     assert "attempt 1 of 2: worker process" in retry.text
     assert "of an order" in retry.text  # the end of the worker's log
@@ -345,6 +358,17 @@ def test_a_trial_that_runs_too_long_costs_its_worker(
     (result,) = collect(pool, 1)
     assert result.died
     assert result.error == "trial ran longer than 1 s; its worker was stopped"
+
+
+def test_a_result_that_comes_as_its_time_is_over_counts_once(pool: RayPool) -> None:
+    pool.submit(Job(3, recipes()[0].to_json(), "search"))
+    slot = busy_slot(pool)
+    pool._ray.wait([slot.ref], timeout=RAY_SECONDS)
+    slot.deadline = time.monotonic() - 1.0
+    (result,) = pool.wait(RAY_SECONDS)
+    assert (result.job.trial, result.died, result.error) == (3, False, "")
+    assert result.evaluation is not None
+    assert pool.wait(0.0) == []
 
 
 def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> None:
@@ -432,14 +456,3 @@ def test_nothing_is_left_after_close(pool: RayPool) -> None:
     assert not folder.exists()
     assert not [path for path in Path("/dev/shm").iterdir() if folder.name in path.name]
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Command lines that name the pool's folder, but for Ray's agents, which may live on for two minutes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if str(folder) in words and not any(agent in words for agent in TOLERATED):
-                found.append(words)
-    return found

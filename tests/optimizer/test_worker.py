@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from evals.errors import ScoreError
 from evals.outcomes import TaskSpec
 from optimizer.checkpoints import Checkpoint
-from optimizer.errors import CheckpointError, MergeError
+from optimizer.errors import CheckpointError, MergeError, WorkerError
 from optimizer.merge import merge_to_folder
 from optimizer.resident import resident_model
 from optimizer.worker import Worker, WorkerSpec
@@ -132,6 +132,23 @@ def test_a_recipe_of_another_expert_is_an_error_and_leaves_the_worker_usable(spe
     with pytest.raises(MergeError, match="who"):
         worker.evaluate(stranger, "search")
     assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
+
+
+def test_a_lack_of_memory_is_said_with_what_helps(spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    words = r"out of memory: .*0\.00 GB.* are free; lower workers\.count or evals\.token_budget \(RuntimeError"
+    worker = Worker(spec)
+    before = worker.evaluate(recipe(0.5), "search")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._harness, "score", greedy)
+        with pytest.raises(WorkerError, match=words):
+            worker.evaluate(recipe(0.5), "search")
+    assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
+    monkeypatch.setattr("optimizer.resident.resident_model", lambda *_, **__: greedy())
+    with pytest.raises(WorkerError, match=words):
+        Worker(spec)
 
 
 def test_a_driver_does_not_import_what_only_workers_need() -> None:

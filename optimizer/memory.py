@@ -1,0 +1,42 @@
+"""What a lack of memory is called: by whom, how much there is, and what helps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optimizer.errors import WorkerError
+
+GB = 1e9
+
+
+@contextmanager
+def lack_of_memory_in_words(model_bytes: int) -> Iterator[None]:
+    """Turn what Python and torch raise when memory runs out into an error for a person.
+
+    Args:
+        model_bytes: of one model, as its files hold it.
+
+    Raises:
+        WorkerError: memory ran out; the model's size, what is free, and what to lower.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_lack_of_memory(error):
+            raise
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        raise WorkerError(
+            f"out of memory: a worker holds a model ({model_bytes / GB:.2f} GB) and what scoring it takes, and "
+            f"{free / GB:.2f} GB of this machine are free; lower workers.count or evals.token_budget "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's name for it on a CPU
