@@ -1,0 +1,72 @@
+"""The fuzzer of benchmarks/: a short, seeded run over every kind of file is clean, and what is not would be found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FUZZ = ROOT / "benchmarks/fuzz.py"
+
+
+def run(*words: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FUZZ), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    sys.path.insert(0, str(FUZZ.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("fuzz", FUZZ)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["fuzz"] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FUZZ.parent))
+    return module
+
+
+def test_a_short_run_is_clean_and_what_is_kept_can_be_replayed(tmp_path: Path) -> None:
+    (tmp_path / "kept.json").write_text(
+        json.dumps({"target": "study", "argv": ["check", "study.yaml"], "files": {"study.yaml": {"text": "a: ["}}})
+    )
+    done = run("--examples", "250", "--seed", "0", "--out", tmp_path / "unclean", folder=tmp_path)
+    kept = "\n".join(path.read_text() for path in sorted(tmp_path.glob("unclean/*")))
+    assert done.returncode == 0, done.stdout + done.stderr + kept
+    lines = done.stdout.splitlines()
+    assert lines[-1].split()[0] == "all"
+    assert int(lines[-1].split()[1]) >= 250
+    assert not (tmp_path / "unclean").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "finding"),
+    [
+        ((0, "", b"fine\n", 0, 1.0, 10**9), ""),
+        ((2, "", b"error: this\n", 0, 1.0, 10**9), ""),
+        ((None, 'File "/x/optimizer/run.py", line 7\nTypeError: x', b"", 0, 1.0, 0), "traceback: TypeError in optimizer/run.py:7"),
+        ((1, "", b"Traceback (most recent call last)\n", 0, 1.0, 0), "traceback in the output"),
+        ((7, "", b"error", 0, 1.0, 0), "exit code 7"),
+        ((2, "", b" \n", 0, 1.0, 0), "exit code 2 without a word"),
+        ((0, "", b"a\x1b[2J", 0, 1.0, 0), r"control character '\x1b' on the output"),
+        ((0, "", b"\xc2\x9b", 0, 1.0, 0), r"control character '\x9b' on the output"),
+        ((0, "", b"\xff", 0, 1.0, 0), r"control character '\udcff' on the output"),
+        ((0, "", b"a" * 30_000, 0, 1.0, 0), "more than 20,000 characters on the output"),
+        ((0, "", b"", 0, 11.0, 0), "more than 10 s"),
+        ((0, "", b"", 0, 1.0, 3 * 10**9), "more than 2 GB"),
+        ((None, "", b"", 9, 1.0, 0), "killed by SIGKILL"),
+    ],
+)  # fmt: skip
+def test_what_is_unclean_is_found(fuzz: ModuleType, ending: tuple[object, ...], finding: str) -> None:
+    assert fuzz._judged(*ending)[0] == finding
