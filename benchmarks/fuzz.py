@@ -49,7 +49,7 @@ CPU_SECONDS, WALL_SECONDS = 10.0, 60.0
 PEAK_BYTES = 2_000_000_000
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 KEPT = 3  # files of one kind of finding
-BATCH = 25
+BATCH = 40
 
 
 @dataclass(slots=True)
@@ -81,6 +81,11 @@ class Runner:
 
     def warm(self) -> None:
         """Import and compile once what every example would import and compile again."""
+        import optimizer.export
+        import optimizer.from_evolve
+        import optimizer.run_study
+        import optimizer.stacking  # noqa: F401
+
         for argv in (["check", "study.yaml"], ["merge", "merge.yaml", "warm"], ["front", "run"], ["status", "run"]):
             result = self.run({"target": "warm", "argv": argv, "files": {}, "sql": []}, inside=True)
             if result.finding:

@@ -119,6 +119,9 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Read the options that stand before the command."""
+    from optimizer.notices import make_notices_printable
+
+    make_notices_printable()
 
 
 @app.command()

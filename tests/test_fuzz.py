@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TRACE = 'File "/x/optimizer/run.py", line 7\nTypeError: x'
 FUZZ = ROOT / "benchmarks/fuzz.py"
 
 
@@ -55,7 +56,7 @@ def test_a_short_run_is_clean_and_what_is_kept_can_be_replayed(tmp_path: Path) -
     [
         ((0, "", b"fine\n", 0, 1.0, 10**9), ""),
         ((2, "", b"error: this\n", 0, 1.0, 10**9), ""),
-        ((None, 'File "/x/optimizer/run.py", line 7\nTypeError: x', b"", 0, 1.0, 0), "traceback: TypeError in optimizer/run.py:7"),
+        ((None, TRACE, b"", 0, 1.0, 0), "traceback: TypeError in optimizer/run.py:7"),
         ((1, "", b"Traceback (most recent call last)\n", 0, 1.0, 0), "traceback in the output"),
         ((7, "", b"error", 0, 1.0, 0), "exit code 7"),
         ((2, "", b" \n", 0, 1.0, 0), "exit code 2 without a word"),
