@@ -1,11 +1,8 @@
-"""The fuzzer of benchmarks/: a short, seeded run over every kind of file is clean, and what is not would be found."""
+"""The fuzzer of benchmarks/: what is unclean is found."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TRACE = 'File "/x/optimizer/run.py", line 7\nTypeError: x'
 FUZZ = ROOT / "benchmarks/fuzz.py"
-
-
-def run(*words: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FUZZ), *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +27,6 @@ def fuzz() -> ModuleType:
     finally:
         sys.path.remove(str(FUZZ.parent))
     return module
-
-
-def test_a_short_run_is_clean_and_what_is_kept_can_be_replayed(tmp_path: Path) -> None:
-    (tmp_path / "kept.json").write_text(
-        json.dumps({"target": "study", "argv": ["check", "study.yaml"], "files": {"study.yaml": {"text": "a: ["}}})
-    )
-    done = run("--examples", "250", "--seed", "0", "--out", tmp_path / "unclean", folder=tmp_path)
-    kept = "\n".join(path.read_text() for path in sorted(tmp_path.glob("unclean/*")))
-    assert done.returncode == 0, done.stdout + done.stderr + kept
-    lines = done.stdout.splitlines()
-    assert lines[-1].split()[0] == "all"
-    assert int(lines[-1].split()[1]) >= 250
-    assert not (tmp_path / "unclean").exists()
 
 
 @pytest.mark.parametrize(
