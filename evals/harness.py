@@ -6,16 +6,18 @@ lm-eval stays the definition of tasks and metrics; its runner, its HFLM and its 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import jinja2
@@ -27,13 +29,15 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, Outcome, TaskInfo, TaskSpec
 from evals.packing import plant
-from evals.task_files import find_task_file, make_paths_absolute, read_rows, require_plain
+from evals.rows import Rows, read_rows
+from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
 from evals.templates import Sandbox
 from evals.tokens import Encoder, Pair, Prompt
 
@@ -70,6 +74,7 @@ class LoadedTask:
     shots: tuple[int, ...]  # of each member
     shots_from: str  # study, task or "": nobody asks for any
     items: Mapping[str, tuple[Item, ...]]  # by suite
+    notes: tuple[str, ...] = ()  # what a person might not expect
 
 
 @dataclass(slots=True)
@@ -109,6 +114,11 @@ class Harness:
         """What was found, in the order the tasks were asked for."""
         return tuple(task.info for task in self.tasks)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person might not expect of the tasks, a sentence each."""
+        return tuple(note for task in self.tasks for note in task.notes)
+
     def suite_hash(self, suite: str) -> dict[str, list[str]]:
         """Item hashes of a suite by task, in the order they are scored."""
         return {task.info.name: [item.hash for item in task.items[suite]] for task in self.tasks}
@@ -122,8 +132,8 @@ class Harness:
                 try:
                     asked = self._instances(task, item, tokenizer)
                     _add(prepared, asked, encoder)
-                except (TaskError, jinja2.TemplateError) as error:
-                    raise TaskError(f"task {task.info.name}, item {item.hash}: {error}") from error
+                except Exception as error:  # templates, examples and task code raise whatever they like
+                    raise TaskError(f"task {task.info.name}, item {item.hash}: {_said(error)}") from error
                 prepared.items.append((task, item, asked))
         self._prepared[suite] = prepared
 
@@ -262,10 +272,20 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
         raise TaskError(f"each suite needs items: task {spec.name} has {spec.search_items} and {spec.holdout_items}")
     try:
         name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
+    except Exception as error:  # lm-eval and datasets raise whatever their libraries do
+        member = _half_built(error)
+        if member is None and isinstance(error, TaskError):
+            raise
+        raise TaskError(f"task {spec.name} cannot be read: {_why(error, member)}") from error
+    try:
+        return _measured(spec, name, loaded, seed=seed, allow_task_code=allow_task_code)
     except TaskError:
         raise
-    except Exception as error:  # lm-eval and datasets raise whatever their libraries do
-        raise TaskError(f"task {spec.name} cannot be read: {type(error).__name__}: {_short(error)}") from error
+    except Exception as error:  # settings of another kind than lm-eval expects
+        raise TaskError(f"task {spec.name} cannot be used: {_said(error)}") from error
+
+
+def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_code: bool) -> LoadedTask:
     members = tuple(loaded["tasks"].values())
     for member in members:
         _require_usable(member, spec, allow_task_code=allow_task_code)
@@ -273,6 +293,7 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
     if len(members) > 1:
         _require_pooled(name, loaded.get("groups", {}).values())
     items, choices = _items(name, members)
+    _require_measured(name, members, metric, items)
     shots = tuple(_shots(member, spec) for member in members)
     suites = _split(name, items, members, spec, shots, seed)
     chosen = [choices[item.member, item.hash] for suite in SUITES for item in suites[suite]]
@@ -289,7 +310,38 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
         holdout_items=len(suites[HOLDOUT]),
     )
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
-    return LoadedTask(info, members, chosen_filter, shots, shots_from, suites)
+    notes = _notes(name, members[0], metric, spec.metric)
+    return LoadedTask(info, members, chosen_filter, shots, shots_from, suites, notes)
+
+
+def _half_built(error: BaseException) -> ConfigurableTask | None:
+    """The task that lm-eval was making when it failed, and which no exception names."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is ConfigurableTask.__init__.__code__:
+            return cast(ConfigurableTask, frame.f_locals["self"])
+    return None
+
+
+def _why(error: Exception, member: ConfigurableTask | None) -> str:
+    """What stood in the way of a task; lm-eval tries the first item while it makes one, without saying so."""
+    if isinstance(error, ConnectionError) and member is not None:
+        names = [member.DATASET_PATH, *([member.DATASET_NAME] if member.DATASET_NAME else [])]
+        given = ", ".join(map(repr, names))
+        return (
+            f"its data ({given}) is not on this machine and the hub cannot be reached; on a machine with a network set "
+            f'HF_DATASETS_CACHE to a new folder and run `python -c "import datasets; datasets.load_dataset({given})"`, '
+            "copy the folder here, and set HF_DATASETS_CACHE to it and HF_HUB_OFFLINE=1; or make a task of a local "
+            "file of JSON lines"
+        )
+    docs = getattr(member, "task_docs", None)
+    if docs is not None and member is not None and hasattr(member, "multiple_input"):
+        if not len(docs):
+            return "no item is left of its data"
+        try:
+            _content(member, docs[0])
+        except TaskError as own:
+            return str(_blamed(member, 0, own))
+    return _said(error)
 
 
 @lru_cache(maxsize=1)
@@ -302,40 +354,67 @@ def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
     if not ("/" in source or "\\" in source or source.endswith((".yaml", ".yml")) or Path(source).is_dir()):
         manager = _built_in()
         if source not in manager.task_index:
-            raise TaskError(f"no task, group or tag {source!r} in lm-eval; a path needs a slash: ./{source}")
+            close = difflib.get_close_matches(source, manager.task_index, n=3)
+            mend = f"did you mean {' or '.join(close)}? A" if close else "a"
+            raise TaskError(f"no task, group or tag {source!r} in lm-eval; {mend} path needs a slash: ./{source}")
         return source, manager.load([source])
-    path = find_task_file(Path(source).expanduser().resolve())
-    if not allow_task_code:
-        require_plain(path, metrics=frozenset(metric_registry))
+    path = find_task_file(source)
+    require_sound(path, metrics=frozenset(metric_registry), allow_code=allow_task_code)
     config = load_yaml(path, resolve_func=False)
     name = config.get("group") or config.get("task")
     if not isinstance(name, str):
         raise TaskError(f"{path}: a task file names a task or a group")
-    manager = TaskManager(include_path=str(path.parent), include_defaults=False)
-    if manager.task_index[name].yaml_path != path:
-        raise TaskError(f"task names must differ: {name} is in {path} and in {manager.task_index[name].yaml_path}")
-    for member in _needed(manager, name):
-        _settle(manager, member, allow_task_code=allow_task_code)
+    manager = TaskManager(include_defaults=False)
+    index = _tasks_of(path, config)
+    manager.task_index.update(index)
+    for member in _needed(index, name, path):
+        _settle(index[member], allow_task_code=allow_task_code)
     return name, manager.load([name])
 
 
-def _needed(manager: TaskManager, name: str) -> list[str]:
+def _tasks_of(path: Path, config: dict[str, Any]) -> dict[str, Entry]:
+    """The task or group of a file, and for a group all tasks below its folder, by name."""
+    index: dict[str, Entry] = {}
+    TaskIndex.process_cfg(config, path, index)
+    for other in task_files_below(path.parent) if isinstance(config.get("task"), list) else ():
+        if other.resolve() == path:
+            continue
+        try:
+            require_sound(other, metrics=frozenset(), allow_code=True)  # whether it is plain is asked where it is used
+            TaskIndex.process_cfg(load_yaml(other, resolve_func=False), other, index)
+        except Exception:  # no task: missed, if it is needed, by its name
+            continue
+    return index
+
+
+def _needed(index: Mapping[str, Entry], name: str, path: Path) -> list[str]:
     """A task or group and all it is made of."""
-    config = manager.task_index[name].cfg or {}
-    members = config["task"] if isinstance(config.get("task"), list) else []
-    names = [str(m.get("task") or m.get("group")) if isinstance(m, dict) else str(m) for m in members]
-    return [name, *(n for found in names if found in manager.task_index for n in _needed(manager, found))]
+    needed, waiting = list[str](), [name]
+    while waiting:
+        found = waiting.pop()
+        if found in needed:
+            continue
+        needed.append(found)
+        config = index[found].cfg or {}
+        members = [*index[found].tags] if index[found].kind is Kind.TAG else config.get("task")
+        for member in members if isinstance(members, list) else ():
+            if isinstance(member, str) and member not in index:
+                raise TaskError(
+                    f"{path}: task: no readable task file below {path.parent} is of a task, group or tag {member!r}, "
+                    f"which {found} names"
+                )
+            own = str(member.get("task") or member.get("group")) if isinstance(member, dict) else str(member)
+            waiting += [own] if own in index else []
+    return needed
 
 
-def _settle(manager: TaskManager, name: str, *, allow_task_code: bool) -> None:
+def _settle(entry: Entry, *, allow_task_code: bool) -> None:
     """Check one task file, and give lm-eval its settings with data files found and read."""
-    entry = manager.task_index[name]
     if entry.yaml_path is None:
         return
-    if not allow_task_code:
-        require_plain(entry.yaml_path, metrics=frozenset(metric_registry))
+    require_sound(entry.yaml_path, metrics=frozenset(metric_registry), allow_code=allow_task_code)
     config = load_yaml(entry.yaml_path, resolve_func=allow_task_code)
-    entry.cfg = _with_rows(make_paths_absolute(config, entry.yaml_path.parent))
+    entry.cfg = _with_rows(make_paths_absolute(config, entry.yaml_path))
     entry.yaml_path = None
 
 
@@ -358,15 +437,7 @@ def _with_rows(config: dict[str, Any]) -> dict[str, Any]:
         for split, given in splits.items()
     }
     kept = {key: value for key, value in config.items() if key not in ("dataset_path", "dataset_kwargs")}
-    return {**kept, "custom_dataset": partial(_dataset, rows)}
-
-
-def _dataset(rows: Mapping[str, list[dict[str, Any]]], **_: object) -> datasets.DatasetDict:
-    splits = {}
-    for split, items in rows.items():
-        columns = dict.fromkeys(key for item in items for key in item)
-        splits[split] = datasets.Dataset.from_dict({key: [item.get(key) for item in items] for key in columns})
-    return datasets.DatasetDict(splits)
+    return {**kept, "custom_dataset": Rows(rows)}
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -416,6 +487,33 @@ def _metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -> tupl
     return metric, chosen, bool(first.higher_is_better()[metric])
 
 
+def _require_measured(
+    name: str, members: Sequence[ConfigurableTask], metric: str, items: Mapping[str, list[Item]]
+) -> None:
+    """Let each task make metrics of an answer, since what it lists need not be what it gives."""
+    one_each = {item.member: item for found in items.values() for item in found}
+    for m, item in one_each.items():
+        member = members[m]
+        if member.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+            continue  # the others' metrics are named by lm-eval, or need an answer of the model's
+        number = 1
+        if member.OUTPUT_TYPE == "multiple_choice":
+            number = len(member.doc_to_choice(item.doc)) * (2 if "acc_mutual_info" in member.aggregation() else 1)
+        given = member.process_results(item.doc, [(-1.0, False)] * number)
+        if metric not in given:
+            raise TaskError(
+                f"a metric must be one that the task gives: task {name} lists {metric!r} and gives "
+                f"{', '.join(map(str, given)) or 'none'}; name one of these as metric, or give it by process_results"
+            )
+
+
+def _notes(name: str, member: ConfigurableTask, metric: str, asked: str) -> tuple[str, ...]:
+    listed = asked.partition(",")[0] or next(iter(member.aggregation()), metric)
+    if metric != "bits_per_byte" or listed == metric:
+        return ()
+    return (f"task {name} is scored in {metric}, not in {listed}: on the same texts both order models alike",)
+
+
 def _require_pooled(name: str, groups: Iterable[Any]) -> None:
     if any(not rule.weight_by_size for group in groups for rule in group.aggregate_metric_list or ()):
         raise TaskError(f"group {name} weighs its tasks alike whatever their size; name its tasks one by one")
@@ -433,9 +531,7 @@ def _items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, li
             try:
                 content, chance = _content(member, doc)
             except TaskError as error:
-                raise TaskError(f"task {name}, item {n + 1}: {error}") from None
-            except Exception as error:  # templates and task code raise whatever they like
-                raise TaskError(f"task {name}, item {n + 1}: {type(error).__name__}: {_short(error)}") from error
+                raise TaskError(f"task {name}, {_blamed(member, n, error)}") from error
             item = Item(content if len(members) == 1 else _hash(f"{member.task_name}:{content}"), m, doc)
             if (m, item.hash) not in chances:
                 chances[m, item.hash] = chance
@@ -445,8 +541,8 @@ def _items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, li
 
 def _content(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, float]:
     """The hash of what a model sees and is asked, whatever the item's other columns, and the chance of guessing."""
-    text, target = member.doc_to_text(doc), member.doc_to_target(doc)
-    choices = member.doc_to_choice(doc) if member.config.doc_to_choice is not None else None
+    text, target = _field(member.doc_to_text, doc), _field(member.doc_to_target, doc)
+    choices = _field(member.doc_to_choice, doc) if member.config.doc_to_choice is not None else None
     content = _hash(json.dumps([text, choices, target], ensure_ascii=False, default=str))
     if member.OUTPUT_TYPE != "multiple_choice":
         return content, 0.0
@@ -455,15 +551,51 @@ def _content(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, flo
     return content, len(right) / len(choices or [])
 
 
+def _field(read: Callable[[Mapping[str, Any]], Any], doc: Mapping[str, Any]) -> Any:
+    try:
+        return read(doc)
+    except Exception as error:  # templates and task code raise whatever they like
+        raise TaskError(f"{read.__name__}: {_said(error)}") from error
+
+
 def _index(answer: object, choices: object) -> int:
     """Which choice an answer is; lm-eval would score a wrong index as never right."""
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise TaskError(f"an item needs two or more choices that are texts: {_short(choices)} given")
+        raise TaskError(
+            "doc_to_choice: an item needs two or more choices that are texts and not empty: "
+            f"{_short(repr(choices))} given; put numbers in quotes, and leave the item out where a choice is empty"
+        )
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if isinstance(answer, int) and 0 <= answer < len(choices):
         return answer
-    raise TaskError(f"the right answer must be one of the {len(choices)} choices: {_short(answer)} given")
+    raise TaskError(
+        f"doc_to_target: the right answer must be one of the {len(choices)} choices: {_short(repr(answer))} given; "
+        f"name a choice, or give its place, 0 to {len(choices) - 1}"
+    )
+
+
+def _blamed(member: ConfigurableTask, n: int, error: TaskError) -> TaskError:
+    """The error of an item with its line, or that of the item which made this one wrong."""
+    rows, split = member.config.custom_dataset, member.config.test_split or member.config.validation_split
+    if not isinstance(rows, Rows) or member.config.process_docs is not None:
+        return TaskError(f"item {n + 1}: {error}")
+    place = rows.splits[split][n].place
+    if _problem(member, rows.as_written(split, n)) is not None:
+        return TaskError(f"item {n + 1}: {error}; {place}")
+    for k, row in enumerate(rows.splits[split]):  # one number with a point makes all numbers of its column such
+        own = _problem(member, rows.as_written(split, k)) if float in map(type, row.values.values()) else None
+        if own is not None:
+            return TaskError(f"item {k + 1}: {own}; {row.place}")
+    return TaskError(f"item {n + 1}: {error}; {place}")
+
+
+def _problem(member: ConfigurableTask, doc: Mapping[str, Any]) -> TaskError | None:
+    try:
+        _content(member, doc)
+    except TaskError as error:
+        return error
+    return None
 
 
 def _split(
@@ -486,8 +618,8 @@ def _split(
     if holdout < 1 or holdout > left:
         asked = "the rest" if spec.holdout_items == REST else str(holdout)
         raise TaskError(
-            f"the suites share no item: task {name} has {len(order)} different items, {spec.search_items} search and "
-            f"{asked} holdout items asked for"
+            f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
+            "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"
         )
     chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :]}
     used = {content for contents in chosen.values() for content in contents}
@@ -594,12 +726,19 @@ def _outcome(task: LoadedTask, suite: str, item: Item, asked: list[Instance]) ->
     member = task.members[item.member]
     next(ensemble for ensemble in member._filters if ensemble.name == task.filter).apply(asked)
     answers = [instance.filtered_resps[task.filter] for instance in asked]
-    metrics = member.process_results(item.doc, answers)
+    try:
+        metrics = member.process_results(item.doc, answers)
+    except Exception as error:  # metrics and task code raise whatever they like
+        raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {_said(error)}") from error
     if task.info.output_type == "loglikelihood_rolling":
         loglikelihood, size = _bytes(member, item, metrics, answers[0])
         value, weight = -loglikelihood / math.log(2), float(size)
         loglikelihoods: tuple[float, ...] = (float(answers[0]),)
     else:
+        if task.info.metric not in metrics:
+            raise TaskError(
+                f"task {task.info.name}, item {item.hash}: there is no {task.info.metric} among its metrics"
+            )
         value, weight = float(metrics[task.info.metric]), 1.0
         loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
     if not math.isfinite(value):
@@ -642,6 +781,11 @@ def _hash(text: str) -> str:
 
 def _number(text: str) -> int:
     return int(_hash(text), 16)
+
+
+def _said(error: Exception) -> str:
+    """An exception's message; a foreign one's after its kind."""
+    return str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {_short(error)}"
 
 
 def _short(value: object) -> str:

@@ -1,30 +1,35 @@
 """Task files on disk, read before lm-eval reads them: a task file is code unless shown to be plain data.
 
-lm-eval resolves `!function` while it loads, downloads metrics it does not know, and renders templates without a
-sandbox; here the first two are refused by name, and the third gets one.
+lm-eval resolves `!function` while it loads, downloads metrics it does not know, and reads every file below a task's
+folder however large; here the first two are refused by name, and only what is needed is read, within bounds.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from evals.documents import checked_path, read_text
 from evals.errors import TaskError
 
+LARGEST_TASK_FILE = 1_000_000  # bytes
+MOST_EXPANDED = 5_000_000  # characters and parts of a task file, with every alias written out
+MOST_TASK_FILES, MOST_FILES = 2_000, 100_000  # below a group's folder: YAML files, files of any kind
 PLAIN_TAG = "tag:yaml.org,2002:"
 CODE_KEYS = ("class", "custom_dataset", "use_prompt")
 CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
 
 
-def find_task_file(source: Path) -> Path:
+def find_task_file(given: str) -> Path:
     """The YAML file of a task or group: the path itself, or the one in a folder that stands for it."""
+    source = checked_path(given, error=TaskError).resolve()
     if not source.exists():
         raise TaskError(f"no task file or folder at {source}")
-    if source.is_file():
+    if not source.is_dir():
         return source
     found = {path: _top_keys(path) for path in sorted(source.glob("*.y*ml"))}
     groups = [path for path, keys in found.items() if "group" in keys and "task" in keys]
@@ -36,8 +41,23 @@ def find_task_file(source: Path) -> Path:
     raise TaskError(f"a task folder holds one task, or one group of tasks: {source} has {names}; name the file")
 
 
-def require_plain(path: Path, *, metrics: Iterator[str] | frozenset[str]) -> None:
-    """Refuse a task file, or one it includes, that could run code.
+def task_files_below(folder: Path) -> list[Path]:
+    """The YAML files among which a group's tasks are looked for by name, in lm-eval's order."""
+    found, seen = [], 0
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in ("__pycache__", ".ipynb_checkpoints")]
+        found += [Path(parent, name) for name in files if name.endswith(".yaml")]
+        seen += len(files) + len(folders)
+        if len(found) > MOST_TASK_FILES or seen > MOST_FILES:
+            raise TaskError(
+                f"a group's tasks are looked for in all of its folder, which may hold {MOST_TASK_FILES:,} task files "
+                f"and {MOST_FILES:,} files: {folder} holds more; give the group a folder of its own"
+            )
+    return sorted(found)
+
+
+def require_sound(path: Path, *, metrics: frozenset[str], allow_code: bool) -> None:
+    """Refuse a task file, or one it includes, that cannot be read within bounds or, without leave, could run code.
 
     Args:
         metrics: names lm-eval itself knows; others it would look for as code on the hub.
@@ -45,113 +65,126 @@ def require_plain(path: Path, *, metrics: Iterator[str] | frozenset[str]) -> Non
     Raises:
         TaskError: naming file, line and key.
     """
-    known = frozenset(metrics)
-    waiting, seen = [path], set[Path]()
+    waiting, seen = [path.resolve()], {path.resolve()}
     while waiting:
-        file = waiting.pop().resolve()
-        if file in seen:
-            continue
-        seen.add(file)
+        file = waiting.pop()
         for key, node in _pairs(_compose(file)):
-            if not node.tag.startswith(PLAIN_TAG):
-                _refuse(file, node, f"{key or 'value'}: {node.tag} runs code")
-            if key in CODE_KEYS or (key in CODE_FLAGS and _value(node) not in ("false", "False", "no")):
-                _refuse(file, node, f"{key} runs code")
-            if key == "metric" and _value(node) not in known:
-                _refuse(file, node, f"metric {_value(node)!r} is not one of lm-eval's; it would be looked for as code")
+            if not allow_code:
+                _require_plain(file, key, node, metrics)
             if key == "include":
-                included = [_value(child) for child in node.value] if isinstance(node.value, list) else [_value(node)]
-                if any(Path(name).is_absolute() for name in included):
-                    _refuse(file, node, "include must be relative to the file")
-                waiting += [file.parent / name for name in included]
+                for name in [_value(child) for child in node.value] if isinstance(node.value, list) else [_value(node)]:
+                    included = (file.parent / name).resolve()
+                    if included in seen:
+                        _refuse(file, node, f"include: {included} is included twice", "include a file once")
+                    seen.add(included)
+                    waiting.append(included)
 
 
-def make_paths_absolute(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _require_plain(file: Path, key: str, node: yaml.Node, metrics: frozenset[str]) -> None:
+    if not node.tag.startswith(PLAIN_TAG):
+        _refuse(file, node, f"{key or 'value'}: {node.tag} runs code")
+    if key in CODE_KEYS or (key in CODE_FLAGS and _value(node) not in ("false", "False", "no")):
+        _refuse(file, node, f"{key} runs code")
+    if key == "metric" and _value(node) not in metrics:
+        _refuse(file, node, f"metric {_value(node)!r} is not one of lm-eval's; it would be looked for as code")
+    if key == "include":
+        included = [_value(child) for child in node.value] if isinstance(node.value, list) else [_value(node)]
+        if any(Path(name).is_absolute() for name in included):
+            _refuse(file, node, "include must be relative to the file")
+
+
+def make_paths_absolute(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """A copy of a task's or group's settings with relative data files taken from the folder of its YAML file."""
     config = dict(config)
-    options = dict(config.get("dataset_kwargs") or {})
+    options = config.get("dataset_kwargs") or {}
+    if not isinstance(options, dict):
+        raise TaskError(f"{file}: dataset_kwargs must hold keys and values; given {options!r}")
     if "data_files" in options:
-        options["data_files"] = _absolute(options["data_files"], folder)
-        config["dataset_kwargs"] = options
+        config["dataset_kwargs"] = {**options, "data_files": _absolute(options["data_files"], file)}
     if isinstance(config.get("task"), list):
         config["task"] = [
-            make_paths_absolute(member, folder) if isinstance(member, dict) else member for member in config["task"]
+            make_paths_absolute(member, file) if isinstance(member, dict) else member for member in config["task"]
         ]
     return config
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The items of a file of JSON lines, or of one JSON list.
-
-    Raises:
-        TaskError: naming the file and the line.
-    """
-    if not path.is_file():
-        raise TaskError(f"no data file {path} (dataset_kwargs.data_files)")
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        rows = list(enumerate(_json(text, path, 1), 1))
-    else:
-        rows = [(n, _json(line, path, n)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for n, row in rows:
-        if not isinstance(row, dict):
-            raise TaskError(f"each item must be a JSON object: {path}, line {n}")
-    if not rows:
-        raise TaskError(f"no item in {path}")
-    return [row for _, row in rows]
-
-
-def _json(text: str, path: Path, line: int) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise TaskError(f"numbers must be finite: {constant} in {path}, line {line}")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"not JSON: {path}, line {line}: {error.msg}") from None
-
-
-def _absolute(files: Any, folder: Path) -> Any:
+def _absolute(files: Any, file: Path) -> Any:
+    where = f"{file}: dataset_kwargs.data_files"
     if isinstance(files, dict):
-        return {split: _absolute(given, folder) for split, given in files.items()}
+        return {split: _absolute(given, file) for split, given in files.items()}
     if isinstance(files, list):
-        return [_absolute(given, folder) for given in files]
-    return files if "://" in str(files) else str(folder / files)
+        return [_absolute(given, file) for given in files]
+    if not isinstance(files, str):
+        raise TaskError(f"{where} must be a file's path, or paths by split; given {files!r}")
+    if "://" in files:
+        return files
+    path = file.parent / checked_path(files, where=where, error=TaskError)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise TaskError(f"{where}: {path} must be a regular file")
+    return str(path)
 
 
 def _top_keys(path: Path) -> list[str]:
-    node = _compose(path)
-    return [_value(key) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    return [_value(key) for key, _ in _compose(path).value]
 
 
-def _compose(path: Path) -> yaml.Node:
+def _compose(path: Path) -> yaml.MappingNode:
+    text = read_text(path, limit=LARGEST_TASK_FILE, error=TaskError)
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"task file {path} cannot be read: {error}") from None
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise TaskError(f"task file {path} must hold keys and values")
+        _require_bounded(path, node, {})
     except yaml.YAMLError as error:
         raise TaskError(f"task file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise TaskError(f"task file {path} must hold keys and values")
+    except RecursionError:
+        raise TaskError(f"task file {path}: its lists and mappings lie too deep in each other") from None
     return node
 
 
-def _pairs(node: yaml.Node, key: str = "") -> Iterator[tuple[str, yaml.Node]]:
-    """Every node below, with the key it stands under."""
+def _require_bounded(path: Path, node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The size of a node with every alias written out; a few lines of aliases of aliases may stand for any size."""
+    open_, size = -1, sizes.get(id(node))
+    if size == open_:
+        _refuse(path, node, "an alias stands within what it stands for", "write the value out")
+    if size is None:
+        sizes[id(node)] = open_
+        parts = node.value if isinstance(node.value, list) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        size = 1 + len(_value(node)) + sum(_require_bounded(path, child, sizes) for child in children)
+        if size > MOST_EXPANDED:
+            _refuse(
+                path,
+                node,
+                f"with every alias written out, a task file may have {MOST_EXPANDED:,} characters; this one has more",
+                "write its values out",
+            )
+        sizes[id(node)] = size
+    return size
+
+
+def _pairs(node: yaml.Node, key: str = "", seen: set[tuple[str, int]] | None = None) -> Iterator[tuple[str, yaml.Node]]:
+    """Every node below, with each key it stands under."""
+    seen = set() if seen is None else seen
+    if (key, id(node)) in seen:
+        return
+    seen.add((key, id(node)))
     yield key, node
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
             yield "", name
-            yield from _pairs(child, _value(name))
+            yield from _pairs(child, _value(name), seen)
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            yield from _pairs(child, key)
+            yield from _pairs(child, key, seen)
 
 
 def _value(node: yaml.Node) -> str:
     return node.value if isinstance(node.value, str) else ""
 
 
-def _refuse(path: Path, node: yaml.Node, what: str) -> NoReturn:
-    line = node.start_mark.line + 1
-    raise TaskError(f"{path}, line {line}: {what}; set evals.allow_task_code only if you trust the file as code")
+TRUST = "set evals.allow_task_code only if you trust the file as code"
+
+
+def _refuse(path: Path, node: yaml.Node, what: str, mend: str = TRUST) -> NoReturn:
+    raise TaskError(f"{path}, line {node.start_mark.line + 1}: {what}; {mend}")

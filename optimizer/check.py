@@ -194,6 +194,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         numbers = ["chance", "shots", "search items", "holdout items"]
         columns = ["task", "role", "metric", *numbers]
         console.print(table("Tasks", columns, _task_rows(plan.harness), right=numbers))
+        for note in plan.harness.notes:
+            console.print(Text(f"note: {note}"), soft_wrap=True)
     cost = _cost(plan)
     if cost is not None:
         console.print(table("Cost", ["", ""], _cost_rows(plan, cost)))

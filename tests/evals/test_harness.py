@@ -76,7 +76,7 @@ def test_shots_of_an_item_do_not_depend_on_its_neighbours(tmp_path: Path, engine
 
 def test_too_few_items(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "few", questions(10))
-    refused("few has 10 different items, 8 search and 3 holdout items", folder, search=8, holdout=3)
+    refused("too few items: .*few has 10 different items, 8 search and 3 holdout items", folder, search=8, holdout=3)
     refused("few has 10 different items, 10 search and the rest", folder, search=10)
     refused("each suite needs items", folder, search=0)
     refused("each suite needs items", folder, search=2, holdout=0)
@@ -87,12 +87,12 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     data = folder / "t.jsonl"
     good = data.read_text().splitlines()
     for line, message in {
-        '{"question": "q", "choices": ["a", "b"], "gold": NaN}': "NaN in .*t.jsonl, line 3",
-        '{"question": "q", ': "not JSON: .*t.jsonl, line 3",
+        '{"question": "q", "choices": ["a", "b"], "gold": NaN}': "t.jsonl, line 3: .*finite; given NaN",
+        '{"question": "q", ': "t.jsonl, line 3: not JSON",
         '["q"]': "must be a JSON object: .*t.jsonl, line 3",
-        json.dumps({"question": "q", "choices": ["a", "b"], "gold": 2}): "t, item 3: .*one of the 2 choices: 2 given",
-        json.dumps({"question": "q", "choices": ["a", "b"], "gold": -1}): "t, item 3: .*one of the 2 choices: -1",
-        json.dumps({"question": "q", "choices": ["a"], "gold": 0}): "t, item 3: .*two or more choices",
+        json.dumps({"question": "q", "choices": ["a", "b"], "gold": 2}): "t, item 3: .*2 choices: 2 given.*, line 3",
+        json.dumps({"question": "q", "choices": ["a", "b"], "gold": -1}): "t, item 3: .*2 choices: -1 given.*, line 3",
+        json.dumps({"question": "q", "choices": ["a"], "gold": 0}): "t, item 3: .*two or more choices.*, line 3",
     }.items():
         data.write_text("\n".join([*good[:2], line, *good[3:]]))
         refused(message, folder, search=2)
@@ -107,7 +107,8 @@ def test_bad_task_files_are_named(tmp_path: Path) -> None:
         refused(match, write_task(tmp_path / name, questions(), **settings))
 
     bad("no split nope in data_files, which has test", "split", test_split="nope")
-    bad("column cannot be read: UndefinedError: 'absent' is undefined", "column", doc_to_text="{{absent}}")
+    absent = "column cannot be read: item 1: doc_to_text: UndefinedError: 'absent' is undefined; .*column.jsonl, line 1"
+    bad(absent, "column", doc_to_text="{{absent}}")
     bad("line .*: metric 'accc' is not one of lm-eval's", "metric", metric_list=[{"metric": "accc"}])
     bad("has mcc, of which usable: none", "mean", metric_list=[{"metric": "mcc"}])
     refused("of which usable: acc, acc_norm; 'f1' given", write_task(tmp_path / "f1", questions()), metric="f1")
@@ -213,7 +214,10 @@ def _load_in_a_process(folder: str) -> list[str]:
 
 @pytest.mark.slow  # lm-eval reads its 14,000 task files
 def test_unknown_name() -> None:
-    refused("no task, group or tag 'nonsense' in lm-eval; a path needs a slash: ./nonsense", "nonsense")
+    refused("no task, group or tag 'zzzz' in lm-eval; a path needs a slash: ./zzzz", "zzzz")
+    refused(
+        "no task, group or tag 'hellaswagg' in lm-eval; did you mean hellaswag.*a slash: ./hellaswagg", "hellaswagg"
+    )
 
 
 @pytest.mark.slow
