@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-SECRETS = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+SECRETS = re.compile(TOKEN.pattern + r"|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")
 IN_QUERY = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 

@@ -143,8 +143,9 @@ def unwritable(database: Path | None, error: Exception) -> RunError:
         except UnavailableError as no_room:
             return no_room
     cause = " ".join(str(error.__cause__ or error).split())
+    where = database or "the study's database"
     return UnavailableError(
-        f"the study's database cannot be written ({redacted(cause)}); nothing finished is lost. "
+        f"{where} cannot be written ({redacted(cause)}); nothing finished is lost. "
         "Free the disk or close the other program, and start the search again"
     )
 

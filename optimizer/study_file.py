@@ -30,7 +30,7 @@ from pydantic import (
 from evals.documents import DEEPEST, MOST_DIGITS, read_text, resolved_path
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
-from optimizer.masking import masked_url
+from optimizer.masking import TOKEN, masked_url, redacted
 from optimizer.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
@@ -568,7 +568,7 @@ def _entry(place: Any, part: str, override: str) -> int:
 
 
 def _named(override: str) -> str:
-    return f"--set {_shortened(override)}"
+    return f"--set {redacted(_shortened(override))}"
 
 
 def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
@@ -592,6 +592,8 @@ def _odd_texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, str
             yield ".".join(place), f"must have {LONGEST_TEXT:,} characters at most; given {shown(value)}"
         elif CONTROL.search(value):
             yield ".".join(place), f"must not hold control characters; given {shown(value)}"
+        elif TOKEN.search(value):  # it would be part of every recipe, and so of every export
+            yield ".".join(place), "must not hold an access token (hf_…); put it in HF_TOKEN, outside the study"
     elif isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _odd_texts(entry, (*place, str(key)))

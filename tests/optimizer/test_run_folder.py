@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -138,6 +140,17 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_read_around(tmp_path: Path,
         run.lock()
     assert is_locked(run.path) is False
     assert other.read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path / "toy")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match=r"lock cannot be locked \(.*No locks available\); put the run folder on a"):
+        run.lock()
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:

@@ -420,6 +420,14 @@ def test_no_text_of_a_study_holds_control_characters(tmp_path: Path, good: str, 
     assert_matches(f"{key}: must not hold control characters; given ", refusal(tmp_path, good, f"{key}={text}"))
 
 
+def test_no_text_of_a_study_holds_a_token(tmp_path: Path, good: str) -> None:
+    token = "hf_" + "a" * 34
+    for key in ("models.base", "models.experts.clinical"):
+        said = refusal(tmp_path, good, f"{key}=/models/{token}/x")
+        assert_matches(f"{key}: must not hold an access token", said)
+        assert token not in said
+
+
 def test_no_text_of_a_study_is_a_book(tmp_path: Path, good: str) -> None:
     said = refusal(tmp_path, good, f"search.storage={'x' * 5000}")
     assert_matches("search.storage: must have 4,096 characters at most; given 'xxx", said)
