@@ -324,7 +324,8 @@ def _half_built(error: BaseException) -> ConfigurableTask | None:
 
 def _why(error: Exception, member: ConfigurableTask | None) -> str:
     """What stood in the way of a task; lm-eval tries the first item while it makes one, without saying so."""
-    if isinstance(error, ConnectionError) and member is not None:
+    unreachable = isinstance(error, ConnectionError) or str(error).startswith("Couldn't find cache")
+    if unreachable and member is not None:
         names = [member.DATASET_PATH, *([member.DATASET_NAME] if member.DATASET_NAME else [])]
         given = ", ".join(map(repr, names))
         return (
@@ -428,7 +429,9 @@ def _with_rows(config: dict[str, Any]) -> dict[str, Any]:
         return config
     files = options["data_files"]
     splits = files if isinstance(files, dict) else {"train": files}
-    named = {config.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")} - {None}
+    named = {config.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")}
+    examples = config.get("fewshot_config")
+    named = (named | {examples.get("split") if isinstance(examples, dict) else None}) - {None}
     if not named <= set(splits):
         missing = ", ".join(sorted(map(str, named - set(splits))))
         raise TaskError(f"task {config.get('task')}: no split {missing} in data_files, which has {', '.join(splits)}")

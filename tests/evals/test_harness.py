@@ -107,6 +107,7 @@ def test_bad_task_files_are_named(tmp_path: Path) -> None:
         refused(match, write_task(tmp_path / name, questions(), **settings))
 
     bad("no split nope in data_files, which has test", "split", test_split="nope")
+    bad("no split absent in data_files", "shots", fewshot_config={"split": "absent"})
     absent = "column cannot be read: item 1: doc_to_text: UndefinedError: 'absent' is undefined; .*column.jsonl, line 1"
     bad(absent, "column", doc_to_text="{{absent}}")
     bad("line .*: metric 'accc' is not one of lm-eval's", "metric", metric_list=[{"metric": "accc"}])

@@ -67,6 +67,12 @@ def test_it_says_how_many_shots_a_task_has_and_who_asks_for_them(tmp_path: Path)
     assert "acc 0.50 1 (study) 4 4" in lines["set"]
 
 
+def test_it_notes_what_a_person_might_not_expect(study_path: Path) -> None:
+    changed = printed(plan_of(study_path, "evals.general=[{task: ./manners/manners.yaml, metric: word_perplexity}]"))
+    assert "note: task manners is scored in bits_per_byte, not in word_perplexity" in " ".join(changed.split())
+    assert "note:" not in printed(plan_of(study_path))
+
+
 def test_every_problem_is_found_at_once(study_path: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("task: odd\ndataset_path: json\n")
     plan = plan_of(
