@@ -90,7 +90,15 @@ def make_plan(study: Study) -> Plan:
         conditional = plan.space.is_conditional
         plan.attempt("search.sampler", partial(require_learns, study.search.sampler, conditional=conditional))
     _open_tasks(plan)
+    if study.search.storage is not None:
+        plan.attempt("search.storage", partial(_look_at_storage, study.search.storage))
     return plan
+
+
+def _look_at_storage(url: str) -> None:
+    from optimizer.study_home import require_usable  # brings Optuna
+
+    require_usable(url)
 
 
 def count_tokens(plan: Plan) -> None:

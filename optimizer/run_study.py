@@ -22,6 +22,7 @@ from optimizer.run import open_run
 from optimizer.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
 from optimizer.search import Event, run_search
 from optimizer.study_file import Study, dump_study, read_study, task_specs
+from optimizer.study_home import require_usable
 from optimizer.tables import front_document, print_front
 from optimizer.worker import Worker, WorkerSpec
 
@@ -51,6 +52,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
     with ExitStack() as held:
         if known := is_run(study.run_path):  # a second driver is told at once, before any model is read
             held.enter_context(RunFolder(study.run_path).lock())
+        require_usable(study.search.storage)
         plan = _sound_plan(study)
         assert plan.harness is not None
         tasks = plan.harness.infos

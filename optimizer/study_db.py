@@ -156,10 +156,15 @@ def room_needed(database: Path) -> int:
     return sum(sizes) + GROWTH
 
 
+def no_folder(database: Path) -> RunError:
+    """The error for a file that cannot be made, since its folder does not exist."""
+    return RunError(f"search.storage: the folder {database.parent} does not exist; make it, or name another file")
+
+
 def create(database: Path) -> None:
     """Make a study file without a study, in WAL mode and with our mark; it is whole as soon as it has its name."""
     if not database.parent.is_dir():
-        raise RunError(f"search.storage: there is no folder {database.parent}; make it, or name another file")
+        raise no_folder(database)
     draft = _beside(database, f".{os.getpid()}.tmp")
     try:
         with closing(sqlite3.connect(draft)) as connection:

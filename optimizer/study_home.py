@@ -21,8 +21,8 @@ from evals.documents import read_json
 from optimizer.errors import DamagedError, RunError
 from optimizer.masking import redacted
 from optimizer.stored_trials import read_trials, readable
-from optimizer.study_db import MARK, create, open_storage, read_storage, unwritable
-from optimizer.study_server import open_server
+from optimizer.study_db import MARK, create, no_folder, open_storage, read_storage, unwritable
+from optimizer.study_server import look_at_server, open_server
 from optimizer.study_url import busy_seconds, parsed_url, sqlite_file, storage_label
 
 DATABASE = "study.db"
@@ -49,6 +49,30 @@ def open_study_storage(folder: Path, url: str | None) -> RDBStorage:
         return open_storage(database) if seconds is None else open_storage(database, own=False, busy_seconds=seconds)
     assert url is not None
     return open_server(parsed_url(url), write=True)
+
+
+def require_usable(url: str | None) -> None:
+    """Look at a database outside the run folder before anything is made: it answers, and holds only studies of ours.
+
+    Raises:
+        As `open_study_storage`.
+    """
+    if url is None:
+        return
+    address = parsed_url(url)
+    database = sqlite_file(address)
+    if database is None:
+        look_at_server(address)
+    elif os.path.lexists(database):
+        close(read_storage(database, own=False))
+    elif not database.parent.is_dir():
+        raise no_folder(database)
+
+
+def close(storage: RDBStorage) -> None:
+    """Let go of a database."""
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def make_storage(folder: Path) -> None:
@@ -123,8 +147,7 @@ def stored_trials(folder: Path, manifest: Mapping[str, object], url: str | None)
             raise _gone(folder, where, manifest)
         return [] if name is None else read_trials(storage, name, where)
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        close(storage)
 
 
 def has_outcomes(folder: Path) -> bool:

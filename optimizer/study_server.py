@@ -8,12 +8,13 @@ from optuna.storages import RDBStorage
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import URL
 
-from optimizer.errors import DamagedError, UnavailableError
+from optimizer.errors import DamagedError, RunError, UnavailableError
 from optimizer.masking import redacted
 from optimizer.stored_trials import readable
 from optimizer.study_db import TABLES, require_ours, require_tables
 
 ANSWER_SECONDS = 15
+FILLED = ("version_info", "alembic_version")  # tables that Optuna writes once, as it makes them
 WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")  # drivers that know connect_timeout
 
 
@@ -24,30 +25,34 @@ def open_server(url: URL, *, write: bool) -> RDBStorage:
         DamagedError: it holds tables or studies of another program, or (for a reader) no study at all.
         UnavailableError: it does not answer.
     """
-    where, options = redacted(url.render_as_string(hide_password=False)), _options(url)
-    names, is_ready = _look(url, options, where)
-    require_tables(names, where)
+    where, is_ready = _name(url), look_at_server(url)
     if not is_ready and not write:
         raise DamagedError(f"{where} holds no study; name the database the search was started with")
     address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # optuna formats it
     with readable(where):
-        storage = RDBStorage(address, engine_kwargs=options, skip_table_creation=is_ready)
+        storage = RDBStorage(address, engine_kwargs=_options(url), skip_table_creation=is_ready)
         require_ours(storage, where)
     return storage
 
 
-def _look(url: URL, options: dict[str, Any], where: str) -> tuple[set[str], bool]:
-    """The tables there are, and whether they are Optuna's, whole."""
-    engine = create_engine(url, **options)
+def look_at_server(url: URL) -> bool:
+    """Whether a server's database holds Optuna's tables, whole.
+
+    Raises:
+        DamagedError: it holds other tables.
+        UnavailableError: it does not answer.
+    """
+    where, engine = _name(url), create_engine(url, **_options(url))
     try:
         names = set(inspect(engine).get_table_names())
+        require_tables(names, where)
         if not names >= TABLES:
-            return names, False
+            return False
         with engine.connect() as connection:
-            return names, all(
-                connection.execute(text(f"SELECT count(*) FROM {table}")).scalar()
-                for table in ("version_info", "alembic_version")
-            )
+            counts = [connection.execute(text(f"SELECT count(*) FROM {table}")).scalar() for table in FILLED]
+        return all(counts)
+    except RunError:
+        raise
     except Exception as error:  # each driver has errors of its own
         cause = redacted(" ".join(str(getattr(error, "orig", None) or error).split()))
         raise UnavailableError(
@@ -55,6 +60,10 @@ def _look(url: URL, options: dict[str, Any], where: str) -> tuple[set[str], bool
         ) from error
     finally:
         engine.dispose()
+
+
+def _name(url: URL) -> str:
+    return redacted(url.render_as_string(hide_password=False))
 
 
 def _options(url: URL) -> dict[str, Any]:

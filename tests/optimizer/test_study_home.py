@@ -280,6 +280,18 @@ def test_another_programs_database_is_written_by_no_reader_and_no_search(
     assert sorted(path.name for path in tmp_path.glob("photos*")) == ["photos.db"]
 
 
+def test_a_search_looks_at_its_database_before_anything_is_made(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    other = another_programs(tmp_path / "photos.db", "with tables")
+    before = files(tmp_path)
+    for command, code in (("search", 4), ("check", 2)):
+        result = call(command, study, "--set", f"search.storage=sqlite:///{other}")
+        assert result.exit_code == code, result.output
+        assert "photos.db was not made by mergefront" in "".join(result.output.split("\n"))
+    assert files(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
 def test_runs_may_share_a_database_of_ours(tmp_path: Path) -> None:
     url = place(tmp_path, "elsewhere")
     benches = [Bench(tmp_path / folder / "toy", storage=url) for folder in ("one", "other")]
@@ -362,7 +374,7 @@ def test_a_missing_driver_is_named_with_its_package(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"there is no folder {tmp_path}/none"):
+    with pytest.raises(RunError, match=f"the folder {tmp_path}/none does not exist"):
         Bench(tmp_path / "toy", storage=f"sqlite:///{tmp_path}/none/x.db").search(trials=2)
 
 
