@@ -10,7 +10,7 @@ from optimizer.words import count
 
 ABSENT = object()
 CHOOSE_ITEMS = ("seed", "items", "holdout_items")  # settings of evals that other items follow from
-LONGEST_SHOWN = 80  # characters
+LONGEST_SHOWN = 300  # characters: a path has to be whole
 
 
 def differences(

@@ -102,19 +102,23 @@ def snapshot(database: Path, *, own: bool = True) -> sqlite3.Connection:
 
 
 def require_ours(storage: RDBStorage, where: object) -> None:
-    """Refuse a database without our mark that holds a study of somebody else's."""
+    """Refuse a database without our mark that somebody else keeps studies in, and that none of ours is in yet."""
     with readable(where):
-        for study in storage.get_all_studies():
-            if MARK not in study.user_attrs and not _has_kinds(storage, study._study_id):
-                raise stranger(where, [f"study {study.study_name!r}"])
+        whose = {study.study_name: is_ours(storage, study.study_name) for study in storage.get_all_studies()}
+    strangers = [f"study {name!r}" for name, ours in whose.items() if ours is False]
+    if strangers and True not in whose.values():
+        raise stranger(where, strangers)
 
 
-def _has_kinds(storage: RDBStorage, study_id: int) -> bool:
-    """Whether a study's first trial says its kind, as ours always did; one without a trial is nobody's."""
+def is_ours(storage: RDBStorage, name: str) -> bool | None:
+    """Whether a study was made by a search; None for one without a trial, which is nobody's."""
+    study_id = storage.get_study_id_from_name(name)
+    if MARK in storage.get_study_user_attrs(study_id):
+        return True
     try:
         first = storage.get_trial_id_from_study_id_trial_number(study_id, 0)
     except KeyError:
-        return True
+        return None
     return "kind" in storage.get_trial(first).user_attrs
 
 

@@ -21,7 +21,7 @@ from evals.documents import read_json
 from optimizer.errors import DamagedError, RunError
 from optimizer.masking import redacted
 from optimizer.stored_trials import read_trials, readable
-from optimizer.study_db import MARK, create, no_folder, open_storage, read_storage, unwritable
+from optimizer.study_db import MARK, create, is_ours, no_folder, open_storage, read_storage, stranger, unwritable
 from optimizer.study_server import look_at_server, open_server
 from optimizer.study_url import busy_seconds, parsed_url, sqlite_file, storage_label
 
@@ -167,9 +167,11 @@ def _where(folder: Path, url: str | None) -> str:
 def _find(storage: RDBStorage, folder: Path, manifest: Mapping[str, object], url: str | None) -> str | None:
     """The name of the run's study, or None where there is none."""
     where = _where(folder, url)
+    known = (str(manifest["study"]), folder.resolve().name)
     with readable(where):
         names = optuna.get_all_study_names(storage)
-    known = (str(manifest["study"]), folder.resolve().name)
+        if url is not None and known[0] in names and is_ours(storage, known[0]) is False:
+            raise stranger(where, [f"study {known[0]!r}"])
     if url is not None:
         return known[0] if known[0] in names else None
     if len(names) < 2:
@@ -185,8 +187,8 @@ def _find(storage: RDBStorage, folder: Path, manifest: Mapping[str, object], url
 
 def _is_copy(storage: RDBStorage, name: str, folder: Path, manifest: Mapping[str, object]) -> bool:
     """Whether the study belongs to another folder that is still there, of which this one is a copy."""
-    study_id = storage.get_study_id_from_name(name)
-    home = storage.get_study_user_attrs(study_id).get(MARK, manifest.get("home"))
+    with readable(name):
+        home = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(MARK, manifest.get("home"))
     if not isinstance(home, str) or not os.path.isdir(home) or os.path.samefile(home, folder):
         return False
     try:

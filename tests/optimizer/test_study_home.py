@@ -304,6 +304,52 @@ def test_runs_may_share_a_database_of_ours(tmp_path: Path) -> None:
         assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
 
 
+def test_a_study_that_somebody_adds_beside_ours_is_neither_in_the_way_nor_taken_for_ours(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "toy", storage=place(tmp_path, "elsewhere"))
+    bench.search(trials=2)
+    other = optuna.create_study(study_name="mine", storage=bench.storage, directions=["maximize", "minimize"])
+    other.tell(other.ask(), [1.0, 2.0])
+    with closing(sqlite3.connect(tmp_path / "elsewhere.db")) as database:
+        database.execute("PRAGMA application_id=0")
+    bench.events.clear()
+    bench.search(trials=3)
+    assert started(bench) == "2 of 3 trials are finished"
+    manifest = json.loads((bench.folder / "tasks.json").read_text())
+    (bench.folder / "tasks.json").write_text(json.dumps(manifest | {"study": "mine"}))
+    for reading in (lambda: open_run(bench.folder, storage=bench.storage), lambda: bench.search(trials=4)):
+        with pytest.raises(DamagedError, match="holds the study 'mine'"):
+            reading()
+    assert len(other.trials) == 1
+
+
+@pytest.mark.parametrize("kind", ["a folder", "empty", "text", "zeroed", "half", "garbled"])
+def test_a_file_that_is_no_study_exits_with_4_and_is_left_as_it_is(small: Path, tmp_path: Path, kind: str) -> None:
+    run = shutil.copytree(small, tmp_path / "toy")
+    database, whole = run / "study.db", (small / "study.db").read_bytes()
+    (run / "study.db.bak").write_bytes(whole)
+    contents = {
+        "empty": b"",
+        "text": b"not a database at all",
+        "zeroed": bytes(100) + whole[100:],
+        "half": whole[: len(whole) // 2],
+        "garbled": whole[:8192] + b"\xa5" * 16384 + whole[24576:],
+    }
+    if kind == "a folder":
+        database.unlink()
+        database.mkdir()
+    else:
+        database.write_bytes(contents[kind])
+    before = files(run)
+    result = call("status", run)
+    assert result.exit_code == 4, result.output
+    assert str(database) in result.stderr
+    assert "left as it is" in result.stderr
+    assert kind == "empty" or "restore the copy study.db.bak" in result.stderr
+    with pytest.raises(DamagedError, match="left as it is"):
+        Bench(run).search(trials=3)
+    assert {name: digest for name, digest in files(run).items() if name in before} == before
+
+
 def test_a_database_left_in_mid_commit_can_be_read_and_written(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "toy", storage=place(tmp_path, "elsewhere"))
     bench.search(trials=2)
