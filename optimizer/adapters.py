@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from optimizer.errors import CheckpointError
@@ -23,6 +24,7 @@ from optimizer.headers import read_header, read_json
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAX_RANK = 65_536
 # Keys that describe or restrict the training without changing what the two factors mean.
 NEUTRAL_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -73,9 +75,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         CheckpointError: a rank or alpha that is none, a tensor without its partner, or one that does not fit.
     """
     config = _read_config(folder)
-    file = folder / WEIGHTS_FILE
-    read_header(file)
-    factors = load_file(file)
+    factors = read_weights(folder)
     deltas: dict[str, LowRank] = {}
     for key in sorted(factors):
         module, kind = _module_and_kind(folder, key)
@@ -88,7 +88,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         scale, rank = _scale_and_rank(folder, config, module)
         if name not in shapes:
             _refuse(folder, f"{key!r} changes {name!r}, which the base does not have")
-        full = (up.shape[0], *down.shape[1:])
+        full = (*up.shape[:1], *down.shape[1:])
         is_transposed = bool(config.get("fan_in_fan_out")) and full[::-1] == shapes[name]
         if up.shape[1:] != (rank,) or down.shape[:1] != (rank,) or (full != shapes[name] and not is_transposed):
             given = f"{tuple(up.shape)} by {tuple(down.shape)}"
@@ -99,11 +99,22 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return deltas
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors into memory, after its header has been checked."""
+    read_header(folder / WEIGHTS_FILE)
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        _refuse(folder, f"{WEIGHTS_FILE} cannot be read ({error})")
+
+
 def _scale_and_rank(folder: Path, config: Mapping[str, Any], module: str) -> tuple[float, int]:
     rank = _of_pattern(folder, config, "rank_pattern", module, config.get("r"))
     alpha = _of_pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        _refuse(folder, f"r must be a positive whole number and lora_alpha a number; given {rank!r} and {alpha!r}")
+    is_number = type(alpha) in (int, float) and math.isfinite(alpha)
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK or not is_number:
+        rule = f"r must be a whole number from 1 to {MAX_RANK:,} and lora_alpha a number"
+        _refuse(folder, f"{rule}; given {rank!r:.80} and {alpha!r:.80}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 
@@ -112,16 +123,16 @@ def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, 
     patterns = config.get(key) or {}
     try:
         return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
-    except (AttributeError, re.error) as error:
-        _refuse(folder, f"{key} must map regular expressions to numbers, given {patterns!r} ({error})")
+    except (AttributeError, OverflowError, RecursionError, re.error) as error:
+        _refuse(folder, f"{key} must map regular expressions to numbers, given {patterns!r:.80} ({error})")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, unique=True)
     initial = config.get("init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal"):
         mend = "merge it with peft into its own base and give the folder"
-        _refuse(folder, f"init_lora_weights={initial!r} changes the base itself; {mend}")
+        _refuse(folder, f"init_lora_weights={initial!r:.80} changes the base itself; {mend}")
     return config
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from evals.errors import TaskError
 from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskSpec
@@ -105,9 +105,9 @@ def count_tokens(plan: Plan) -> None:
     """Build and tokenise all requests, for the estimate, and since some tasks fail only here."""
     if plan.base is None or plan.harness is None:
         return
-    from transformers import AutoTokenizer
+    from optimizer.configs import load_tokenizer
 
-    tokenizer = plan.attempt("models.base", partial(_tokenizer, AutoTokenizer, plan.base.folder))
+    tokenizer = plan.attempt("models.base", partial(load_tokenizer, plan.base.folder))
     if tokenizer is not None:
         for suite in SUITES:
             plan.attempt("evals", partial(plan.harness.prepare, tokenizer, suite))
@@ -124,13 +124,6 @@ def read_in_full(plan: Plan) -> dict[Path, str]:
     return digests
 
 
-def _tokenizer(loader: Any, folder: Path) -> Any:
-    try:
-        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise StudyFileError(f"{folder}: its tokenizer cannot be read: {error}") from error
-
-
 def require_sound(plan: Plan) -> None:
     """Raise StudyFileError with all problems of a plan."""
     if plan.problems:
@@ -139,9 +132,13 @@ def require_sound(plan: Plan) -> None:
 
 def _open_models(plan: Plan) -> None:
     from optimizer.checkpoints import Checkpoint, compare
+    from optimizer.resident import require_loadable
 
     models = plan.study.models
     base = plan.base = plan.attempt("models.base", partial(Checkpoint.open, models.base))
+    if base is not None:
+        plan.attempt("models.base", partial(require_loadable, base))
+    is_sound = not plan.problems
     for name, source in models.experts.items():
         key = f"models.experts.{name}"
         if base is None and (Path(source) / ADAPTER).is_file():
@@ -149,7 +146,7 @@ def _open_models(plan: Plan) -> None:
         expert = plan.attempt(key, partial(Checkpoint.open, source, base=base))
         if expert is not None:
             plan.experts[name] = expert
-        if expert is not None and base is not None:
+        if expert is not None and base is not None and is_sound:
             mismatches = plan.attempt(key, partial(compare, base, expert))
             plan.problems += [f"{key}: {mismatch}" for mismatch in mismatches or ()]
 

@@ -6,23 +6,28 @@ A checkpoint is a folder of safetensors with its config, or an adapter on the ba
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from evals.documents import checked_path
 from optimizer.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.adapters import LowRank, is_plain, read_adapter
+from optimizer.configs import checked_config, full_config, shown
 from optimizer.contents import Content, content_of, full_digest, still_holds
 from optimizer.errors import CheckpointError
 from optimizer.folding import fold_by_peft
@@ -36,7 +41,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 TOKEN_ROWS = (*EMBEDDINGS, *HEADS, "lm_head.bias")  # a row for each token
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
-LAYER_OF = re.compile(r"(?:^|\.)(\d+)\.")
+LAYER_OF = re.compile(r"(?:^|\.)([0-9]+)\.")
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -46,6 +51,7 @@ FREE_CONFIG_KEYS = {
     "architectures", "dtype", "initializer_range", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
     "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+MOST_NEIGHBOURS = 10_000  # folders looked at for a name near a wrong one
 SHOWN = 5  # names listed in one message
 
 
@@ -112,8 +118,10 @@ class Checkpoint:
             if base is None:
                 raise CheckpointError(f"{folder} is an adapter: it can be an expert, not a base")
             return _open_adapter(str(source), folder, base)
-        config = _read_config(folder)
+        config = checked_config(folder)
         entries, headers = _read_entries(folder)
+        if not any(entry.bytes for entry in entries.values()):
+            raise CheckpointError(f"{folder} holds no numbers: a model has tensors")
         contents = {file: content_of(file, header) for file, header in headers.items()}
         contents[folder / "config.json"] = content_of(folder / "config.json")
         names = _fingerprint(contents), _dated(contents)
@@ -179,13 +187,20 @@ class Checkpoint:
     @cached_property
     def _mapped(self) -> dict[str, torch.Tensor]:
         # asked for once: safetensors keeps 64 bytes of every get_tensor for good
-        maps = {file: safe_open(file, framework="pt") for file in {entry.file for entry in self._entries.values()}}
+        maps = {file: _map(file) for file in {entry.file for entry in self._entries.values()}}
         mapped = {n: maps[e.file].get_tensor(n) for n, e in self._entries.items() if n not in self._gathers}
         shown = {name: tensor[: self.shape(name)[0]] if tensor.dim() else tensor for name, tensor in mapped.items()}
         return shown | {name: gather.read() for name, gather in self._gathers.items()}
 
     def _read(self, name: str) -> torch.Tensor:
         return self._gathers[name].read() if name in self._gathers else _read(self._entries[name])
+
+
+def _map(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be mapped ({error}); download or copy it again") from error
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -235,11 +250,16 @@ def require_compatible(base: Checkpoint, expert: Checkpoint) -> None:
 
 
 def _folder_of(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if not HUB_ID.fullmatch(source):
-        raise CheckpointError(f"a checkpoint is a folder or a hub id such as org/model: {source!r} is neither")
+    folder = checked_path(source, error=CheckpointError)
+    try:
+        if folder.is_dir():
+            return folder.resolve()
+        if folder.exists():
+            raise CheckpointError(f"a checkpoint is a folder, or a hub id such as org/model; {folder} is a file")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+    if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        raise CheckpointError(f"a checkpoint is a folder, or a hub id such as org/model; {_missing(folder)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -247,18 +267,21 @@ def _folder_of(source: str) -> Path:
         return Path(snapshot_download(source, local_files_only=True)).resolve()
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source!r} is not a folder, and not in the local hub cache; for a hub model run `hf download {source}`"
+            f"{_missing(folder)}, and {source!r} is not in the local hub cache; for a hub model run "
+            f"`hf download {source}`"
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    config = read_json(file)
-    if "auto_map" in config:
-        raise CheckpointError(f"{file} has auto_map: it asks for code of its own to be run, which is never done")
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{file} has quantization_config: quantised weights cannot be merged; give the original")
-    return config
+def _missing(folder: Path) -> str:
+    """Say that there is no such folder, and what lies in the last one of its path that there is."""
+    above = next((parent for parent in folder.absolute().parents if parent.is_dir()), Path("/"))
+    wanted = folder.absolute().relative_to(above).parts[0]
+    with suppress(OSError):
+        there = sorted(entry.name for entry in islice(above.iterdir(), MOST_NEIGHBOURS) if entry.is_dir())
+        near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.5)
+        if near:
+            return f"there is no folder {folder}; in {above} there is {_listed(near)}"
+    return f"there is no folder {folder}"
 
 
 def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, Header]]:
@@ -271,7 +294,7 @@ def _read_entries(folder: Path) -> tuple[dict[str, Entry], dict[Path, Header]]:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         found = f"; {pickles[0]} is a pickle, which can run code when read: convert it" if pickles else ""
         raise CheckpointError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}")
-    return _read_sharded(folder, read_json(folder / INDEX_FILE))
+    return _read_sharded(folder, read_json(folder / INDEX_FILE, unique=True))
 
 
 def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[Path, Header]]:
@@ -279,14 +302,16 @@ def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Ent
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_file} must have a weight_map from tensor names to file names")
-    files = {shard: _inside(folder, shard, f"{index_file}, key {name}") for name, shard in weight_map.items()}
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(name)
+    files = {shard: _inside(folder, shard, f"{index_file}, key {min(names):.80}") for shard, names in shards.items()}
     entries: dict[str, Entry] = {}
     headers: dict[Path, Header] = {}
     for shard, file in sorted(files.items()):
-        header = read_header(file)
-        mapped = {name for name in weight_map if weight_map[name] == shard}
-        if mapped != set(header.entries):
-            odd = sorted(mapped ^ set(header.entries))
+        header, names = read_header(file), shards[shard]
+        if names != set(header.entries):
+            odd = sorted(names ^ set(header.entries))
             raise CheckpointError(f"{index_file} and {file} disagree about {_listed(odd)}")
         entries |= header.entries
         headers[file] = header
@@ -295,13 +320,16 @@ def _read_sharded(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Ent
 
 def _inside(folder: Path, name: str, what: str) -> Path:
     """Return the path of a file of a folder; links may lead only to the blobs of the same hub snapshot."""
-    file = folder / name
+    file = checked_path(folder / name, where=what, error=CheckpointError)
     roots = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     plain = PurePath(name).name == name and name.endswith(".safetensors") and "\\" not in name
-    if not plain or not any(file.resolve().is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{what}: {name!r} is not a safetensors file inside the folder; refused")
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; download or copy it again")
+    try:
+        if not plain or not any(file.resolve().is_relative_to(root) for root in roots):
+            raise CheckpointError(f"{what}: {shown(name)} is not a safetensors file inside the folder; refused")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; download or copy it again")
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise CheckpointError(f"{what}: {shown(name)} cannot be followed ({error})") from error
     return file
 
 
@@ -371,10 +399,13 @@ def _read(entry: Entry) -> torch.Tensor:
 def _require_depth(checkpoint: Checkpoint) -> None:
     config = _text_config(checkpoint.config)
     layers = {int(match[1]) for name in checkpoint.names if (match := LAYER_OF.search(name))}
+    depth = max(layers, default=-1) + 1
+    if depth > len(checkpoint.names):
+        raise CheckpointError(f"{checkpoint.folder}: {len(checkpoint.names)} tensors cannot be {shown(depth)} layers")
     for key in LAYER_COUNT_KEYS:
-        if layers and key in config and config[key] != max(layers) + 1:
+        if layers and key in config and config[key] != depth:
             raise CheckpointError(
-                f"{checkpoint.folder}: config.json says {key}={config[key]}, the tensors have {max(layers) + 1} layers"
+                f"{checkpoint.folder}: config.json says {key}={shown(config[key])}, the tensors have {depth} layers"
             )
 
 
@@ -447,19 +478,6 @@ def _without_size(config: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the number of tokens, also of a nested language model."""
     kept = {key: value for key, value in config.items() if key != "vocab_size"}
     return {k: _without_size(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
-
-
-def full_config(folder: Path) -> dict[str, Any]:
-    """Return a config with its defaults filled in and old spellings (rope_theta, rope_scaling) brought to new ones."""
-    from transformers import AutoConfig
-
-    try:
-        full: dict[str, Any] = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).to_dict()
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a model that transformers knows: {error}") from error
-    return full
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors.torch import load_file
 
-from optimizer.adapters import CONFIG_FILE, WEIGHTS_FILE
+from optimizer.adapters import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE, read_weights
 from optimizer.errors import CheckpointError
 from optimizer.headers import read_json
 from optimizer.tensor_file import WEIGHTS_FILE as FOLDED_FILE
@@ -27,6 +26,7 @@ from optimizer.tensor_file import write_tensors
 if TYPE_CHECKING:
     from optimizer.checkpoints import Checkpoint
 
+SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors", "n_frequency")  # of tensors peft makes
 FORBIDDEN = ("megatron_config", "layer_replication", "loftq_config")  # import a module, change the depth, the base
 
 
@@ -75,16 +75,16 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
 
     from optimizer.resident import resident_model
 
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, unique=True)
     _require_known(folder, config)
-    weights = load_file(folder / WEIGHTS_FILE)
+    weights = read_weights(folder)
     model = resident_model(base, dtype="float32", device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws numbers that the file's then replace
             adapted: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
             loading: Any = peft.set_peft_model_state_dict(adapted, weights)
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        _refuse(folder, f"peft says: {error}")
+    except Exception as error:  # peft has many ways to object to a config
+        _refuse(folder, f"peft says: {type(error).__name__}: {error!s:.300}")
     if not hasattr(adapted.base_model, "merge_and_unload"):
         _refuse(folder, f"peft_type {config['peft_type']!r} adds to a model's input and cannot be merged")
     own = (adapted.base_model.prefix, "modules_to_save")
@@ -92,7 +92,10 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
     for keys, fault in ((missing, "lacks"), (sorted(loading.unexpected_keys), "has, with no place for it,")):
         if keys:
             _refuse(folder, f"{WEIGHTS_FILE} {fault} {keys[0]!r} (one of {len(keys)} such)")
-    merged = adapted.merge_and_unload(safe_merge=True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # values that are not finite, and others
+        _refuse(folder, f"peft says: {type(error).__name__}: {error!s:.300}")
     return _by_name(folder, base, {name: p.detach() for name, p in merged.named_parameters()}, merged.base_model_prefix)
 
 
@@ -116,14 +119,17 @@ def _require_known(folder: Path, config: Mapping[str, Any]) -> None:
     import peft
 
     kind = config.get("peft_type")
-    kinds = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-    if kind not in kinds:
-        _refuse(folder, f"peft {peft.__version__} knows no peft_type {kind!r}")
+    kinds: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    if not isinstance(kind, str) or kind not in kinds:
+        _refuse(folder, f"peft {peft.__version__} knows no peft_type {kind!r:.80}")
     known = kinds[kind].__dataclass_fields__
+    for key in SIZES:
+        if type(config.get(key)) in (int, float) and config[key] > MAX_RANK:
+            _refuse(folder, f"{key} may be {MAX_RANK:,} at most; given {config[key]!r:.80}")
     for key in sorted(config):
         if config[key] and (key in FORBIDDEN or key not in known):
             fault = "is not supported" if key in FORBIDDEN else f"is unknown to peft {peft.__version__}"
-            _refuse(folder, f"{key}={json.dumps(config[key])} {fault}")
+            _refuse(folder, f"{key}={json.dumps(config[key]):.80} {fault}")
 
 
 def _refuse(folder: Path, fault: str) -> NoReturn:

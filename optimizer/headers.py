@@ -7,17 +7,21 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from evals.documents import LARGEST, parse_json
+from evals.documents import read_json as read_document
 from optimizer.errors import CheckpointError
 
-MAX_HEADER_BYTES = 16_000_000
+MAX_HEADER_BYTES = LARGEST
 MAX_TENSORS = 200_000
+MAX_NAME = 500  # characters of a tensor's name
+MAX_DIMENSIONS = 32
 LFS_POINTER = b"version https://git-lfs"
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -50,15 +54,10 @@ def read_header(file: Path) -> Header:
         CheckpointError: the file is cut short, a git-lfs pointer, or its header contradicts itself.
     """
     text, payload = _header_text(file)
-    try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except _DuplicateKeyError as error:
-        _refuse(file, f"its header names {error} twice")
-    except (ValueError, RecursionError) as error:
-        _refuse(file, f"its header is not JSON ({error})")
-    if not isinstance(table, dict):
-        _refuse(file, "its header is not a JSON object")
-    table.pop("__metadata__", None)
+    table = _table(file, text)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(file, f"its __metadata__ must hold texts by name; given {_shown(metadata)}")
     if len(table) > MAX_TENSORS:
         _refuse(file, f"it names {len(table)} tensors, the limit is {MAX_TENSORS}")
     spans = {name: _span(file, name, fields) for name, fields in table.items()}
@@ -70,27 +69,40 @@ def read_header(file: Path) -> Header:
     return Header(entries, hashlib.sha256(text).hexdigest()[:16])
 
 
-def read_json(file: Path, *, limit: int | None = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """Read a file that holds a JSON object, of `limit` bytes at most (None: of any size).
+def read_json(file: Path, *, limit: int = LARGEST, unique: bool = False) -> dict[str, Any]:
+    """Read a regular file that holds a JSON object, of `limit` bytes at most.
+
+    Args:
+        unique: refuse a key that stands twice in one object.
 
     Raises:
         CheckpointError: it cannot be read, is larger, or holds something else.
     """
-    try:
-        if limit is not None and file.stat().st_size > limit:
-            raise CheckpointError(f"{file} is larger than {limit} bytes; refused")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
+    content = read_document(file, limit=limit, unique=unique, error=CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, it holds a {type(content).__name__}")
     return content
 
 
+def _table(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse(file, f"its header is not JSON ({error})")
+    if not decoded.startswith("{"):
+        _refuse(file, "its header is not a JSON object")
+    table: dict[str, Any] = parse_json(
+        decoded, f"{file} is not a whole safetensors file: its header", unique=True, error=CheckpointError
+    )
+    return table
+
+
 def _header_text(file: Path) -> tuple[bytes, int]:
     """Return the header's bytes and the number of bytes after it."""
     try:
-        size = file.stat().st_size
+        size, mode = file.stat().st_size, file.stat().st_mode
+        if not stat.S_ISREG(mode):
+            _refuse(file, "it must be a regular file")
         with file.open("rb") as stream:
             head = stream.read(len(LFS_POINTER))
             if head == LFS_POINTER:
@@ -108,16 +120,22 @@ def _header_text(file: Path) -> tuple[bytes, int]:
 
 def _span(file: Path, name: str, fields: Any) -> tuple[int, int]:
     """Return a tensor's first and last offset after checking that they fit its dtype and shape."""
+    if not 0 < len(name) <= MAX_NAME:
+        _refuse(file, f"a tensor's name may have {MAX_NAME} characters; given {_shown(name)}")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         _refuse(file, f"tensor {name!r} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        _refuse(file, f"tensor {name!r} is of dtype {dtype!r}; known are {', '.join(ITEM_BYTES)} (no quantised ones)")
+        known = ", ".join(ITEM_BYTES)
+        _refuse(file, f"tensor {name!r} is of dtype {_shown(dtype)}; known are {known} (no quantised ones)")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            _refuse(file, f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}; both must be whole numbers")
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+            given = f"shape {_shown(shape)} and offsets {_shown(offsets)}"
+            _refuse(file, f"tensor {name!r} has {given}; both must be whole numbers of 63 bits")
+    if len(shape) > MAX_DIMENSIONS:
+        _refuse(file, f"tensor {name!r} has {len(shape):,} dimensions, the limit is {MAX_DIMENSIONS}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-        _refuse(file, f"tensor {name!r}: offsets {offsets} do not hold shape {shape} of {dtype}")
+        _refuse(file, f"tensor {name!r}: offsets {_shown(offsets)} do not hold shape {shape} of {dtype}")
     return offsets[0], offsets[1]
 
 
@@ -135,17 +153,9 @@ def _require_covered(file: Path, spans: Mapping[str, tuple[int, int]], payload: 
         _refuse(file, f"{payload - position} bytes follow its last tensor")
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise _DuplicateKeyError(repr(key))
-        table[key] = value
-    return table
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def _cut_short(file: Path, promised: int, found: int) -> NoReturn:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optimizer.configs import CONFIG_FILE, model_config, refused
 from optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from optimizer.checkpoints import Checkpoint
 
@@ -30,27 +31,69 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedMo
     Raises:
         CheckpointError: the base is no causal language model, or its config asks for other tensors.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
     target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
     place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    require_loadable(base)
     tensors = {}
     for name in base.names:
         tensor = base.tensor(name)
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    floating = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
-    model, loading = architecture.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True
-    )
+    model: Any = _loaded(base, tensors)
+    model.requires_grad_(False)
+    resident: PreTrainedModel = model.to(place).eval()
+    return resident
+
+
+def require_loadable(base: Checkpoint) -> None:
+    """Make the base's model of tensors without numbers, as a check that takes no memory.
+
+    Raises:
+        CheckpointError: as `resident_model`.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    def attempt(settings: dict[str, Any]) -> None:
+        config = AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            _architecture(config, base)(config)
+
+    loud, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with refused(base.folder / CONFIG_FILE, base.config, attempt):
+            _loaded(base, {n: torch.empty(base.shape(n), dtype=base.dtype(n), device="meta") for n in base.names})
+    finally:
+        logging.set_verbosity(loud)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _loaded(base: Checkpoint, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The model that the base's config describes, on these tensors; none is left over and none is missing."""
+    config = model_config(base.folder)
+    floating = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    if floating is None:
+        raise CheckpointError(f"{base.folder} holds no floating-point tensor")
+    where = {"device_map": "meta"} if next(iter(tensors.values())).is_meta else {}
+    model, loading = _architecture(config, base).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True,
+        ignore_mismatched_sizes=True, **where,
+    )  # fmt: skip
     odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
     if odd:  # transformers would go on with random numbers
         raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
-    model.requires_grad_(False)
-    return model.to(place).eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _architecture(config: PreTrainedConfig, base: Checkpoint) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
 
 
 def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]:

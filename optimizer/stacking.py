@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from optimizer.checkpoints import LAYER_COUNT_KEYS, Checkpoint, count_nonfinite, full_config, require_compatible
+from optimizer.checkpoints import LAYER_COUNT_KEYS, Checkpoint, count_nonfinite, require_compatible
+from optimizer.configs import full_config
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.export import SHARD_BYTES, card_head, copy_files, float_dtype, public_name, say_dtype, table
 from optimizer.merge import code_of, new_folder, stored_as

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from evals.documents import read_bytes
 from optimizer.errors import CheckpointError
 from optimizer.headers import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
+LARGEST = 100_000_000  # bytes of a file of tokens
+MOST_TOKENS = 1 << 31
 SHOWN = 5  # tokens listed in one message
 
 
@@ -38,7 +41,7 @@ def match_rows(base: Path, expert: Path, *, rows: int, given: int) -> torch.Tens
     ours, theirs = base / TOKENIZER_FILE, expert / TOKENIZER_FILE
     if not (ours.is_file() and theirs.is_file()) or (rows == given and same_bytes(ours, theirs)):
         return None
-    one, other = token_ids(read_json(ours, limit=None)), token_ids(read_json(theirs, limit=None))
+    one, other = _ids(ours, read_json(ours, limit=LARGEST)), _ids(theirs, read_json(theirs, limit=LARGEST))
     if rows == given and one == other:
         return None
     taken = {*one.values(), *other.values()}
@@ -77,8 +80,7 @@ def tokenizer_mismatches(base: Path, expert: Path, *, is_matched: bool) -> Itera
             yield f"{name} differs"
     ours, theirs = base / TOKENIZER_FILE, expert / TOKENIZER_FILE
     if ours.is_file() and theirs.is_file() and not same_bytes(ours, theirs):
-        one, other = read_json(ours, limit=None), read_json(theirs, limit=None)
-        yield from _json_mismatches(one, other, is_matched=is_matched)
+        yield from _json_mismatches(ours, theirs, is_matched=is_matched)
     ours, theirs = base / "tokenizer_config.json", expert / "tokenizer_config.json"
     if ours.is_file() and theirs.is_file():
         one, other = read_json(ours), read_json(theirs)
@@ -87,36 +89,63 @@ def tokenizer_mismatches(base: Path, expert: Path, *, is_matched: bool) -> Itera
                 yield f"tokenizer_config.json: {key} is {one[key]!r} in the base and {other[key]!r} in the expert"
 
 
-def _json_mismatches(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, is_matched: bool) -> Iterator[str]:
-    one, other = token_ids(ours), token_ids(theirs)
+def _json_mismatches(our_file: Path, their_file: Path, *, is_matched: bool) -> Iterator[str]:
+    ours, theirs = read_json(our_file, limit=LARGEST), read_json(their_file, limit=LARGEST)
+    one, other = _ids(our_file, ours), _ids(their_file, theirs)
     differing = sorted(token for token in one.keys() | other.keys() if one.get(token) != other.get(token))
     if differing and not is_matched:
         shown = ", ".join(f"{t!r} is {one.get(t)} / {other.get(t)}" for t in differing[:SHOWN])
         yield f"tokenizer.json: {len(differing)} tokens have other ids (base / expert): {shown}"
-    merges = [merge for merge in _merges(theirs) if not is_matched or "".join(merge) in one]
-    if _merges(ours) != merges:
+    merges = [merge for merge in _merges(their_file, theirs) if not is_matched or "".join(merge) in one]
+    if _merges(our_file, ours) != merges:
         yield "tokenizer.json: the merges differ"
     for key in ("normalizer", "pre_tokenizer"):
         if ours.get(key) != theirs.get(key):
             yield f"tokenizer.json: {key} differs"
 
 
-def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+def _ids(file: Path, tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """The row of each token of a tokenizer.json, added ones among them."""
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the id is the place
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+    vocabulary = _model(file, tokenizer).get("vocab", {})
+    try:
+        if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the id is the place
+            vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: vocab and added_tokens must give each token an id; given otherwise") from error
+    for token, row in ids.items():
+        if type(token) is not str or type(row) is not int or not 0 <= row < MOST_TOKENS:
+            raise CheckpointError(
+                f"{file}: a token is a text with an id from 0 to {MOST_TOKENS - 1:,}; given {token!r:.80}: {row!r:.80}"
+            )
+    return ids
 
 
 def same_bytes(one: Path, other: Path) -> bool:
-    """Tell whether two files hold the same."""
-    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+    """Tell whether two files of tokens hold the same."""
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    return read_bytes(one, limit=LARGEST, error=CheckpointError) == read_bytes(
+        other, limit=LARGEST, error=CheckpointError
+    )
 
 
-def _merges(tokenizer: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    merges = tokenizer.get("model", {}).get("merges") or []
-    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+def _merges(file: Path, tokenizer: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    merges = _model(file, tokenizer).get("merges") or []
+    try:
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        if all(isinstance(part, str) for pair in pairs for part in pair):
+            return pairs
+    except TypeError:
+        pass
+    raise CheckpointError(f"{file}: merges must be a list of pairs of texts")
+
+
+def _model(file: Path, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    model = tokenizer.get("model", {})
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{file}: model must be an object with a vocab; given {model!r:.80}")
+    return model
 
 
 def _token_text(token: Any) -> Any:

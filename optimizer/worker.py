@@ -60,11 +60,12 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         import torch
-        from transformers import AutoTokenizer, set_seed
+        from transformers import set_seed
         from transformers.utils import logging
 
         from evals.engine import Engine, budget_for
         from evals.harness import load_tasks
+        from optimizer.configs import load_tokenizer
         from optimizer.merge import DEVICE_ROOM, Kept, Sources, free_bytes
         from optimizer.resident import merge_target, resident_model, tensor_places
 
@@ -74,7 +75,7 @@ class Worker:
         self._sources = Sources.open(spec.base, dict(spec.experts))
         self._kept = Kept()
         base = self._sources.base
-        self._tokenizer = AutoTokenizer.from_pretrained(base.folder)
+        self._tokenizer = load_tokenizer(base.folder)
         with lack_of_memory_in_words(base.bytes):
             model = resident_model(base, dtype=spec.dtype, device=spec.device)
         self._parameters = tensor_places(model, base)

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimizer.checkpoints import Checkpoint, compare, require_compatible, require_finite
+from optimizer.configs import load_tokenizer
 from optimizer.errors import CheckpointError
 from optimizer.headers import read_header
+from optimizer.resident import require_loadable
 from tests.pico import pico_expert, pico_llama
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -156,12 +158,30 @@ def test_a_full_look_gives_what_sha256sum_gives_and_finds_a_damaged_blob(base: P
 # Where a checkpoint may be
 
 
-@pytest.mark.parametrize("source", ["./no/such/folder", "/no/such", "a/b/c", "plain", "", "-rf/x\n"])
-def test_a_source_is_a_folder_or_a_hub_id(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    if source == "":
-        source = str(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match="is neither"):
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("./no/such/folder", "there is no folder no/such/folder"),
+        ("/no/such", "there is no folder /no/such"),
+        ("a/b/c", "there is no folder a/b/c"),
+        ("plain", "there is no folder plain"),
+        ("-rf/x\n", "there is no folder -rf/x"),
+        ("./bse", "there is no folder bse; in .* there is 'base'"),
+        ("bse/x/y", "there is no folder bse/x/y; in .* there is 'base'"),
+        ("base/config.json", "is a folder, or a hub id such as org/model; base/config.json is a file"),
+        (
+            "base/modle",
+            r"no folder base/modle, and 'base/modle' is not in the local hub cache; .*`hf download base/modle`",
+        ),
+        ("~nobody-here/x", "no user of this machine has the home folder '~nobody-here/x'"),
+        ("a\0b", "must not hold a NUL character"),
+        ("x" * 5000, "may have 255 bytes in each name"),
+        ("x/" * 5000, "4,095 in all"),
+    ],
+)
+def test_a_source_is_a_folder_or_a_hub_id(source: str, words: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    with pytest.raises(CheckpointError, match=words):
         Checkpoint.open(source)
 
 
@@ -207,6 +227,27 @@ def test_an_index_stays_in_its_folder(name: str, base: Path, expert: Path) -> No
         Checkpoint.open(base)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a\0.safetensors", "must not hold a NUL"),
+        ("a" * 5000 + ".safetensors", "may have 255 bytes in each name"),
+        ("loop.safetensors", "cannot be followed"),
+        ("pipe.safetensors", "is missing"),
+        ("device.safetensors", "is not a safetensors file inside the folder"),
+        ("\ud800.safetensors", "half of a surrogate pair"),
+    ],
+)
+def test_a_shard_is_a_regular_file_with_a_name_that_can_be(name: str, words: str, base: Path) -> None:
+    weight_map = shard(base)
+    (base / "loop.safetensors").symlink_to("loop.safetensors")
+    (base / "device.safetensors").symlink_to("/dev/zero")
+    os.mkfifo(base / "pipe.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**weight_map, UP: name}}))
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(base)
+
+
 def test_an_index_and_its_shards_must_agree(base: Path) -> None:
     weight_map = shard(base)
     index = base / "model.safetensors.index.json"
@@ -219,12 +260,13 @@ def test_an_index_and_its_shards_must_agree(base: Path) -> None:
         ({"weight_map": {k: v for k, v in weight_map.items() if k != UP}}, f"disagree about '{UP}'"),
         ({"weight_map": {**weight_map, "ghost": "model-00003-of-00003.safetensors"}}, "is missing"),
         ([], "must hold a JSON object"),
+        ({"weight_map": [[[]]] * 3}, "must have a weight_map"),
     ]:
         index.write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=words):
             Checkpoint.open(base)
     index.write_text("{")
-    with pytest.raises(CheckpointError, match=r"index\.json cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"index\.json: not JSON"):
         Checkpoint.open(base)
 
 
@@ -267,9 +309,21 @@ def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
 HOSTILE: dict[str, tuple[Any, str]] = {
     "not utf-8": (b"\xff\xfe", "not JSON"),
     "not json": (b"{", "not JSON"),
-    "deep": (b'{"a":' + b"[" * 100_000, "not JSON"),
+    "deep": (b'{"a":' + b"[" * 100_000, "lie deeper"),
     "a list": ([], "not a JSON object"),
-    "duplicate": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', "names 'a' twice"),
+    "blanks first": (b' {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "not a JSON object"),
+    "metadata number": (
+        {"__metadata__": {"a": 1}, "a": tensor()},
+        r"__metadata__ must hold texts by name; given \{'a': 1",
+    ),
+    "metadata text": ({"__metadata__": "pt", "a": tensor()}, "__metadata__ must hold texts by name; given 'pt'"),
+    "long number": (b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000), "may have 300 digits"),
+    "large number": ({"a": tensor(shape=[10**250] * 1000)}, "whole numbers of 63 bits"),
+    "many dimensions": ({"a": tensor(shape=[2**62] * 500_000)}, "500,000 dimensions, the limit is 32"),
+    "long name": ({"a" * 5000: tensor()}, "a tensor's name may have 500 characters; given 'aaaa"),
+    "no name": ({"": tensor()}, "a tensor's name may have 500 characters"),
+    "half a character": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "half of a surrogate pair"),
+    "duplicate": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', "key 'a' stands twice"),
     "no shape": ({"a": {"dtype": "F32"}}, "'a' needs exactly"),
     "a number": ({"a": 3}, "'a' needs exactly"),
     "unknown dtype": ({"a": tensor("F4")}, "'a' is of dtype 'F4'"),
@@ -295,7 +349,9 @@ def test_a_header_that_lies_is_refused(case: str, tmp_path: Path) -> None:
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize(("size", "words"), [(0, "not JSON"), (99_000_000, "limit"), (2**40, "limit"), (999, "cut")])
+@pytest.mark.parametrize(
+    ("size", "words"), [(0, "not a JSON object"), (99_000_000, "limit"), (2**40, "limit"), (999, "cut")]
+)
 def test_a_header_length_that_lies_is_refused(size: int, words: str, tmp_path: Path) -> None:
     file = safetensors(tmp_path / "x.safetensors", {"a": tensor()}, length=size)
     with pytest.raises(CheckpointError, match=words):
@@ -339,8 +395,101 @@ def test_a_config_that_asks_for_code_or_contradicts_the_tensors_is_refused(
 
 def test_a_config_must_be_there(base: Path) -> None:
     (base / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         Checkpoint.open(base)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{" * 100_000, "not JSON"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "lie deeper"),
+        ('{"a": ' + "9" * 5000 + "}", "may have 300 digits"),
+        ('{"a": 1e400}', "must fit 64 bits"),
+        ('{"model_type": "llama", "model_type": "gpt2"}', "the key 'model_type' stands twice"),
+        ('{"num_labels": 4611686018427387904}', "num_labels may be 100,000 at most"),
+        ('{"text_config": {"num_experts": 1000000}}', "num_experts may be 100,000 at most"),
+        ('{"_attn_implementation": "someone/kernel"}', "asks for code from the hub"),
+        ("[]", "must hold a JSON object"),
+        (" " * 16_000_001, "may hold 16,000,000 bytes"),
+        ("\udcff", "must be UTF-8"),
+        (None, "must be a regular file; given a pipe"),
+        (Path("/dev/zero"), "must be a regular file; given a device"),
+        (Path("/usr"), "must be a regular file; given a folder"),
+    ],
+    ids=lambda value: str(value)[:30].encode("ascii", "replace").decode(),
+)
+def test_a_config_is_a_small_regular_file_of_plain_json(content: str | Path | None, words: str, base: Path) -> None:
+    file = base / "config.json"
+    file.unlink()
+    if content is None:
+        os.mkfifo(file)
+    elif isinstance(content, Path):
+        file.symlink_to(content)
+    else:
+        file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_cache": "x"}, r"config\.json: use_cache is 'x', which transformers cannot use"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, which transformers cannot use"),
+        ({"head_dim": 0}, "head_dim is 0, which transformers cannot use"),
+        ({"id2label": 3}, "id2label is 3, which transformers cannot use"),
+        ({"dtype": "x"}, "dtype is 'x', which transformers cannot use"),
+        ({"hidden_act": "x"}, "hidden_act is 'x', which transformers cannot use"),
+        ({"layer_types": 1e308}, "layer_types is 1e.308, which transformers cannot use"),
+        ({"vocab_size": 10**250}, "vocab_size is 1000.*, which transformers cannot use"),
+        ({"rope_parameters": {"rope_type": "x"}}, "rope_parameters is .*, which transformers cannot use"),
+        ({"model_type": ["llama"]}, r"not a model that transformers knows: model_type is \['llama'\]"),
+        ({"intermediate_size": 48}, "config and tensors of .* do not fit: .*mlp"),
+        ({"model_type": "bert"}, "a base must be a causal language model|do not fit"),
+    ],
+    ids=str,
+)
+def test_whatever_transformers_objects_to_names_the_key(changes: dict[str, object], words: str, base: Path) -> None:
+    edit_json(base / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=words):
+        require_loadable(Checkpoint.open(base))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "{}", "its tokenizer, which transformers cannot use"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "its tokenizer, which"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: not JSON"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "its tokenizer, which transformers cannot use"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}', "its tokenizer, which transformers cannot use"),
+        ("tokenizer_config.json", " " * 16_000_001, r"tokenizer_config\.json may hold 16,000,000 bytes"),
+        ("generation_config.json", "[" * 100_000, r"generation_config\.json: "),
+        ("config.json", '{"model_type": "llama", "use_cache": "x"}', "use_cache is 'x'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_tokenizer_that_cannot_be_made_names_its_file(name: str, content: str, words: str, base: Path) -> None:
+    load_tokenizer(base)
+    (base / name).write_text(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_tokenizer(base)
+    assert str(base) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": 3}, {"model": {"vocab": {"a": "1"}}}, {"model": {"vocab": [3]}}, {"added_tokens": [3]},
+     {"added_tokens": [{"content": "a", "id": -1}]}, {"model": {"vocab": {"a": 10**250}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_tokenizer_with_odd_ids_is_refused_when_two_are_compared(
+    changes: dict[str, object], base: Path, expert: Path
+) -> None:
+    edit_json(expert / "tokenizer.json", **changes)
+    with pytest.raises(CheckpointError, match=r"expert/tokenizer\.json: "):
+        compare(Checkpoint.open(base), Checkpoint.open(expert, base=Checkpoint.open(base)))
 
 
 def test_a_stored_copy_of_a_tied_head_is_left_out_and_a_head_of_its_own_is_refused(base: Path) -> None:
@@ -481,11 +630,15 @@ def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "changes the base itself"),
         ({"r": 8}, "do not fit its factors"),
         ({"rank_pattern": {"q_proj": 2}}, "rank 2 and shape"),
-        ({"rank_pattern": {"q_proj": "4"}}, "r must be a positive whole number"),
+        ({"rank_pattern": {"q_proj": "4"}}, "r must be a whole number from 1 to 65,536"),
         ({"alpha_pattern": {"(": 2}}, "alpha_pattern must map regular expressions to numbers"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must map regular expressions to numbers"),
-        ({"r": "4"}, "r must be a positive whole number"),
+        ({"r": "4"}, "r must be a whole number from 1 to 65,536"),
         ({"lora_alpha": None}, "lora_alpha a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha a number"),
+        ({"r": 10**250}, "r must be a whole number from 1 to 65,536"),
+        ({"peft_type": ["LORA"]}, "knows no peft_type"),
+        ({"use_dora": True, "r": 10**9}, "r may be 65,536 at most; given 1000000000"),
     ],
 )
 def test_an_adapter_that_does_not_fit_itself_is_refused(

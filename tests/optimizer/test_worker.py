@@ -197,8 +197,12 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_it_and_never_a_score
 def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_path: Path) -> None:
     expert = Path(shutil.copytree(spec.experts[0][1], tmp_path / "expert"))
     worker = Worker(replace(spec, experts=(("e", str(expert)),)))
-    worker.evaluate(recipe(0.5), "search")
-    (expert / "new").write_bytes((expert / "model.safetensors").read_bytes())
+    before = worker.evaluate(recipe(0.5), "search").outcomes
+    content = (expert / "model.safetensors").read_bytes()
+    (expert / "new").write_bytes(content)
+    (expert / "new").rename(expert / "model.safetensors")  # the same again is as good
+    assert worker.evaluate(recipe(0.5), "search").outcomes == before
+    (expert / "new").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (expert / "new").rename(expert / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed after it was opened"):
         worker.evaluate(recipe(0.5), "search")
