@@ -60,12 +60,18 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a job ended: an evaluation, or an error; `died` when the worker, not the recipe, may be to blame."""
+    """How a job ended: an evaluation, or an error.
+
+    Args:
+        died: the worker, not the recipe, may be to blame.
+        sources_changed: a checkpoint's file is not the one that was opened: no recipe can be scored as before.
+    """
 
     job: Job
     evaluation: Evaluation | None
     error: str = ""
     died: bool = False
+    sources_changed: bool = False
 
 
 class Pool(Protocol):
@@ -114,7 +120,7 @@ class SerialPool(_Closing):
         try:
             return [Result(job, self._worker.evaluate(job.recipe, job.suite))]
         except Exception as error:
-            return [Result(job, None, describe(error))]
+            return [Failure.of(error).ends(job)]
 
     def close(self, *, kill: bool = False) -> None:
         self._jobs.clear()
@@ -129,8 +135,26 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, MergefrontError | TaskError) and text else f"{type(error).__name__}: {text}"
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job has no evaluation, in plain types: an exception of another process may not unpickle here."""
+
+    error: str
+    sources_changed: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        from optimizer.errors import CheckpointError
+
+        return cls(describe(error), isinstance(error, CheckpointError))  # all that a built worker has open is sources
+
+    def ends(self, job: Job) -> Result:
+        """The result of a job that failed so."""
+        return Result(job, None, self.error, sources_changed=self.sources_changed)
+
+
 class _Host:
-    """The actor around a worker. Errors travel as text: an exception of another process may not unpickle here."""
+    """The actor around a worker."""
 
     def __init__(self, make_worker: MakeWorker) -> None:
         self._error = ""
@@ -142,11 +166,11 @@ class _Host:
     def hello(self) -> tuple[int, str]:
         return os.getpid(), self._error
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation | str:
+    def evaluate(self, recipe: str, suite: str) -> Evaluation | Failure:
         try:
             return self._worker.evaluate(recipe, suite)
         except Exception as error:
-            return describe(error)
+            return Failure.of(error)
 
 
 @dataclass(slots=True)
@@ -257,7 +281,7 @@ class RayPool(_Closing):
         except self._ray.exceptions.RayError as error:
             return self._bury(slot, job, error)
         if job is not None:
-            return Result(job, None, answer) if isinstance(answer, str) else Result(job, answer)
+            return answer.ends(job) if isinstance(answer, Failure) else Result(job, answer)
         slot.pid, failure = answer
         slot.started = 1
         if failure:

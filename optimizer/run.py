@@ -6,6 +6,7 @@ Needs neither torch nor ray nor lm-eval, and changes nothing. What is read is ke
 from __future__ import annotations
 
 import html
+import os
 from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,10 @@ from optimizer.errors import NoPointError, RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
 from optimizer.manifest import read_manifest, tasks_of
-from optimizer.run_folder import all_outcomes
+from optimizer.run_folder import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.study_home import stored_trials
 from optimizer.trial_words import NOT_COUNTED, SEARCHED
-from optimizer.words import count, percent
+from optimizer.words import count, listed, percent
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of
 from search_spaces.parameters import METHODS
@@ -36,6 +37,7 @@ from search_spaces.recipe import Recipe
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+NOTHING_YET = "No finished trial yet: the base and every expert must be scored first"
 TRIAL_COLUMNS = ("state", "kind", "method", "seconds", "reason", "recipe")
 
 
@@ -69,14 +71,14 @@ class Run:
 
     def trials(self) -> pd.DataFrame:
         """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), merge method, seconds,
-        reason of failure, and the recipe's digest."""
+        reason of failure or of why a complete trial has no figures, and the recipe's digest."""
         rows = {
             number: (
                 trial.state.name.lower(),
                 _kind(trial),
                 self._methods.get(number, ""),
                 trial.user_attrs.get("seconds", np.nan),
-                str(trial.user_attrs.get("reason", "")),
+                self._reason(number),
                 self.recipe(number).digest if "recipe" in trial.user_attrs else "",
             )
             for number, trial in self._frozen.items()
@@ -324,15 +326,25 @@ class Run:
         over all finished trials and both suites."""
         return cut_short(pd.concat([self._outcomes(suite) for suite in (SEARCH, HOLDOUT)], ignore_index=True))
 
+    def lost(self) -> list[str]:
+        """Finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence for
+        each suite, naming the files."""
+        found = [(suite, faults) for suite in (SEARCH, HOLDOUT) if (faults := self._lost(suite))]
+        return [
+            f"Without the {suite} outcomes of {count(len(faults), 'trial')}, until `mergefront search` scores them "
+            f"again: {listed(list(faults.values()))}."
+            for suite, faults in found
+        ]
+
     def findings(self) -> list[str]:
         """What a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
-        failed trials."""
-        notes = []
+        lost outcomes, failed trials."""
+        notes = self.lost()
         if len(self._points):
             base, experts = self._measured_from
             notes += carries(self._outcomes(SEARCH), tasks=self.tasks, suite=SEARCH, base=base, experts=experts)
         else:
-            notes.append("No finished trial yet: the base and every expert must be scored first.")
+            notes.append(self._why_empty)
         notes += self.cut_short()
         notes += [self._holdout_trouble] if self._holdout_trouble else []
         trials = self.trials()
@@ -347,7 +359,7 @@ class Run:
         done, total = int((states == "complete").sum()), len(states)
         head = f"Run {self.name}: {done} of {count(total, 'trial')} finished"
         if self._points.empty:
-            return f"{head}. No finished trial yet: the base and every expert must be scored first."
+            return f"{head}. {self._why_empty}"
         return f"{head}, {count(len(self.front()), 'point')} on the front. {self.describe(self.knee())}"
 
     # --- figures -------------------------------------------------------------------------------------------------
@@ -449,14 +461,38 @@ class Run:
         return self._retentions[suite]
 
     @cached_property
-    def _stored(self) -> dict[str, pd.DataFrame]:
-        return {suite: all_outcomes(self.path, suite) for suite in (SEARCH, HOLDOUT)}
+    def _stored(self) -> dict[str, tuple[pd.DataFrame, dict[int, str]]]:
+        return {suite: self._read_outcomes(suite) for suite in (SEARCH, HOLDOUT)}
+
+    def _read_outcomes(self, suite: str) -> tuple[pd.DataFrame, dict[int, str]]:
+        """The stored outcomes of finished trials, and what is wrong with the files of others, by trial."""
+        frames, faults = [], {}
+        for number, trial in self._frozen.items():
+            path = outcomes_path(self.path, number, suite)
+            if trial.state != TrialState.COMPLETE or (suite == HOLDOUT and not os.path.lexists(path)):
+                continue  # a file of a trial that is still open is not a point yet
+            try:
+                digest = self.recipe(number).digest
+                rows = sound_outcomes(self.path, number, suite, digest=digest, tasks=self.tasks)
+                frames.append(outcomes_frame(rows, number))
+            except RunError as error:
+                faults[number] = str(error)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(FRAME_COLUMNS)), faults
 
     def _outcomes(self, suite: str) -> pd.DataFrame:
-        """The stored outcomes of finished trials; a file of a trial that is still open is not a point yet."""
-        complete = [number for number, trial in self._frozen.items() if trial.state == TrialState.COMPLETE]
-        stored = self._stored[suite]
-        return stored[stored["trial"].isin(complete)]
+        """The stored outcomes of finished trials, but for those that are lost."""
+        return self._stored[suite][0]
+
+    def _lost(self, suite: str) -> dict[int, str]:
+        """What is wrong with the outcomes of finished trials that every figure of a suite leaves out, by trial."""
+        return self._stored[suite][1]
+
+    @property
+    def _why_empty(self) -> str:
+        """Why there is no point."""
+        references = ("base", *(f"expert:{name}" for name in self.experts))
+        lost = [fault for number, fault in self._lost(SEARCH).items() if _kind(self._frozen[number]) in references]
+        return f"No figure without base and experts: {listed(lost)}." if lost else f"{NOTHING_YET}."
 
     def _scored(self, suite: str) -> bool:
         return not self._outcomes(suite).empty
@@ -491,9 +527,7 @@ class Run:
 
     def _require_points(self) -> pd.DataFrame:
         if self._points.empty:
-            raise NoPointError(
-                f"run {self.name} has no finished trial yet: the base and every expert must be scored first"
-            )
+            raise NoPointError(f"run {self.name}: {self._why_empty}")
         return self._points
 
     def _require_trial(self, trial: int) -> None:
@@ -507,9 +541,12 @@ class Run:
             raise RunError(f"trial {trial} of run {self.name} is not scored: {self._ended(trial)}")
 
     def _ended(self, trial: int) -> str:
-        """The state of a trial, and why it failed."""
-        frozen = self._frozen[trial]
-        return ", ".join(filter(None, (frozen.state.name.lower(), str(frozen.user_attrs.get("reason", "")))))
+        """The state of a trial, and why it has no figures."""
+        return ", ".join(filter(None, (self._frozen[trial].state.name.lower(), self._reason(trial))))
+
+    def _reason(self, trial: int) -> str:
+        """Why a trial failed, or why a complete one has no figures."""
+        return str(self._frozen[trial].user_attrs.get("reason", self._lost(SEARCH).get(trial, "")))
 
     def _best(self, max_forgetting: float, sure: float) -> int | None:
         front = self.front()

@@ -17,21 +17,22 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import optuna
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
-from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
+from evals.outcomes import OUTCOME_COLUMNS, SEARCH, Outcome, TaskInfo
 from optimizer.differences import differences
 from optimizer.errors import RunError, UnavailableError
 from optimizer.manifest import FORMAT, read_manifest, stored_study
@@ -41,8 +42,6 @@ from optimizer.study_file import parse_yaml
 from optimizer.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
 from optimizer.study_url import storage_label
 from optimizer.words import printable
-
-_Read = TypeVar("_Read")
 
 FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
 SCHEMA = pa.schema(
@@ -58,6 +57,8 @@ SCHEMA = pa.schema(
         "broken_off": pa.bool_(),
     }
 )
+LATER_COLUMNS = ("lengths", "broken_off")  # unknown to the first version
+FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +151,31 @@ class RunFolder:
         metadata = {"recipe": digest, "trial": str(trial), "suite": suite}
         table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         target = outcomes_path(self.path, trial, suite)
+        _make_place(target)
         write_atomically(target, sink.getvalue())
         return target
 
-    def outcomes_digest(self, trial: int, suite: str) -> str | None:
-        """The digest of the recipe whose outcomes are stored for this trial, or None where there are none."""
-        path = outcomes_path(self.path, trial, suite)
-        if not path.exists():
-            return None
-        return _reading(path, pq.read_schema).metadata[b"recipe"].decode()
+    def has_outcomes(self, trial: int, suite: str) -> bool:
+        """Whether there is something under the name of a trial's outcomes, of whatever worth."""
+        return os.path.lexists(outcomes_path(self.path, trial, suite))
+
+    def outcomes_fault(self, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> str:
+        """What keeps a trial's stored outcomes from being used, in words that name the file; empty where nothing does.
+
+        Args:
+            digest, tasks: as of `sound_outcomes`.
+        """
+        try:
+            sound_outcomes(self.path, trial, suite, digest=digest, tasks=tasks)
+        except RunError as error:
+            return str(error)
+        return ""
 
     def read_outcomes(self, trial: int, suite: str) -> pd.DataFrame:
         """The stored outcomes of one trial: columns trial and OUTCOME_COLUMNS."""
         return read_outcomes(outcomes_path(self.path, trial, suite))
-
-    def all_outcomes(self, suite: str) -> pd.DataFrame:
-        """The stored outcomes of every trial in one suite: columns trial and OUTCOME_COLUMNS."""
-        return all_outcomes(self.path, suite)
 
     def log(self, text: str) -> None:
         """Append a line with the time to log.txt, secrets blacked out."""
@@ -298,23 +305,89 @@ def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
     return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
 
 
-def all_outcomes(folder: Path, suite: str) -> pd.DataFrame:
-    """The stored outcomes of every trial in one suite, by trial number: columns trial and OUTCOME_COLUMNS."""
-    paths = sorted(folder.glob(f"outcomes/*-{suite}.parquet"))
-    if not paths:
-        return pd.DataFrame(columns=list(FRAME_COLUMNS))
-    return pd.concat([read_outcomes(path) for path in paths], ignore_index=True)
-
-
 def read_outcomes(path: Path) -> pd.DataFrame:
-    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column."""
-    table = _reading(path, pq.read_table)
-    for field in SCHEMA:
-        if field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-    frame = table.to_pandas()
-    frame.insert(0, "trial", int(table.schema.metadata[b"trial"]))
+    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column.
+
+    Raises:
+        RunError: the file is missing, damaged, or no outcomes file.
+    """
+    table = _outcomes_table(path)
+    return outcomes_frame(table, int(_facts(table)["trial"]))
+
+
+def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
+    """One trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
+    frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
+    frame.insert(0, "trial", trial)
     return frame
+
+
+def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> pa.Table:
+    """One trial's stored outcomes, where they are whole and its own.
+
+    Args:
+        digest: of the trial's recipe.
+        tasks: the run's, with the number of their items.
+
+    Returns:
+        A table of SCHEMA.
+
+    Raises:
+        RunError: there are none, or they cannot be used; the file is named.
+    """
+    path = outcomes_path(folder, trial, suite)
+    table = _outcomes_table(path)
+    for name, known in {"trial": str(trial), "suite": suite, "recipe": digest}.items():
+        if (found := _facts(table)[name]) != known:
+            raise RunError(f"{path} is of {name} {found!r}, not {known!r}")
+    promised = {task.name: task.search_items if suite == SEARCH else task.holdout_items for task in tasks}
+    counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
+    if counts != promised or table["suite"].unique().to_pylist() != [suite]:
+        raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")
+    if not pc.all(pc.is_finite(pa.chunked_array([*table["value"].chunks, *table["weight"].chunks]))).as_py():
+        raise RunError(f"{path} holds values that are not finite")
+    return table
+
+
+def _outcomes_table(path: Path) -> pa.Table:
+    """A stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
+    if not path.is_file():
+        raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    for field in SCHEMA:
+        if field.name in LATER_COLUMNS and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    facts = table.schema.metadata or {}
+    missing = [name for name in FACTS if name.encode() not in facts]
+    if missing or not table.select([name for name in SCHEMA.names if name in table.column_names]).schema.equals(SCHEMA):
+        raise RunError(
+            f"{path} is not an outcomes file of this program: it has other columns, or no {', '.join(FACTS)}"
+        )
+    if any(table[name].null_count for name in SCHEMA.names if name not in LATER_COLUMNS):
+        raise RunError(f"{path} lacks some of its values")
+    return table
+
+
+def _facts(table: pa.Table) -> dict[str, str]:
+    return {name: table.schema.metadata[name.encode()].decode(errors="replace") for name in FACTS}
+
+
+def _items(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} items of {task}" for task, number in counts.items()) or "nothing"
+
+
+def _make_place(target: Path) -> None:
+    """Have the outcomes' folder there, and a folder that bears a file's name out of the way, beside it."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if target.is_dir():
+            target.rename(target.with_name(f"{target.name}.moved"))
+    except OSError as error:
+        raise RunError(f"outcomes cannot be written to {target}: {error.strerror}; move away what is there") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -330,15 +403,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise _unwritten(path, len(content), error) from error
     _sync_folder(path.parent)
-
-
-def _reading(path: Path, reader: Callable[[Path], _Read]) -> _Read:
-    try:
-        return reader(path)
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); delete it and start the search again to score anew"
-        ) from error
 
 
 def _unwritten(path: Path, size: int, error: OSError) -> RunError:

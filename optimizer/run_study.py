@@ -29,6 +29,7 @@ from optimizer.worker import Worker, WorkerSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from optimizer.checkpoints import Checkpoint
     from optimizer.run import Run
 
 
@@ -94,8 +95,15 @@ def _search(plan: Plan, run: RunFolder, console: Console) -> None:
     assert plan.space is not None
     assert plan.harness is not None
     with Progress(console) as progress, make_pool(plan.study) as pool:
-        events = partial(_tell_both, progress, run)
-        run_search(plan.study, run, space=plan.space, pool=pool, tasks=plan.harness.infos, events=events)
+        run_search(
+            plan.study,
+            run,
+            space=plan.space,
+            pool=pool,
+            tasks=plan.harness.infos,
+            require_unchanged=partial(_require_unchanged, list(plan.models.values())),
+            events=partial(_tell_both, progress, run),
+        )
 
 
 def finish(run: Run) -> None:
@@ -160,6 +168,11 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "requests": plan.harness.request_hashes(),
         "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers")} | {"batch plan": PLAN},
     }
+
+
+def _require_unchanged(checkpoints: Sequence[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        checkpoint.require_unchanged()
 
 
 def _tell_both(progress: Progress, run: RunFolder, event: Event) -> None:

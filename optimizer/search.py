@@ -2,7 +2,8 @@
 
 The driver is the only writer of the study and the run folder, and may be killed at any moment. For each trial the order
 is: outcomes on the disk, told to the study, shown to the person; so what was shown is never lost, and what was scored
-is never scored again. Call it with the run folder's lock held.
+is scored again only where its outcomes were lost. A trial keeps its number whatever happens to drivers and files. Call
+it with the run folder's lock held.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from evals.errors import TaskError
 from evals.objectives import carries, draw_objectives
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
-from optimizer.errors import SearchError
+from optimizer.errors import CheckpointError, SearchError
 from optimizer.front import non_dominated, widest_gaps
 from optimizer.interrupt import Interrupt, interruptible
 from optimizer.pool import Job, Pool, Result
@@ -38,6 +39,7 @@ from optimizer.samplers import make_sampler
 from optimizer.study_db import unwritable
 from optimizer.study_home import storage_file
 from optimizer.trial_words import DRIVER_DIED, DUPLICATE, NOT_COUNTED, SEARCHED, WORKER_DIED
+from optimizer.words import listed
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
@@ -88,6 +90,7 @@ def run_search(
     space: Space | Choice,
     pool: Pool,
     tasks: Sequence[TaskInfo],
+    require_unchanged: Callable[[], None],
     events: Callable[[Event], None],
 ) -> None:
     """Search until the budget is used, then score the front and the anchors on the holdout suite.
@@ -97,10 +100,13 @@ def run_search(
     Args:
         run: the caller holds its lock.
         pool: the caller closes it.
+        require_unchanged: raises CheckpointError where a checkpoint's file is not as it was when the caller opened it;
+            asked before any result is taken.
         events: is told of each step after it is safely stored.
 
     Raises:
-        SearchError: the base or an expert cannot be scored, the tasks give no scale, or trials keep failing.
+        SearchError: the base or an expert cannot be scored, the tasks give no scale, trials keep failing, or a
+            checkpoint's file changed; trials in hand are then run again by the next start.
         RunError: the study's database cannot be used.
         KeyboardInterrupt: the person (or SIGTERM) stopped the search; its state is whole.
     """
@@ -108,7 +114,7 @@ def run_search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with interruptible() as interrupt, opened_storage(study, run) as storage:
-            search = _Search(study, run, storage, space, pool, tasks, events, interrupt)
+            search = _Search(study, run, storage, space, pool, tasks, require_unchanged, events, interrupt)
             search.resume()
             search.spend_budget()
             search.judge_front()
@@ -152,6 +158,7 @@ class _Crew:
 
     pool: Pool
     max_attempts: int
+    require_unchanged: Callable[[], None]
     retried: Callable[[int, str], None]
     out: dict[int, _Open] = field(default_factory=dict)
 
@@ -164,9 +171,15 @@ class _Crew:
         self.pool.submit(job)
 
     def wait(self) -> list[tuple[Result, float]]:
-        """Final results and the seconds each took."""
+        """Final results and the seconds each took.
+
+        Raises:
+            SearchError: a checkpoint's file changed: no result can be trusted, and another attempt would die too.
+        """
         final = []
-        for result in self.pool.wait(POLL_SECONDS):
+        results = self.pool.wait(POLL_SECONDS)
+        self._require_sources(results)
+        for result in results:
             entry = self.out[result.job.trial]
             if result.died and entry.attempts < self.max_attempts:
                 self.retried(result.job.trial, f"attempt {entry.attempts} of {self.max_attempts}: {result.error}")
@@ -176,6 +189,19 @@ class _Crew:
                 del self.out[result.job.trial]
                 final.append((result, time.monotonic() - entry.started))
         return final
+
+    def _require_sources(self, results: Sequence[Result]) -> None:
+        try:
+            if results:
+                self.require_unchanged()
+            for result in results:  # a worker of another machine may have other files than this one
+                if result.sources_changed:
+                    raise CheckpointError(result.error)
+        except CheckpointError as error:
+            raise SearchError(
+                f"every trial needs the checkpoints as they were when the search started: {error}\n"
+                "The trials in hand are not counted; start the search again and they are run again"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +240,13 @@ class _Search:
         space: Space | Choice,
         pool: Pool,
         tasks: Sequence[TaskInfo],
+        require_unchanged: Callable[[], None],
         events: Callable[[Event], None],
         interrupt: Interrupt,
     ) -> None:
         self.settings, self.run, self.space, self.tasks = study.search, run, space, tasks
         self.events, self.interrupt = events, interrupt
-        self.crew = _Crew(pool, study.search.max_attempts, self._retried)
+        self.crew = _Crew(pool, study.search.max_attempts, require_unchanged, self._retried)
         self.anchors = {anchor.name: dict(anchor.params) for anchor in space.anchors()}
         self.experts = [name for name, _ in space.experts]
         self.names = objective_names(self.experts)
@@ -237,8 +264,10 @@ class _Search:
         self.samplers: tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler] | None = None
         self.deadline = time.monotonic() + 60 * (self.settings.timeout or math.inf)
         self.kinds: dict[int, str] = {}
+        self.recipes: dict[int, str] = {}  # as JSON
         self.digests: dict[int, str] = {}
         self.seen: dict[str, int] = {}  # digest to the trial that has it
+        self.owed: deque[int] = deque()  # trials of the study that must be scored before any other is asked for
         self.held: dict[int, float] = {}  # trials scored but not told, and the seconds they took
         self.references: dict[str, int] = {}  # kind to the scored trial
         self.scale: _Scale | None = None  # once all references are scored
@@ -252,18 +281,21 @@ class _Search:
     def resume(self) -> None:
         """Account for every trial in the study; those left RUNNING belong to a dead driver, since we hold the lock."""
         trials = self.optuna.get_trials(deepcopy=False)
-        retried = {trial.user_attrs.get("retry_of") for trial in trials}
         for trial in trials:
             self._recall(trial)
+        lost = self._find_lost()
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}  # an earlier version gave them new numbers
         left = [trial for trial in trials if trial.state == TrialState.RUNNING]
         for trial in left:
-            self._take_up(trial, has_retry=trial.number in retried)
+            self._take_up(trial, is_retried=trial.number in retried)
         self._enqueue_anchors()
+        self._order_owed()
         self.samplers = self._make_sampler(self.settings.sampler), self._make_sampler("random")
         text = f"{self.finished} of {self.budget} trials are finished" if trials else f"{self.budget} trials"
         text += f"; {len(left)} were left open" if left else ""
         known = tuple((self.kinds[number], values) for number, values in self.values.items())
         self.events(Event("start", None, text, self.finished, self.budget, known=known))
+        self._note_lost(lost)
         self._tell_held()
 
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:
@@ -280,11 +312,10 @@ class _Search:
         kind = trial.user_attrs.get("kind", SEARCHED)
         self.kinds[trial.number] = kind
         if "recipe" in trial.user_attrs:
+            self.recipes[trial.number] = trial.user_attrs["recipe"]
             self.digests[trial.number] = Recipe.from_json(trial.user_attrs["recipe"]).digest
         if trial.state == TrialState.COMPLETE:
             self.values[trial.number] = tuple(trial.values)
-            if kind in self.reference_kinds:
-                self.references[kind] = trial.number
         elif trial.state != TrialState.FAIL or trial.user_attrs.get("reason", "").startswith(NOT_COUNTED):
             return
         elif kind in self.reference_kinds:
@@ -293,19 +324,36 @@ class _Search:
         if trial.number in self.digests:
             self.seen.setdefault(self.digests[trial.number], trial.number)
 
-    def _take_up(self, trial: FrozenTrial, *, has_retry: bool) -> None:
-        """Tell an open trial whose outcomes are on the disk; queue any other again, first, and then fail it."""
-        number, kind = trial.number, self.kinds[trial.number]
+    def _find_lost(self) -> list[str]:
+        """Owe every finished trial whose outcomes are missing or damaged; what is wrong with each file, in words."""
+        faults = []
+        for number in self.values:
+            if fault := self._fault_of(number, SEARCH):
+                self.owed.append(number)
+                faults.append(fault)
+            elif self.kinds[number] in self.reference_kinds:
+                self.references[self.kinds[number]] = number
+        return faults
+
+    def _fault_of(self, number: int, suite: str) -> str:
+        """What is wrong with a trial's stored outcomes, in words; empty where nothing is."""
+        return self.run.outcomes_fault(number, suite, digest=self.digests[number], tasks=self.tasks)
+
+    def _note_lost(self, faults: Sequence[str]) -> None:
+        if faults:
+            self._emit("note", None, f"{listed(faults)}; what is lost is scored again")
+
+    def _take_up(self, trial: FrozenTrial, *, is_retried: bool) -> None:
+        """Hold an open trial whose outcomes are on the disk, to be told; owe any other, under its own number."""
+        number = trial.number
         digest = self.digests.get(number)
-        if digest is not None and digest not in self.seen and self.run.outcomes_digest(number, SEARCH) == digest:
+        if digest is not None and digest not in self.seen and not self._fault_of(number, SEARCH):
             self.seen[digest] = number
             self._hold(number, trial.user_attrs.get("seconds", math.nan))
-            return
-        params = self.anchors.get(kind) or (trial.params if digest else None)
-        if params is not None and not has_retry:
-            self.optuna.enqueue_trial(params, user_attrs={"kind": kind, "retry_of": number})
-            _fault("retry.between")
-        self._tell_failed(number, DRIVER_DIED)
+        elif is_retried or (digest is None and self.kinds[number] not in self.anchors):
+            self._tell_failed(number, DRIVER_DIED)
+        else:
+            self.owed.append(number)
 
     def _enqueue_anchors(self) -> None:
         standing = set()
@@ -317,6 +365,20 @@ class _Search:
             if name not in standing:
                 self.optuna.enqueue_trial(params, user_attrs={"kind": name})
                 _fault("enqueue.after")
+
+    def _order_owed(self) -> None:
+        """The base and the experts first, also those that wait behind others: by them every score is measured."""
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            kind = trial.user_attrs.get("kind", SEARCHED)
+            if kind in self.reference_kinds:
+                self.kinds[trial.number] = kind
+                self.owed.append(trial.number)
+        self.owed = deque(sorted(self.owed, key=self._place_of))
+
+    def _place_of(self, number: int) -> tuple[int, bool, int]:
+        """Where an owed trial stands: references in their order, what is in the budget already, the rest by number."""
+        kinds, kind = self.reference_kinds, self.kinds[number]
+        return kinds.index(kind) if kind in kinds else len(kinds), number not in self.values, number
 
     # Spending the budget --------------------------------------------------------------------------------------------
 
@@ -337,31 +399,42 @@ class _Search:
             raise KeyboardInterrupt
 
     def _may_ask(self) -> bool:
-        if self.interrupt.since is not None or self.repeats >= REPEATS_BEFORE_END:
+        if self.interrupt.since is not None:
             return False
-        open_kinds = {self.kinds[number] for number in (*self.held, *self.crew.out)}
-        if self.scale is None and not open_kinds.issuperset(self.reference_kinds):
+        open_kinds = {*self.references, *(self.kinds[number] for number in self.crew.out)}
+        if not open_kinds.issuperset(self.reference_kinds):
             return True  # without the base and the experts nothing could be told, whatever the budget
-        room = self.finished + len(self.held) + len(self.crew.out) < self.budget
+        if self.owed and self.owed[0] in self.values:
+            return True  # it is in the budget already
+        room = self.asked < self.budget and self.repeats < REPEATS_BEFORE_END
         return room and time.monotonic() < self.deadline
+
+    @property
+    def asked(self) -> int:
+        """Trials of the budget that are finished or in hand."""
+        return self.finished + len(self.held) + len(self.crew.out.keys() - self.values.keys())
 
     def _heed_interrupt(self) -> None:
         if self.interrupt.overdue:
             raise KeyboardInterrupt
 
     def _ask(self) -> None:
+        """Give a worker the next recipe: of a trial that is owed, of one that waits, or a new one."""
         assert self.samplers is not None
-        self._enqueue_midpoint()
+        if self.owed and self.owed[0] in self.values:
+            number = self.owed.popleft()
+            self.crew.submit(Job(number, self.recipes[number], SEARCH))
+            return
         self.optuna.sampler = self.samplers[self.repeats >= REPEATS_BEFORE_RANDOM]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*greenlet")  # optuna's GP sampler: slower without it
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self.optuna.ask()
+            trial = self._reopened(self.owed.popleft()) if self.owed else self._asked()
             params = self.space.suggest(trial)
         number, recipe = trial.number, self.space.recipe(params)
         kind = trial.user_attrs.get("kind", SEARCHED)
-        self.kinds[number], self.digests[number] = kind, recipe.digest
-        trial.set_user_attr("recipe", recipe.to_json())
+        self.kinds[number], self.recipes[number], self.digests[number] = kind, recipe.to_json(), recipe.digest
+        trial.set_user_attr("recipe", self.recipes[number])
         _fault("ask.after")
         twin = self.seen.setdefault(recipe.digest, number)
         if twin != number and kind not in self.reference_kinds:
@@ -371,7 +444,17 @@ class _Search:
                 self._emit("note", None, f"the last {self.repeats} recipes were known already: the space has no more")
             return
         self.repeats = 0
-        self.crew.submit(Job(number, recipe.to_json(), SEARCH))
+        self.crew.submit(Job(number, self.recipes[number], SEARCH))
+
+    def _reopened(self, number: int) -> optuna.Trial:
+        """A trial that waits or was left open; what it has of params stays, and Optuna's own queue is passed by."""
+        trial_id = self._id_of(number)
+        self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return optuna.Trial(self.optuna, trial_id)
+
+    def _asked(self) -> optuna.Trial:
+        self._enqueue_midpoint()
+        return self.optuna.ask()
 
     def _enqueue_midpoint(self) -> None:
         """Now and then have the next recipe lie halfway between the neighbours on the front that are farthest apart.
@@ -379,8 +462,7 @@ class _Search:
         Samplers enlarge the volume under a front and leave gaps in it, where a person may want a point; and what lies
         between two good merges is mostly good. A random search stays random.
         """
-        asked = self.finished + len(self.held) + len(self.crew.out)
-        due = 2 * asked >= self.budget and asked % MIDPOINT_EVERY == 0 and self.scale is not None
+        due = 2 * self.asked >= self.budget and self.asked % MIDPOINT_EVERY == 0 and self.scale is not None
         if not due or len(self.names) > 2 or self.settings.sampler == "random":
             return
         front = sorted(self._front(), key=lambda number: self.values[number][-1])
@@ -400,11 +482,15 @@ class _Search:
         _fault("outcome.before")
         self.run.write_outcomes(number, SEARCH, self.digests[number], outcomes)
         _fault("outcome.after")
+        if number in self.values:
+            self.streak.clear()
+            self._emit("note", number, "its outcomes are stored again")
         self._hold(number, seconds)
         self._tell_held()
 
     def _hold(self, number: int, seconds: float) -> None:
-        self.held[number] = seconds
+        if number not in self.values:  # else it was told before its outcomes were lost
+            self.held[number] = seconds
         if self.kinds[number] in self.reference_kinds:
             self.references[self.kinds[number]] = number
 
@@ -453,8 +539,9 @@ class _Search:
 
     def _failed(self, number: int, reason: str) -> None:
         """End a trial that will not be tried again; stop the search where going on makes no sense."""
-        self._tell_failed(number, reason)
-        self.finished += 1
+        if number not in self.values:  # else it stays COMPLETE, and the next start tries to score it again
+            self._tell_failed(number, reason)
+            self.finished += 1
         kind = self.kinds[number]
         self._emit("failed", number, reason)
         if kind in self.reference_kinds:
@@ -475,8 +562,10 @@ class _Search:
         self.optuna.tell(number, state=TrialState.FAIL)
 
     def _note(self, number: int, key: str, value: object) -> None:
-        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
-        self.storage.set_trial_user_attr(trial_id, key, value)
+        self.storage.set_trial_user_attr(self._id_of(number), key, value)
+
+    def _id_of(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
 
     def _retried(self, number: int, text: str) -> None:
         self._emit("retry", number, text)
@@ -490,15 +579,14 @@ class _Search:
     def judge_front(self) -> None:
         """Score the front and the anchors on the holdout items, which the search has not seen."""
         numbers = self._to_judge()
-        stored = {n for n in numbers if self.run.outcomes_digest(n, HOLDOUT) == self.digests[n]}
-        waiting = [n for n in numbers if n not in stored]
-        trials = self.optuna.get_trials(deepcopy=False)
-        recipes = {trial.number: trial.user_attrs["recipe"] for trial in trials if trial.number in numbers}
-        done = len(stored)
+        faults = {n: fault for n in numbers if (fault := self._fault_of(n, HOLDOUT))}
+        self._note_lost([fault for n, fault in faults.items() if self.run.has_outcomes(n, HOLDOUT)])
+        waiting = list(faults)
+        done = len(numbers) - len(waiting)
         while waiting or self.crew.out:
             while waiting and self.crew.has_room and self.interrupt.since is None:
                 number = waiting.pop(0)
-                self.crew.submit(Job(number, recipes[number], HOLDOUT))
+                self.crew.submit(Job(number, self.recipes[number], HOLDOUT))
             if not self.crew.out:
                 break
             self._heed_interrupt()

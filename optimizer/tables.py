@@ -67,7 +67,7 @@ def print_front(run: Run, console: Console) -> None:
     if len(answers := run.by_limit()):
         console.print(limits_table(answers, width=console.width))
     console.print(retention_table(run, run.knee(), width=console.width))
-    for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short()):
+    for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short(), *run.lost()):
         console.print(line, highlight=False, markup=False)
 
 

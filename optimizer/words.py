@@ -1,9 +1,9 @@
-"""How things are said to a person: shares as per cent with their interval, counts with their noun, a trial's kind."""
+"""How things are said to a person: shares as per cent with their interval, counts with their noun, kinds, lists."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -45,6 +45,12 @@ def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def count(number: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(sentences: Sequence[str], shown: int = 3) -> str:
+    """The first few of many clauses, and how many more there are."""
+    more = [f"and {len(sentences) - shown} more"] if len(sentences) > shown else []
+    return "; ".join([*sentences[:shown], *more])
 
 
 def _number(share: float, digits: int) -> str:

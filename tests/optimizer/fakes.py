@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from optuna.trial import FrozenTrial
+
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.pool import SerialPool
@@ -97,8 +99,8 @@ def is_anchor(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Obey:
-    """Orders for workers of another process, given as files in a folder: `kill`, `hang` and `fail` hold the digest of a
-    recipe, or "once" (the first searched recipe, in one worker only)."""
+    """Orders for workers of another process, given as files in a folder: `kill`, `hang`, `fail` and `change` hold the
+    digest of a recipe, or "once" (the first searched recipe, in one worker only)."""
 
     folder: Path
 
@@ -114,6 +116,8 @@ class Obey:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._is_meant("fail", recipe):
             raise MergeError("nonfinite: tensor model.norm.weight")
+        if self._is_meant("change", recipe):
+            raise CheckpointError("model.safetensors changed")
 
     def _is_meant(self, name: str, recipe: Recipe) -> bool:
         path = self.folder / name
@@ -162,6 +166,7 @@ class Bench:
     events: list[Event] = field(default_factory=list)
     methods: Sequence[str] = ("task_arithmetic",)
     storage: str | None = None
+    require_unchanged: Callable[[], None] = lambda: None
 
     @property
     def space(self) -> Space | Choice:
@@ -178,6 +183,11 @@ class Bench:
             storage=self.storage,
         )
 
+    def has_own(self, trial: FrozenTrial, suite: str = "search") -> bool:
+        """Whether a trial's outcomes are stored, whole and of its own recipe."""
+        digest = Recipe.from_json(trial.user_attrs["recipe"]).digest
+        return not self.run.outcomes_fault(trial.number, suite, digest=digest, tasks=tasks_of(self.experts))
+
     def search(self, *, pool: object = None, before: Callable[[Recipe], None] | None = None, **search: object) -> None:
         run = self.run
         with run.lock():
@@ -187,6 +197,7 @@ class Bench:
                 space=self.space,
                 pool=pool or SerialPool(lambda: FakeWorker(before)),  # type: ignore[arg-type]
                 tasks=tasks_of(self.experts),
+                require_unchanged=self.require_unchanged,
                 events=self.events.append,
             )
 

@@ -46,7 +46,7 @@ def driver(folder: Path, fault: str = "") -> multiprocessing.process.BaseProcess
     return process
 
 
-def assert_whole(folder: Path) -> None:
+def assert_whole(folder: Path, *, most_trials: int = BUDGET) -> None:
     bench = Bench(folder / "toy")
     storage = bench.run.storage()  # checks the file too
     trials = optuna.load_study(study_name="toy", storage=storage).get_trials(deepcopy=False)
@@ -54,22 +54,20 @@ def assert_whole(folder: Path) -> None:
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert by_state[TrialState.RUNNING] == by_state[TrialState.WAITING] == 0
     assert len(complete) == BUDGET
+    assert len(trials) <= most_trials
     assert {trial.user_attrs["reason"] for trial in trials if trial.state == TrialState.FAIL} <= {"driver_died"}
 
     digests = [Recipe.from_json(trial.user_attrs["recipe"]).digest for trial in complete]
     assert len(set(digests)) == BUDGET
-    for trial, digest in zip(complete, digests, strict=True):
-        assert bench.run.outcomes_digest(trial.number, "search") == digest
+    assert all(bench.has_own(trial) for trial in complete)
     anchors = {anchor.name for anchor in bench.space.anchors()}
     assert anchors <= {trial.user_attrs.get("kind") for trial in complete}
-    retries = [trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs]
-    assert len(retries) == len(set(retries))
 
     values = {trial.number: tuple(trial.values) for trial in complete}
     for line in (folder / "acknowledged").read_text().splitlines():
         number, told = line.split(" ", 1)
         assert str(values[int(number)]) == told
-    judged = {n for n in values if bench.run.outcomes_digest(n, "holdout")}
+    judged = {trial.number for trial in complete if bench.has_own(trial, "holdout")}
     assert {trial.number for trial in complete if trial.user_attrs.get("kind") in anchors} <= judged
 
 
@@ -102,13 +100,12 @@ def test_a_driver_killed_at_a_point_loses_nothing(tmp_path: Path, fault: str) ->
     assert_whole(tmp_path)
 
 
-@pytest.mark.parametrize("second", ["retry.between:1", "fail.before:1"])
-def test_a_driver_killed_as_it_recovers_queues_a_trial_again_only_once(tmp_path: Path, second: str) -> None:
-    for fault in ("ask.after:8", second, second):
+@pytest.mark.parametrize("asked", [1, 8])
+def test_a_driver_killed_again_and_again_over_a_trial_makes_no_other_of_it(tmp_path: Path, asked: int) -> None:
+    for fault in (f"ask.after:{asked}", "ask.after:1", "outcome.before:1"):
         killed = driver(tmp_path, fault)
         killed.join(60)
-        if fault != second:
-            assert killed.exitcode == -signal.SIGKILL
+        assert killed.exitcode == -signal.SIGKILL
     after = driver(tmp_path)
     after.join(60)
     assert after.exitcode == 0
@@ -129,7 +126,7 @@ def test_a_driver_killed_at_random_times_loses_nothing(tmp_path: Path) -> None:
         process.join(rng.uniform(0, patience))
     assert process.exitcode == 0
     assert kills >= 3
-    assert_whole(tmp_path)
+    assert_whole(tmp_path, most_trials=BUDGET + kills)  # a trial without params is given up
 
 
 def progress(folder: Path) -> int:

@@ -48,7 +48,7 @@ def searched(study: Study, pool: SerialPool) -> tuple[RunFolder, list[FrozenTria
     tasks = plan.harness.infos
     run = RunFolder.create_or_resume(study.run_path, "name: small\n", {}, tasks=tasks)
     with run.lock(), pytest.raises(SearchError, match=TENSOR):
-        run_search(study, run, space=plan.space, pool=pool, tasks=tasks, events=lambda _: None)
+        run_search(study, run, space=plan.space, pool=pool, tasks=tasks, require_unchanged=lambda: None, events=print)
     return run, optuna.load_study(study_name=None, storage=run.storage()).get_trials(deepcopy=False)
 
 
@@ -68,8 +68,8 @@ def test_an_expert_that_is_not_finite_fails_whatever_the_task_asks(tmp_path: Pat
     failed = {trial.user_attrs["kind"]: trial for trial in trials if trial.state == TrialState.FAIL}
     assert list(failed) == ["expert:clinical"]
     assert TENSOR in failed["expert:clinical"].user_attrs["reason"]
-    assert run.outcomes_digest(failed["expert:clinical"].number, "search") is None
-    assert run.outcomes_digest(0, "search") is not None  # the base, in the same resident model, has its score
+    assert not run.has_outcomes(failed["expert:clinical"].number, "search")
+    assert run.has_outcomes(0, "search")  # the base, in the same resident model, has its score
 
 
 class Spoilt:
@@ -101,4 +101,4 @@ def test_trials_of_such_an_expert_end_as_fail_beside_those_that_stand(tmp_path: 
     for trial in failed:
         assert TENSOR in trial.user_attrs["reason"]
         assert trial.values is None
-        assert run.outcomes_digest(trial.number, "search") is None
+        assert not run.has_outcomes(trial.number, "search")

@@ -25,7 +25,7 @@ import pytest
 from optuna.trial import TrialState
 
 from optimizer import pool as pool_module
-from optimizer.errors import MergeError, WorkerError
+from optimizer.errors import CheckpointError, MergeError, WorkerError
 from optimizer.pool import (
     PREFIX,
     Job,
@@ -83,6 +83,15 @@ def test_a_serial_pool_works_when_waited_for_and_gives_errors_as_words() -> None
     assert first.evaluation.outcomes[0].suite == "search"
     assert second == Result(jobs[1], None, "nonfinite: tensor model.norm.weight")
     assert third.evaluation is not None
+
+
+def test_a_serial_pool_tells_a_changed_checkpoint_from_a_recipe_that_fails() -> None:
+    def change(recipe: Recipe) -> None:
+        raise CheckpointError("model.safetensors changed")
+
+    pool, job = SerialPool(lambda: FakeWorker(change)), Job(0, recipes()[0].to_json(), "search")
+    pool.submit(job)
+    assert pool.wait(1.0) == [Result(job, None, "model.safetensors changed", sources_changed=True)]
 
 
 def test_a_serial_pool_lets_a_person_interrupt() -> None:
@@ -259,7 +268,7 @@ def cluster(orders: Path) -> Iterator[list[RayPool]]:
 @pytest.fixture
 def pool(cluster: list[RayPool], orders: Path) -> Iterator[RayPool]:
     """Two workers that have started, and no orders for them."""
-    for name in ("kill", "hang", "fail", "refuse", "kill-done"):
+    for name in ("kill", "hang", "fail", "change", "refuse", "kill-done"):
         (orders / name).unlink(missing_ok=True)
     if not cluster:
         cluster.append(RayPool(functools.partial(ObedientWorker, folder=orders), 2))
@@ -376,10 +385,14 @@ def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> N
     Obey(orders).order("fail", recipe.digest)
     pool.submit(Job(9, recipe.to_json(), "search"))
     pool.submit(Job(10, "no recipe", "search"))
-    by_trial = {result.job.trial: result for result in collect(pool, 2)}
-    assert (by_trial[9].error, by_trial[9].died) == ("nonfinite: tensor model.norm.weight", False)
+    changed = recipes()[4]
+    Obey(orders).order("change", changed.digest)
+    pool.submit(Job(11, changed.to_json(), "search"))
+    by_trial = {result.job.trial: result for result in collect(pool, 3)}
+    assert by_trial[9] == Result(by_trial[9].job, None, "nonfinite: tensor model.norm.weight")
     assert by_trial[10].error
     assert not by_trial[10].died
+    assert by_trial[11] == Result(by_trial[11].job, None, "model.safetensors changed", sources_changed=True)
 
 
 def test_a_wait_ends_with_the_first_result(pool: RayPool, orders: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_run_without_a_finished_trial(tmp_path: Path) -> None:
     study.ask(toy_space().distributions())
     run = open_run(folder.path)
     assert list(run.points().columns) == list(open_run(toy_run(tmp_path / "full", trials=12)).points().columns)
-    with pytest.raises(RunError, match="no finished trial yet"):
+    with pytest.raises(RunError, match="No finished trial yet"):
         run.knee()
 
 
@@ -269,7 +269,8 @@ def test_reading_needs_no_torch_ray_or_lm_eval(tmp_path: Path) -> None:
 
 
 def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
-    frame = RunFolder(run.path).all_outcomes("search")
+    folder = RunFolder(run.path)
+    frame = pd.concat([folder.read_outcomes(trial, "search") for trial in run.points().index])
     again = objectives(draw_objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1}))
     assert np.array_equal(again["domain_low"], run.points()["domain_low"])
 
@@ -286,15 +287,15 @@ def test_a_knee_that_needs_no_search_is_said_to_need_none(tmp_path: Path) -> Non
 def test_what_was_cut_short_is_said_wherever_the_run_is_shown(tmp_path: Path) -> None:
     assert open_run(toy_run(tmp_path / "whole", trials=12)).cut_short() == []
     path = toy_run(tmp_path / "toy", trials=12)
-    folder = RunFolder(path)
+    folder, stored = RunFolder(path), open_run(path)
     for suite in ("search", "holdout"):
-        for trial, frame in folder.all_outcomes(suite).groupby("trial"):
+        for trial in filter(lambda number: folder.has_outcomes(number, suite), stored.points().index):
+            frame = folder.read_outcomes(trial, suite)
             rows = [Outcome(*row) for row in frame[list(OUTCOME_COLUMNS)].itertuples(index=False)]
-            digest = folder.outcomes_digest(int(str(trial)), suite)
             first = next(i for i, row in enumerate(rows) if row.task == "science")
             rows[first] = replace(rows[first], truncated=True)
             rows[first + 1] = replace(rows[first + 1], lengths=(64,), broken_off=True)
-            folder.write_outcomes(int(str(trial)), suite, str(digest), rows)
+            folder.write_outcomes(trial, suite, stored.recipe(trial).digest, rows)
     run = open_run(path)
     long, broken = run.cut_short()
     assert long.startswith("task science: 2 of 400 items were longer than the model's context")

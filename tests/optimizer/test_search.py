@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from optimizer import search as search_module
-from optimizer.errors import RunError, SearchError, StudyFileError
+from optimizer.errors import CheckpointError, RunError, SearchError, StudyFileError
 from optimizer.pool import Job, Result, SerialPool
 from optimizer.progress import Progress
 from optimizer.run import open_run
@@ -94,8 +94,8 @@ def test_the_budget_holds_anchors_first_and_the_front_is_judged(bench: Bench) ->
     for trial in trials:
         recipe = Recipe.from_json(trial.user_attrs["recipe"])
         assert recipe == bench.space.recipe(trial.params)
-        assert bench.run.outcomes_digest(trial.number, "search") == recipe.digest
-    judged = {t.number for t in trials if bench.run.outcomes_digest(t.number, "holdout")}
+        assert bench.has_own(trial)
+    judged = {t.number for t in trials if bench.has_own(t, "holdout")}
     front = {t.number for t in optuna.load_study(study_name="toy", storage=bench.run.storage()).best_trials}
     assert judged == front | set(range(len(anchors)))
     kinds = [event.kind for event in bench.events]
@@ -222,7 +222,7 @@ def test_a_score_that_is_not_finite_is_a_failure(bench: Bench) -> None:
     with pytest.raises(SearchError, match="score not finite: task skill_clinical, item 0"):
         bench.search(trials=12, pool=SerialPool(Broken))
     failed = [t.number for t in trials_of(bench) if t.state == FAIL]
-    assert not any(bench.run.outcomes_digest(number, "search") for number in failed)
+    assert not any(bench.run.has_outcomes(number, "search") for number in failed)
 
 
 def test_a_dead_workers_trial_goes_to_another_up_to_max_attempts(bench: Bench) -> None:
@@ -245,7 +245,7 @@ def test_a_resumed_search_goes_on_without_repeating_a_point(bench: Bench) -> Non
     assert "10 of 10 trials are finished" in [event.text for event in bench.events]
 
 
-def test_an_open_trial_with_outcomes_is_told_and_one_without_is_queued_again_once(bench: Bench) -> None:
+def test_an_open_trial_with_outcomes_is_told_and_one_without_is_scored_under_its_number(bench: Bench) -> None:
     scored: list[str] = []
 
     def stop(recipe: Recipe) -> None:
@@ -265,11 +265,8 @@ def test_an_open_trial_with_outcomes_is_told_and_one_without_is_queued_again_onc
 
     bench.search(trials=12, before=lambda recipe: scored.append(recipe.digest))
     trials = trials_of(bench)
-    assert trials[9].state == COMPLETE
-    assert (trials[8].state, trials[8].user_attrs["reason"]) == (FAIL, "driver_died")
-    assert [t.number for t in trials if t.user_attrs.get("retry_of") == 8] == [10]
-    assert trials[10].params == trials[8].params
-    assert len(finished(trials)) == 12
+    assert [t.state for t in trials] == [COMPLETE] * 12
+    assert all(bench.has_own(t) for t in trials)
     assert Counter(scored)[recipe.digest] <= 1  # on the holdout suite only
 
 
@@ -283,7 +280,112 @@ def test_outcomes_of_another_recipe_are_not_told(bench: Bench) -> None:
     (left,) = (t for t in trials_of(bench) if t.state == RUNNING)
     bench.run.write_outcomes(left.number, "search", "0" * 12, [])
     bench.search(trials=12)
-    assert trials_of(bench)[left.number].user_attrs["reason"] == "driver_died"
+    again = trials_of(bench)[left.number]
+    assert (again.state, again.params) == (COMPLETE, left.params)
+    assert bench.has_own(again)
+
+
+def test_an_open_trial_whose_retry_is_queued_by_an_earlier_version_is_left_to_it(bench: Bench) -> None:
+    def stop(recipe: Recipe) -> None:
+        if not is_anchor(recipe):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.search(trials=12, before=stop)
+    (left,) = (t for t in trials_of(bench) if t.state == RUNNING)
+    study = optuna.load_study(study_name="toy", storage=bench.run.storage())
+    study.enqueue_trial(left.params, user_attrs={"kind": "search", "retry_of": left.number})
+    bench.search(trials=12)
+    trials = trials_of(bench)
+    assert trials[left.number].user_attrs["reason"] == "driver_died"
+    (retry,) = (t for t in trials if t.user_attrs.get("retry_of") == left.number)
+    assert (retry.state, retry.params) == (COMPLETE, left.params)
+    assert len(finished(trials)) == 12
+
+
+def left_running(bench: Bench) -> None:
+    """A driver dies while it scores the base."""
+    with pytest.raises(KeyboardInterrupt):
+        bench.search(trials=12, before=interrupt)
+
+
+def failed(bench: Bench) -> None:
+    """The base cannot be scored."""
+    with pytest.raises(SearchError):
+        bench.search(trials=12, before=Refuse(0.0))
+
+
+def queued_again(bench: Bench) -> None:
+    """An earlier version's driver died, and the next one gave the base a new number, and died."""
+    left_running(bench)
+    study = optuna.load_study(study_name="toy", storage=bench.run.storage())
+    study.enqueue_trial(trials_of(bench)[0].params, user_attrs={"kind": "base", "retry_of": 0})
+
+
+def interrupt(recipe: Recipe) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [left_running, failed, queued_again])
+def test_base_and_experts_are_scored_before_all_that_waits(bench: Bench, before: Callable[[Bench], None]) -> None:
+    before(bench)
+    assert sum(t.state == WAITING for t in trials_of(bench)) > 3
+    weights: list[float] = []
+    bench.events.clear()
+    bench.search(trials=12, before=lambda recipe: weights.append(mean_weight(recipe)))
+    assert weights[:2] == [0.0, 1.0]
+    told = [event.label for event in bench.events if event.kind == "trial"]
+    assert set(told[:2]) == {"base", "expert:clinical"}
+    assert len(finished(trials_of(bench))) == 12 + (before is failed)
+
+
+class Altered(SerialPool):
+    """A pool under which a checkpoint's file changes while the n-th job is out; as `how` says, that is found out."""
+
+    def __init__(self, bench: Bench, n: int, how: str) -> None:
+        super().__init__(FakeWorker)
+        self.n, self.how, self.submitted = n, how, Counter[int]()
+        if how != "by another machine's worker":
+            bench.require_unchanged = self.require_unchanged
+
+    @property
+    def altered(self) -> bool:
+        return self.submitted.total() >= self.n
+
+    def submit(self, job: Job) -> None:
+        self.submitted[job.trial] += 1
+        super().submit(job)
+
+    def wait(self, timeout: float) -> list[Result]:
+        if not self.altered or self.how == "by the driver":
+            return super().wait(timeout)
+        job = self._jobs.popleft()
+        if self.how == "by a death":  # SIGBUS: a mapped file was cut short
+            return [Result(job, None, "worker process 7 died", died=True)]
+        return [Result(job, None, "/models/base/model.safetensors changed", sources_changed=True)]
+
+    def require_unchanged(self) -> None:
+        if self.altered:
+            raise CheckpointError("/models/base/model.safetensors changed (size 9 -> 4); restore it")
+
+
+@pytest.mark.parametrize("suite", ["search", "holdout"])
+@pytest.mark.parametrize("how", ["by the driver", "by a death", "by another machine's worker"])
+def test_a_changed_checkpoint_stops_the_search_at_once_and_costs_no_trial(bench: Bench, how: str, suite: str) -> None:
+    pool = Altered(bench, 8 if suite == "search" else 14, how)
+    with pytest.raises(SearchError, match=r"/models/base/model\.safetensors changed.*\n.*run again"):
+        bench.search(trials=12, pool=pool, max_attempts=3)
+    assert max(pool.submitted.values()) == (1 if suite == "search" else 2)  # no second attempt; two suites
+    trials = trials_of(bench)
+    assert not any(t.state == FAIL for t in trials)
+    (left,) = [t for t in trials if t.state == RUNNING] or [None]
+    assert (left is not None) == (suite == "search")
+    assert left is None or not bench.run.has_outcomes(left.number, "search")
+
+    bench.require_unchanged = lambda: None  # restored
+    bench.search(trials=12)
+    assert [t.state for t in trials_of(bench)] == [COMPLETE] * 12
+    assert bench.events[-1].kind == "done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
