@@ -285,9 +285,10 @@ def export(
         _fail("name one point: --trial N, --knee or --max-forgetting SHARE", WRONG)
     opened = _opened(run, storage)
     number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
+    from evals.documents import checked_path
     from optimizer.ship import export_trial  # brings torch
 
-    _say(f"wrote {export_trial(opened, number, out)}")
+    _say(f"wrote {export_trial(opened, number, out and checked_path(out, where='--out'))}")
     if number in opened.points().index:
         _say(opened.describe(number))
         if max_forgetting is not None:
@@ -309,9 +310,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The new model folder.", show_default=False)],
 ) -> None:
     """Merge checkpoints by a recipe, without a search."""
+    from evals.documents import checked_path
     from optimizer.ship import merge_recipe
 
-    _say(f"wrote {merge_recipe(recipe, out)}")
+    _say(f"wrote {merge_recipe(recipe, checked_path(out, where='OUT'))}")
 
 
 @app.command()

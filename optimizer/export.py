@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from optimizer.checkpoints import HUB_ID, Checkpoint
-from optimizer.merge import Sources, new_folder, write_shards
+from optimizer.merge import Sources, write_shards
+from optimizer.new_folder import new_folder
 from search_spaces import METHODS, Recipe, SpaceError, group_tensors
 from search_spaces.mergekit import to_mergekit
 

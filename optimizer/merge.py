@@ -7,16 +7,11 @@ the device of the model, and is rounded once to the base's dtype: the bytes are 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from optimizer.checkpoints import (
@@ -39,6 +34,7 @@ from optimizer.methods import (
     row_blocks,
     row_width,
 )
+from optimizer.new_folder import new_folder
 from optimizer.tensor_file import write_sharded
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, SpaceError, group_of
@@ -172,27 +168,6 @@ def code_of(dtype: torch.dtype) -> str:
     return next(code for code, known in DTYPES.items() if known == dtype)
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `out` when the block ends well, and is removed when it does not."""
-    if out.exists():
-        raise MergeError(f"a model is written to a new folder, and {out} exists; name another one or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise MergeError(f"{out} cannot be written ({error.strerror})") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _sync(temporary)
-        os.rename(temporary, out)
-    except (OSError, SafetensorError) as error:
-        raise MergeError(f"{out} could not be written ({error}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 class _Merger:
     """A recipe applied to its sources, tensor by tensor."""
 
@@ -319,12 +294,3 @@ def _require_same_tensors(parameters: Mapping[str, Tensor], base: Checkpoint) ->
         elif (tuple(parameter.shape), parameter.dtype) != (base.shape(name), base.dtype(name)):
             given = f"{tuple(parameter.shape)} {parameter.dtype}, {base.shape(name)} {base.dtype(name)}"
             raise MergeError(f"a parameter has its tensor's shape and dtype; {name} in model and base: {given}")
-
-
-def _sync(folder: Path) -> None:
-    """Have the files on disk before the folder gets its name: after a power cut there is a whole model or none."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)

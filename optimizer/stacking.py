@@ -17,7 +17,8 @@ from optimizer.checkpoints import LAYER_COUNT_KEYS, Checkpoint, count_nonfinite,
 from optimizer.configs import full_config
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.export import SHARD_BYTES, card_head, copy_files, float_dtype, public_name, say_dtype, table
-from optimizer.merge import code_of, new_folder, stored_as
+from optimizer.merge import code_of, stored_as
+from optimizer.new_folder import new_folder
 from optimizer.tensor_file import write_sharded
 from search_spaces.stack import Stack
 
