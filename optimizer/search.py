@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 FAILURES_IN_A_ROW = 5
+FIRST_TRIALS = 20  # of which more than half may not fail
 MIDPOINT_EVERY = 2  # trials, in the second half of the budget
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
@@ -274,6 +275,8 @@ class _Search:
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
         self.streak: list[str] = []  # reasons of the latest failures in a row
+        self.reasons: list[str] = []  # of all failures since this start
+        self.ended = 0  # trials told or failed since this start
         self.repeats = 0  # duplicates asked in a row
 
     # Taking up what is there ----------------------------------------------------------------------------------------
@@ -533,6 +536,7 @@ class _Search:
         self.values[number] = values
         self.finished += 1
         self.streak.clear()
+        self.ended += 1
         self._emit("trial", number, f"{seconds:.1f} s" if math.isfinite(seconds) else "", values)
 
     # Failing --------------------------------------------------------------------------------------------------------
@@ -547,14 +551,12 @@ class _Search:
         if kind in self.reference_kinds:
             raise SearchError(f"every score is measured by the {kind.replace(':', ' ')}, and it failed: {reason}")
         self.streak.append(reason)
+        self.reasons.append(reason)
+        self.ended += 1
         if len(self.streak) >= FAILURES_IN_A_ROW:
-            causes = Counter(WORKER_DIED if text.startswith(WORKER_DIED) else text for text in self.streak)
-            commonest, times = causes.most_common(1)[0]
-            example = next(text for text in reversed(self.streak) if text.startswith(commonest))
-            raise SearchError(
-                f"the last {len(self.streak)} trials failed, {times} of them so: {example}\n"
-                "Mend the cause and start the search again; finished trials are kept"
-            )
+            raise _too_many(f"the last {len(self.streak)} trials", self.streak)
+        if self.ended <= FIRST_TRIALS < 2 * len(self.reasons):
+            raise _too_many(f"{len(self.reasons)} of the first {self.ended} trials", self.reasons)
 
     def _tell_failed(self, number: int, reason: str) -> None:
         self._note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
@@ -634,6 +636,17 @@ def _midpoint(one: Mapping[str, float | str], other: Mapping[str, float | str]) 
         else:
             between[name] = (value + partner) / 2
     return between
+
+
+def _too_many(which: str, reasons: Sequence[str]) -> SearchError:
+    """The error that ends a search whose trials fail: which did, the commonest reason and its latest example."""
+    causes = Counter(WORKER_DIED if text.startswith(WORKER_DIED) else text for text in reasons)
+    commonest, times = causes.most_common(1)[0]
+    example = next(text for text in reversed(reasons) if text.startswith(commonest))
+    return SearchError(
+        f"{which} failed, {times} of them so: {example}\n"
+        "Mend the cause and start the search again; finished trials are kept"
+    )
 
 
 def _not_finite(outcomes: Sequence[Outcome]) -> str:

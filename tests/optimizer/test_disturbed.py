@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
-from optimizer.errors import RunError, UnavailableError
+from optimizer.errors import MergeError, RunError, SearchError, UnavailableError
 from optimizer.pool import SerialPool
 from optimizer.run import open_run
 from optimizer.worker import Evaluation
@@ -257,7 +257,23 @@ def test_no_process_of_ours_is_forked() -> None:
             assert not {"multiprocessing", "os.fork", "pty", "pickle", "marshal", "shelve"} & set(names), path
 
 
-# --- nothing finished ---
+# --- little or nothing finished ---
+
+
+def test_more_failures_than_successes_at_the_start_stop_the_search(bench: Bench) -> None:
+    asked: list[Recipe] = []
+
+    def two_of_three(recipe: Recipe) -> None:
+        if not is_anchor(recipe):
+            asked.append(recipe)
+            if len(asked) % 3:
+                raise MergeError("nonfinite: tensor x" if len(asked) % 2 else "nonfinite: tensor y")
+
+    bench.search(trials=9)
+    with pytest.raises(SearchError, match=r"^11 of the first 16 trials failed, 6 of them so: nonfinite: tensor y\n"):
+        bench.search(trials=60, before=two_of_three)
+    bench.search(trials=30)
+    assert bench.events[-1].text.startswith("30 trials finished")
 
 
 def test_a_run_without_a_finished_trial_is_shown_with_exit_code_0(bench: Bench) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evals.errors import ScoreError
+from evals.errors import ScoreError, TaskError
 from evals.outcomes import TaskSpec
 from optimizer.checkpoints import Checkpoint
 from optimizer.errors import CheckpointError, MergeError, WorkerError
@@ -132,6 +132,18 @@ def test_a_recipe_of_another_expert_is_an_error_and_leaves_the_worker_usable(spe
     with pytest.raises(MergeError, match="who"):
         worker.evaluate(stranger, "search")
     assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
+
+
+def test_a_chat_template_runs_no_code(spec: WorkerSpec, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(spec.base, tmp_path / "base"))
+    attack = f"{{{{ cycler.__init__.__globals__.os.mkdir('{tmp_path}/marker') }}}}"
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": attack}))
+    with pytest.raises(TaskError, match="SecurityError"):
+        Worker(replace(spec, base=str(base), experts=(), chat_template=True)).evaluate(
+            Recipe("task_arithmetic", "elsewhere", (("e", "elsewhere"),), ()).to_json(), "search"
+        )
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_lack_of_memory_is_said_with_what_helps(spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
