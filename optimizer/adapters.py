@@ -25,6 +25,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_RANK = 65_536
+REPEATS = re.compile(r"[*+{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+MOST_REPEATS = 8  # in a pattern: the time of a search grows by a name's length with each
 # Keys that describe or restrict the training without changing what the two factors mean.
 NEUTRAL_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -133,6 +136,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if initial not in (True, False, "gaussian", "orthogonal"):
         mend = "merge it with peft into its own base and give the folder"
         _refuse(folder, f"init_lora_weights={initial!r:.80} changes the base itself; {mend}")
+    for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+        given = config.get(key)
+        for pattern in [given] if isinstance(given, str) else given if isinstance(given, dict) else ():
+            if len(REPEATS.findall(pattern)) > MOST_REPEATS or REPEATED_GROUP.search(pattern):
+                rule = f"a pattern may repeat {MOST_REPEATS} times and no group, or its search need not end"
+                _refuse(folder, f"{key}: {rule}; given {pattern!r:.80}")
     return config
 
 

@@ -632,6 +632,8 @@ def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 2}}, "rank 2 and shape"),
         ({"rank_pattern": {"q_proj": "4"}}, "r must be a whole number from 1 to 65,536"),
         ({"alpha_pattern": {"(": 2}}, "alpha_pattern must map regular expressions to numbers"),
+        ({"rank_pattern": {r"((\w|\.)+)+x": 4}}, "rank_pattern: a pattern may repeat 8 times and no group"),
+        ({"alpha_pattern": {".*" * 30: 4}}, "alpha_pattern: a pattern may repeat 8 times and no group"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must map regular expressions to numbers"),
         ({"r": "4"}, "r must be a whole number from 1 to 65,536"),
         ({"lora_alpha": None}, "lora_alpha a number"),
