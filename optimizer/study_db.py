@@ -92,7 +92,7 @@ def snapshot(database: Path, *, own: bool = True) -> sqlite3.Connection:
         copy = _copied(database, own)
         verdict = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
     except (sqlite3.Error, OSError) as error:
-        if isinstance(error, OSError) or error.sqlite_errorcode & 0xFF in IN_THE_WAY:
+        if isinstance(error, OSError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in IN_THE_WAY:
             require_room(database.parent, room_needed(database))
             raise UnavailableError(f"{database} cannot be read now ({error}); it is left as it is") from error
         raise _damaged(database, f"SQLite says: {error}", own=own) from error
@@ -209,7 +209,7 @@ def _copied(database: Path, own: bool) -> sqlite3.Connection:
     try:
         return _copy_to_memory(database, own)
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY_ROLLBACK:
             raise
     # A writer without WAL was killed in mid-commit: what it began must be taken back, which is done on a copy.
     with tempfile.TemporaryDirectory() as folder:
