@@ -62,7 +62,7 @@ def checked_path(given: str | Path, *, where: str = "", error: type[Exception] =
     return path
 
 
-def resolved_path(given: str, folder: Path, *, where: str = "", error: type[Exception] = DocumentError) -> Path:
+def resolved_path(given: str | Path, folder: Path, *, where: str = "", error: type[Exception] = DocumentError) -> Path:
     """The absolute path a person means by `given` in a file of this folder; arguments and errors as `checked_path`."""
     path = checked_path(folder / checked_path(given, where=where, error=error), where=where, error=error)
     try:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from evals.documents import checked_path, read_text
+from evals.documents import checked_path, read_text, resolved_path
 from evals.errors import TaskError
 
 LARGEST_TASK_FILE = 1_000_000  # bytes
@@ -26,7 +26,7 @@ CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
 
 def find_task_file(given: str) -> Path:
     """The YAML file of a task or group: the path itself, or the one in a folder that stands for it."""
-    source = checked_path(given, error=TaskError).resolve()
+    source = resolved_path(given, Path(), error=TaskError)
     if not source.exists():
         raise TaskError(f"no task file or folder at {source}")
     if not source.is_dir():

@@ -140,11 +140,11 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file to start from."""
-    from evals.documents import checked_path
+    from evals.documents import resolved_path
     from optimizer.from_evolve import study_from_evolve
     from optimizer.new_study import new_study
 
-    out = checked_path(out, where="--out")
+    resolved_path(out, Path.cwd(), where="--out")
     if os.path.lexists(out) and not force:
         _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:

@@ -13,6 +13,7 @@ import pytest
 
 from evals.documents import DocumentError, checked_path, parse_json, read_bytes, read_json, read_text, resolved_path
 from evals.errors import TaskError
+from evals.task_files import find_task_file
 
 
 def _make_socket(path: Path) -> None:
@@ -94,6 +95,12 @@ def test_a_path_of_a_file_starts_at_the_files_folder(tmp_path: Path) -> None:
         resolved_path("loop/x", tmp_path, where="s.yaml: runs", error=TaskError)
     with pytest.raises(TaskError, match="4,095 in all"):
         resolved_path("x/" * 2000, Path("/" + "y/" * 100), error=TaskError)
+
+
+def test_a_task_behind_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(TaskError, match="loop leads nowhere"):
+        find_task_file(str(tmp_path / "loop"))
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def test_a_fault_of_ours_stays_visible(run: Path, monkeypatch: pytest.MonkeyPatc
         (["init", "a/b", "a\0b"], "a path must not hold a NUL character"),
         (["init", "a/b", "~nobody-by-this-name"], "no user of this machine has the home folder"),
         (["init", "a/b", "x" * 300], "a path may have 255 bytes in each name"),
+        (["init", "a/b", "c/d", "--force", "--out", "loop/x"], "leads nowhere"),
+        (["init", "a/b", "c/d", "--force", "--out", "loop"], "leads nowhere"),
+        (["check", "loop"], "loop"),
+        (["merge", "loop", "out"], "loop"),
+        (["status", "loop"], "loop"),
         (["status", "x" * 300], "RUN: a path may have 255 bytes in each name"),
         (["report", "x/" * 3000], "RUN: a path may have 255 bytes in each name and 4,095 in all"),
         (["merge", "x" * 300, "out"], "a path may have 255 bytes in each name"),
@@ -154,6 +159,7 @@ def test_a_path_that_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
     result = call(*words)
     assert result.exit_code == 2, result.exception
     assert result.stderr.startswith("error: ")
