@@ -21,6 +21,11 @@ from optimizer.words import kind_said, percent, tasks_said
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
 BLUE, RED, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7"
+PAPER, VEIL, OCHRE, PALE_BLUE = "#ffffff", "rgba(255,255,255,0.85)", "#9a6a00", "rgba(0,114,178,0.4)"
+DARK = {  # for each colour above that a dark ground does not carry, the one that takes its place there
+    INK: "#e6edf3", GREY: "#9aa7b4", PALE: "#5d6875", RULE: "#2b333d", BLUE: "#56b4e9", RED: "#f0803c",
+    PAPER: "#161b22", VEIL: "rgba(22,27,34,0.85)", OCHRE: ORANGE, PALE_BLUE: "rgba(86,180,233,0.4)",
+}  # fmt: skip
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 WIDTH, HEIGHT, PLOT_WIDTH = 980, 600, 860  # pixels
 AXIS = {"gridcolor": RULE, "zerolinecolor": PALE, "zerolinewidth": 1.5, "automargin": True, "title_standoff": 14}
@@ -53,8 +58,9 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     rows = rows_of(points)
     ends = [row for row in rows.values() if row["kind"] == "base" or row["kind"].startswith("expert:")]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
-        label = _escaped(kind_said(row["kind"]))
-        _point_at(figure, row, label, x=34, y=-26 if place % 2 else 26)
+        label, y = _escaped(kind_said(row["kind"])), -26 if place % 2 else 26
+        is_left = 100 * row["forgetting"] - left < (right - left) / 2  # a label runs towards the middle
+        _point_at(figure, row, label, x=12 if is_left else -12, y=y, anchor="left" if is_left else "right")
     if knee is not None:
         figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
         from_left = PLOT_WIDTH * (100 * rows[knee]["forgetting"] - left) / (right - left)
@@ -82,7 +88,9 @@ def weights(frame: pd.DataFrame, *, title: str) -> go.Figure:
         for trace in _module_traces(rows, legend=row == 1):
             panels.add_trace(trace, row=row, col=1)
         panels.update_yaxes(title_text="weight", row=row, col=1)
-    panels.update_annotations(x=1, xanchor="right")  # the panels' titles, out of the legend's way
+    panels.update_annotations(x=1, xanchor="right")
+    if len(experts) > 1:  # the legend stands above the first panel's title
+        panels.update_layout(legend_y=1 + 28 / (figure.layout.height - 190))
     panels.update_xaxes(AXIS, zeroline=False)
     panels.update_yaxes(AXIS)
     low, high = min(0.0, frame["weight"].min()), max(1.0, frame["weight"].max())
@@ -128,7 +136,7 @@ def hypervolume(
     _axes(figure, "trial", "hypervolume")
     final = float(frame["hypervolume"].iloc[-1])
     label = {"xref": "x", "yref": "y", "showarrow": False, "xanchor": "right", "x": end}
-    figure.add_annotation(text="anchors alone", y=anchors, yshift=-14, font={"color": "#9a6a00", "size": 15}, **label)
+    figure.add_annotation(text="anchors alone", y=anchors, yshift=-14, font={"color": OCHRE, "size": 15}, **label)
     figure.add_annotation(text="all trials so far", y=final, yshift=14, font={"color": BLUE, "size": 15}, **label)
     bottom, top = 0.8 * min(anchors, final), max(anchors, final)
     figure.update_yaxes(range=[bottom, top + (0.12 * (top - bottom) or 1.0)])
@@ -243,9 +251,9 @@ def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
             "width": WIDTH,
             "height": round(height),
             "margin": {"l": 90, "r": 30, "t": 125, "b": 65},
-            "paper_bgcolor": "white",
-            "plot_bgcolor": "white",
-            "hoverlabel": {"bgcolor": "white", "font": {"size": 15, "family": FONT}, "align": "left"},
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
+            "hoverlabel": {"bgcolor": PAPER, "font": {"size": 15, "family": FONT}, "align": "left"},
             "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         }
     )
@@ -264,7 +272,7 @@ def _marks(
         x=100 * rows["forgetting"], y=100 * rows["domain"], name=name, mode="markers",
         showlegend=rank > 0 and len(rows) > 0, legendrank=rank or None,
         marker={"symbol": symbol, "color": color, "size": size,
-                "line": {"width": 2.2 if hollow else 1, "color": color if hollow else "white"}},
+                "line": {"width": 2.2 if hollow else 1, "color": color if hollow else PAPER}},
         **(_bars(rows, "") if bars else {}), **_hover(rows),
     )  # fmt: skip
 
@@ -294,7 +302,7 @@ def _bars(rows: pd.DataFrame, prefix: str) -> dict[str, object]:
     bars: dict[str, object] = {}
     for axis, name in (("x", "forgetting"), ("y", "domain")):
         middle, low, high = (rows[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
-        bars[f"error_{axis}"] = _bar(middle, low, high, "rgba(0,114,178,0.4)", 1.2)
+        bars[f"error_{axis}"] = _bar(middle, low, high, PALE_BLUE, 1.2)
     return bars
 
 
@@ -367,10 +375,10 @@ def _told(trial: object, row: Row) -> str:
     return "<br>".join(lines)
 
 
-def _point_at(figure: go.Figure, row: Row, text: str, *, x: int, y: int) -> None:
+def _point_at(figure: go.Figure, row: Row, text: str, *, x: int, y: int, anchor: str = "center") -> None:
     figure.add_annotation(
-        x=100 * row["forgetting"], y=100 * row["domain"], text=text, ax=x, ay=y, showarrow=True, arrowhead=0,
-        arrowwidth=1.2, arrowcolor=GREY, standoff=9, font={"size": 15, "color": INK}, bgcolor="rgba(255,255,255,0.85)",
+        x=100 * row["forgetting"], y=100 * row["domain"], text=text, xanchor=anchor, ax=x, ay=y, showarrow=True,
+        arrowhead=0, arrowwidth=1.2, arrowcolor=GREY, standoff=9, font={"size": 15, "color": INK}, bgcolor=VEIL,
     )  # fmt: skip
 
 
@@ -381,6 +389,6 @@ def _nothing_yet(figure: go.Figure) -> go.Figure:
 
 
 def _escaped(name: str) -> str:
-    """A name as inert text, control characters gone and long ones cut."""
+    """A name as inert text, control characters gone and long ones cut in the middle: they differ at their ends."""
     plain = "".join(c if c.isprintable() else " " for c in name)
-    return html.escape(plain if len(plain) <= 60 else f"{plain[:59]}…")
+    return html.escape(plain if len(plain) <= 60 else f"{plain[:34]}…{plain[-25:]}")

@@ -11,7 +11,8 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -23,37 +24,13 @@ from optimizer.errors import RunError
 from optimizer.frames import Row, rows_of
 from optimizer.front import SURE
 from optimizer.masking import redacted
-from optimizer.plots import library_script
+from optimizer.plots import DARK, library_script
 from optimizer.run_folder import write_atomically
 from optimizer.words import count, kind_said, percent
 
 if TYPE_CHECKING:
     from optimizer.run import Run
 
-# Draws each figure where it belongs; choosing a trial, or clicking on one of the front, draws its two figures anew.
-SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const options = {displayModeBar: false, responsive: true};
-function draw(id, figure) {
-  delete figure.layout.width;
-  Plotly.react(document.getElementById(id), figure.data, figure.layout, options);
-}
-function choose(trial) {
-  draw("weights", figures.weights[trial]);
-  draw("retention", figures.retention[trial]);
-}
-if (figures.front) {
-  draw("front", figures.front);
-  draw("hypervolume", figures.hypervolume);
-  const choice = document.getElementById("choice");
-  choice.addEventListener("change", () => choose(choice.value));
-  document.getElementById("front").on("plotly_click", (event) => {
-    const trial = String(event.points[0].customdata);
-    if (trial in figures.weights) { choice.value = trial; choose(trial); }
-  });
-  choose(choice.value);
-}
-"""
 
 WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
@@ -78,12 +55,12 @@ def write_report(run: Run, path: Path | None = None) -> Path:
 
 def report_html(run: Run) -> str:
     """The report as one page."""
-    page = Template(files("optimizer").joinpath("report_page.html").read_text(encoding="utf-8"))
-    library = library_script()
+    page = Template(_part("report_page.html"))
+    library, script = library_script(), _part("report_page.js")
     scored = not run.points().empty
     study = run.path / "study.yaml"
     return page.substitute(
-        script_hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in (library, SCRIPT)),
+        script_hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (library, script)),
         title=_text(f"{run.name} - merge front"),
         heading=_text(f"Merge front of {run.name}"),
         subheading=_text(_what_was_merged(run)),
@@ -96,15 +73,23 @@ def report_html(run: Run) -> str:
         study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
         plotly=library,
-        script=SCRIPT,
+        script=script,
     )
+
+
+def _part(name: str) -> str:
+    """A part of the page that lies beside this module."""
+    return files("optimizer").joinpath(name).read_text(encoding="utf-8")
 
 
 def _what_was_merged(run: Run) -> str:
     states = run.trials()["state"]
     done = f"{int((states == 'complete').sum())} of {count(len(states), 'trial')} finished"
     tasks = ", ".join(task.name for task in run.tasks)
-    return f"Expert {', '.join(run.experts)} into its base. {done}. Tasks: {tasks}." if run.experts else f"{done}."
+    if not run.experts:
+        return f"{done}."
+    experts = "Experts" if len(run.experts) > 1 else "Expert"
+    return f"{experts} {', '.join(run.experts)} merged into the base. {done}. Tasks: {tasks}."
 
 
 def _lead(run: Run) -> list[str]:
@@ -144,12 +129,21 @@ def _figures(run: Run) -> str:
         f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(name)}</option>'
         for trial, name in names.items()
     )
-    choice = f'<p><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
+    choice = (
+        f'<p class="screen"><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
+    )
+    hint = '<p class="soft screen">Click a point of the front to see its weights and tasks below.</p>'
     return (
-        '<section><div class="figure" id="front"></div>'
-        '<p class="soft">Click a point of the front to see its weights and tasks below.</p></section>'
-        f'<section>{choice}<div class="figure" id="weights"></div><div class="figure" id="retention"></div></section>'
-        '<section><div class="figure" id="hypervolume"></div></section>'
+        f"<section>{_figure('front')}{hint}</section>"
+        f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
+        f"<section>{_figure('hypervolume')}</section>"
+    )
+
+
+def _figure(name: str) -> str:
+    """The place of a figure; its title and the line below stand in the page, where they wrap as text does."""
+    return (
+        f'<figure id="{name}"><figcaption><h2></h2><p class="soft"></p></figcaption><div class="figure"></div></figure>'
     )
 
 
@@ -159,13 +153,13 @@ def _limits(run: Run) -> str:
     if not answers:
         return ""
     items = "unseen items" if all(row["suite"] == HOLDOUT for row in answers.values()) else "search items"
-    figures = [f"{name},<br>{items}" for name in ("domain gain", "forgetting")]
+    figures = [f"{name}, {items}" for name in ("domain gain", "forgetting")]
     titles = ("forgets at most", "trial", "what", *figures, "keeps to it in")
     rows = []
     for row in answers.values():
         what, kept = _what(row["kind"]) or "searched", f"{percent(row['kept'])} of resamplings"
         shares = [_interval(row, name) for name in ("domain", "forgetting")]
-        rows.append(f"<tr>{_cells([percent(row['limit']), row['trial'], what, *shares, kept])}</tr>")
+        rows.append([percent(row["limit"]), row["trial"], what, *shares, kept])
     export = f"mergefront export {run.path.name} --max-forgetting {answers[0]['limit']:g} --sure {SURE:g}"
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
@@ -176,7 +170,7 @@ def _limits(run: Run) -> str:
 
 def _table(run: Run) -> str:
     knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
-    titles = [f"{_title(name)},<br>{items}" for items in ("search items", "unseen items") for name in names]
+    titles = [f"{_title(name)}, {items}" for items in ("search items", "unseen items") for name in names]
     several = len(run.methods) > 1
     columns = ("trial", "what", *(["method"] if several else []), *titles, "recipe")
     digests = run.trials()["recipe"].to_dict()
@@ -184,24 +178,47 @@ def _table(run: Run) -> str:
     for trial, row in rows_of(run.front()).items():
         figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
         method = [row["method"]] if several else []
-        cells = _cells([trial, _what(row["kind"]), *method, *figures, digests[trial]])
-        rows.append(f"<tr{' class=knee' if trial == knee else ''}>{cells}</tr>")
+        rows.append([trial, _what(row["kind"]), *method, *figures, digests[trial]])
+    grid = _grid(columns, rows, marked=list(run.front().index).index(knee))
     export = f"mergefront export {run.path.name} --trial {knee}"
     return (
-        f"<section><h2>The front, from least to most forgetting</h2>{_grid(columns, rows)}"
+        f"<section><h2>The front, from least to most forgetting</h2>{grid}"
         f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
     )
 
 
-def _grid(titles: Iterable[str], rows: Iterable[str]) -> str:
-    """A table that scrolls where it is too wide, of titles and rows that are HTML already."""
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: int | None = None) -> str:
+    """A table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
+
+    Args:
+        marked: the place of the knee's row.
+    """
+    head = "".join(f"<th>{_breakable(title).replace(', ', ',<br>')}</th>" for title in titles)
+    body = []
+    for place, row in enumerate(rows):
+        cells = "".join(
+            f'<td data-title="{_text(title)}">{_cell(value)}</td>' for title, value in zip(titles, row, strict=True)
+        )
+        body.append(f"<tr{' class=knee' if place == marked else ''}>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
 
 
+def _cell(value: object) -> str:
+    """A cell; a figure may be broken from its interval only."""
+    figure, opening, interval = str(value).partition(" [")
+    if opening:
+        return f"<div><span>{_text(figure)}</span> <span>[{_text(interval)}</span></div>"
+    return f"<div>{_breakable(value)}</div>" if str(value) else ""
+
+
+def _breakable(value: object) -> str:
+    """A name that may be broken after its bars and dashes."""
+    return re.sub("([-_])", r"\1<wbr>", _text(value))
+
+
 def _title(name: str) -> str:
-    return _text(name.replace("domain_", "gain ").replace("domain", "domain gain"))
+    return name.replace("domain_", "gain ").replace("domain", "domain gain")
 
 
 def _what(kind: str) -> str:
@@ -216,13 +233,10 @@ def _interval(row: Row, name: str) -> str:
     return "" if math.isnan(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
-def _cells(values: Iterable[object]) -> str:
-    return "".join(f"<td>{_text(value)}</td>" for value in values)
-
-
 def _figure_data(run: Run) -> str:
     trials: Sequence[int] = [int(trial) for trial in run.front().index]
     data = {
+        "dark": DARK,
         "front": run.plot_front().to_plotly_json(),
         "hypervolume": run.plot_hypervolume().to_plotly_json(),
         "weights": {trial: run.plot_weights(trial).to_plotly_json() for trial in trials},
