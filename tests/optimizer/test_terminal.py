@@ -143,7 +143,7 @@ def test_only_one_module_writes_to_a_terminal() -> None:
     for file in sorted(
         {*folder.rglob("*.py"), *(ROOT / "evals").rglob("*.py"), *(ROOT / "search_spaces").rglob("*.py")}
     ):
-        if file.name == "terminal.py":
+        if file.name in ("terminal.py", "ray_probe.py"):  # the probe's stdout is a pipe to its parent, and holds JSON
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
