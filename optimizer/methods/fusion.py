@@ -19,7 +19,8 @@ from optimizer.methods.task_vectors import NOTHING, agreeing, sum_of
 def sce(tensors: Tensors, values: Values) -> Blend:
     """Select elements where the experts vary, weigh each expert by its energy there, erase minority signs, and add.
 
-    Selection and energies are of the experts' own deltas; the weights scale what is elected and added.
+    Selection and energies are of the experts' own deltas; the weights scale what is elected and added. Of equal
+    variances at the threshold the first in memory are selected.
 
     Source: arXiv 2408.07990 (FuseChat), section 3.3: select, calculate, erase.
     """

@@ -95,6 +95,8 @@ def della(tensors: Tensors, values: Values) -> Blend:
 def breadcrumbs(tensors: Tensors, values: Values) -> Blend:
     """Leave out the largest elements of a delta (outliers, gamma) and the smallest, and add the rest.
 
+    Of equal magnitudes the first in memory count as the larger.
+
     Source: arXiv 2312.06795, section 3.
     """
     return _sum_of_all(tensors, values, _middle)
