@@ -64,7 +64,9 @@ class Plan:
         try:
             return action()
         except (MergefrontError, SpaceError, TaskError) as error:
-            self.problems.append(f"{key}: {error}")
+            problem = f"{key}: {error}"
+            if problem not in self.problems:  # the tokenizer asks for the config again
+                self.problems.append(problem)
             return None
 
 

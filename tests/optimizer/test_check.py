@@ -131,3 +131,36 @@ def test_another_owner_of_an_import_name_is_named() -> None:
     require_own_names(lambda: {"evals": ["mergefront"], "numpy": ["numpy"]})
     with pytest.raises(RunError, match=r"'evals'.*openai-evals is installed.*pip uninstall openai-evals"):
         require_own_names(lambda: {"evals": ["mergefront", "openai-evals"]})
+
+
+WHICH = "which transformers cannot use"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("base/config.json", b'"use_cache": true', b'"use_cache": "x"', f"use_cache is 'x', {WHICH}"),
+        ("base/config.json", b'"num_attention_heads": 4', b'"num_attention_heads": 0', "num_attention_heads is 0"),
+        ("expert/config.json", b'"use_cache": true', b'"use_cache": "x"', f"use_cache is 'x', {WHICH}"),
+        ("expert/model.safetensors", b'{"format":"pt"}', b'{"format": 1 }', "__metadata__ must hold texts by name"),
+        ("base/tokenizer_config.json", b"{", b'{"added_tokens_decoder": 3, ', f"its tokenizer, {WHICH}"),
+    ],
+)  # fmt: skip
+def test_what_a_search_would_die_of_is_a_problem_that_names_its_file(
+    study_path: Path, file: str, old: bytes, new: bytes, words: str
+) -> None:
+    path = study_path.parent / file
+    content = path.read_bytes()
+    assert old in content
+    grown = (len(new) - len(old)) if path.suffix == ".safetensors" else 0
+    changed = content.replace(old, new, 1)
+    if grown:
+        changed = (int.from_bytes(content[:8], "little") + grown).to_bytes(8, "little") + changed[8:]
+    path.write_bytes(changed)
+    try:
+        problems = plan_of(study_path).problems
+    finally:
+        path.write_bytes(content)
+    assert len(problems) == 1
+    assert words in problems[0]
+    assert str(path.parent) in problems[0]
