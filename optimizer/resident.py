@@ -7,6 +7,7 @@ starts, so that every merge can write each tensor where it belongs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,16 +59,13 @@ def require_loadable(base: Checkpoint) -> None:
         with torch.device("meta"):
             _architecture(config, base)(config)
 
-    loud, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    loud = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
         with refused(base.folder / CONFIG_FILE, base.config, attempt):
             _loaded(base, {n: torch.empty(base.shape(n), dtype=base.dtype(n), device="meta") for n in base.names})
     finally:
         logging.set_verbosity(loud)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _loaded(base: Checkpoint, tensors: dict[str, Tensor]) -> PreTrainedModel:
@@ -77,15 +75,30 @@ def _loaded(base: Checkpoint, tensors: dict[str, Tensor]) -> PreTrainedModel:
     if floating is None:
         raise CheckpointError(f"{base.folder} holds no floating-point tensor")
     where = {"device_map": "meta"} if next(iter(tensors.values())).is_meta else {}
-    model, loading = _architecture(config, base).from_pretrained(
-        None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True,
-        ignore_mismatched_sizes=True, **where,
-    )  # fmt: skip
+    with _no_bar():
+        model, loading = _architecture(config, base).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True,
+            ignore_mismatched_sizes=True, **where,
+        )  # fmt: skip
     odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
     if odd:  # transformers would go on with random numbers
         raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _architecture(config: PreTrainedConfig, base: Checkpoint) -> Any:

@@ -77,7 +77,9 @@ def _problem(trial: FrozenTrial, objectives: int) -> str:
     values = trial.values or []
     if (trial.state == TrialState.COMPLETE and len(values) != objectives) or not all(map(math.isfinite, values)):
         return f"has the objectives {_brief(values)}; there are {objectives}, all finite"
-    return _recipe_problem(trial.user_attrs["recipe"]) if "recipe" in trial.user_attrs else ""
+    if "recipe" in trial.user_attrs:
+        return _recipe_problem(trial.user_attrs["recipe"])
+    return "is finished without a recipe" if trial.state == TrialState.COMPLETE else ""
 
 
 def _recipe_problem(text: str) -> str:

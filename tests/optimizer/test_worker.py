@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import TaskSpec
@@ -101,6 +102,15 @@ def test_a_merge_is_rounded_to_the_bases_dtype_whatever_it_is_scored_in(spec: Wo
     for name, parameter in own._parameters.items():
         assert wide._parameters[name].dtype == torch.float32
         assert torch.equal(wide._parameters[name], parameter.float())
+
+
+def test_the_resident_model_is_loaded_without_a_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = Checkpoint.open(pico_llama(tmp_path / "base"))
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    resident_model(base, dtype="auto", device="cpu")
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("tied", [True, False])
