@@ -12,6 +12,11 @@ LAYERS = 4
 TENSORS = tuple(llama(LAYERS))
 GROUPS = tuple(group_tensors(TENSORS))
 OWN = tuple(name for name in TENSORS if "layers.1.mlp" in name or name == "model.norm.weight")  # have numbers too
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)  # what no key expects
 EXPERTS = (("clinical", "runs/clinical"), ("law", "org/law"), ("b-3_x", "somewhere/b-3_x"))
 
 

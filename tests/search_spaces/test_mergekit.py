@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -7,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from search_spaces import METHODS, Recipe, Setting, SpaceError, group_tensors
 from search_spaces.mergekit import from_mergekit, to_mergekit
 from search_spaces.space import Space
+from search_spaces.stack import is_stack, stack_of, stack_sources
 from tests.search_spaces.names import ALL, llama
-from tests.search_spaces.strategies import GROUPS, TENSORS, recipes, spaces
+from tests.search_spaces.strategies import GROUPS, JUNK, TENSORS, recipes, spaces
+from tests.search_spaces.test_slices import DOCUMENT
 
 NAMES = {"runs/clinical": "clinical", "org/law": "law"}
 TIES = {
@@ -404,3 +408,64 @@ def test_groups_no_substring_tells_apart_are_refused() -> None:
     shadowed = ["norm.weight", "layers.0.attn.norm.weight", "layers.0.mlp.w"]
     with pytest.raises(SpaceError, match=r"none is its own.*norm.weight"):
         to_mergekit(recipe, shadowed, out_dtype="float32")
+
+
+def places(document: object) -> list[tuple[object, ...]]:
+    """Each place of a document, as the keys that lead there."""
+    inner = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    return [(), *((key, *rest) for key, part in inner for rest in places(part))]
+
+
+def with_at(document: object, place: tuple[object, ...], junk: object) -> object:
+    if not place:
+        return junk
+    changed = copy.copy(document)
+    changed[place[0]] = with_at(changed[place[0]], place[1:], junk)  # type: ignore[index]
+    return changed
+
+
+SLICED = {
+    "merge_method": "passthrough",
+    "slices": [
+        {"sources": [{"model": "a", "layer_range": [0, 2], "parameters": {"scale": [0.5, 1]}}]},
+        {"sources": [{"model": {"model": {"path": "a"}}, "layer_range": [1, 4]}], "parameters": {"scale": 2}},
+    ],
+    "parameters": {"scale": [{"filter": "mlp", "value": 0.5}]},
+    "dtype": "float32",
+}
+WHOLE = {
+    "merge_method": "dare_ties",
+    "base_model": "base",
+    "models": [
+        {
+            "model": "runs/clinical",
+            "name": "law",
+            "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 1}]},
+        },
+        {"model": {"model": {"path": "base"}, "lora": {"path": "b"}}, "parameters": {"weight": 1, "density": 0.5}},
+    ],
+    "parameters": {"normalize": True},
+    "out_dtype": "float32",
+    "mergefront": {"seed": "1"},
+}
+
+
+@given(st.sampled_from([WHOLE, DOCUMENT, SLICED]), JUNK, st.data())
+def test_what_stands_anywhere_in_a_document_is_read_or_refused(
+    document: dict[str, object], junk: object, data: st.DataObject
+) -> None:
+    hostile = with_at(document, data.draw(st.sampled_from(places(document))), junk)
+    if not isinstance(hostile, dict):  # what reads YAML refuses it
+        return
+    with contextlib.suppress(SpaceError):
+        if is_stack(hostile):
+            stack_of(hostile, dict.fromkeys(stack_sources(hostile), TENSORS), base_dtype="bfloat16")
+        else:
+            read(hostile)
+
+
+def test_the_documents_that_are_spoilt_are_sound() -> None:
+    assert read(WHOLE).seed == "1"
+    assert len(stack_of(SLICED, {"a": TENSORS}, base_dtype="bfloat16").layers) == 5

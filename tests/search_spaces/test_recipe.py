@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import METHODS, Recipe, Setting, SpaceError
-from tests.search_spaces.strategies import GROUPS, TENSORS, recipes
+from tests.search_spaces.strategies import GROUPS, JUNK, TENSORS, recipes
 
 ONE = (("clinical", "a/clinical"),)
 TWO = (*ONE, ("law", "a/law"))
@@ -181,13 +181,6 @@ def test_asking_for_an_unknown_name_is_an_error() -> None:
 def test_json_that_is_no_recipe_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         Recipe.from_json(text)
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @given(st.sampled_from(["method", "base", "experts", "settings", "dtype", "seed"]), JUNK, st.data())

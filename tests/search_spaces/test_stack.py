@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from search_spaces import SpaceError
 from search_spaces.stack import MOST_LAYERS, Stack, stack_of
 from tests.search_spaces.names import llama
-from tests.search_spaces.test_recipe import JUNK
+from tests.search_spaces.strategies import JUNK
 
 TEXT = {
     "method": "passthrough",
