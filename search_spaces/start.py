@@ -40,7 +40,9 @@ def space_around(
     Raises:
         SpaceError: the recipe has numbers no space can hold, or not the one that was chosen.
     """
-    groups = tuple(group_tensors(tensors))
+    names = tuple(tensors)
+    groups = tuple(group_tensors(names))
+    recipe.require_places(names)
     _require_plain(recipe)
     bounds = _ranges(recipe, groups) | dict(ranges)
     curves = [Shape("curve", n) for n in POINTS if n < layer_count(groups)]

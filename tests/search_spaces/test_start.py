@@ -78,6 +78,7 @@ def test_ranges_reach_as_far_as_the_numbers() -> None:
     [
         (ties({"embed": 0.5}, normalize=1.0), "search of ties has normalize 0.*write normalize: false"),
         (ties({"model.norm.weight": 0.5}), "numbers for single ones.*model.norm.weight"),
+        (ties({"embed": 0.5, "layer.99.attn": 0.5}), "part of the base; given: layer.99.attn"),
         (Recipe("arcee_fusion", "org/base", EXPERTS[:1], ()), "arcee_fusion cannot be searched"),
     ],
 )
