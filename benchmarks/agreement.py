@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.harness import Harness, load_tasks
+from evals.lm_tasks import Harness, load_tasks
 from evals.objectives import task_scores
 from evals.outcomes import SUITES
 from optimizer.run import open_run
-from optimizer.run_folder import outcomes_path, read_outcomes
-from optimizer.study_file import read_study, read_yaml, task_specs
+from optimizer.runs.run_folder import outcomes_path, read_outcomes
+from optimizer.study.study_file import read_study, read_yaml, task_specs
 
 DTYPES = {"auto": "auto", "float32": "float32", "bf16": "bfloat16"}
 

@@ -27,14 +27,14 @@ from typing import Any
 import yaml
 from agreement import suite_alone
 
-from evals.harness import Harness, load_tasks
+from evals.lm_tasks import Harness, load_tasks
 from evals.outcomes import SEARCH
-from optimizer.checkpoints import Checkpoint
+from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.run_study import worker_spec
-from optimizer.study_file import Study, read_study, task_specs
-from optimizer.worker import Worker, WorkerSpec
+from optimizer.study.study_file import Study, read_study, task_specs
+from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces import Recipe, Setting
-from search_spaces.mergekit import to_mergekit
+from search_spaces.mergekit.reader import to_mergekit
 
 DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
 DTYPES = ("bfloat16", "float32")

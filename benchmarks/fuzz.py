@@ -81,10 +81,6 @@ class Runner:
 
     def warm(self) -> None:
         """Import and compile once what every example would import and compile again."""
-        import optimizer.export
-        import optimizer.from_evolve
-        import optimizer.run_study
-        import optimizer.stacking  # noqa: F401
 
         for argv in (["check", "study.yaml"], ["merge", "merge.yaml", "warm"], ["front", "run"], ["status", "run"]):
             result = self.run({"target": "warm", "argv": argv, "files": {}, "sql": []}, inside=True)

@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.outcomes import HOLDOUT, SEARCH
-from optimizer.manifest import read_manifest, tasks_of
-from optimizer.progress import event_text
-from optimizer.run_folder import RunFolder
-from optimizer.search import Event
-from optimizer.study_db import snapshot
-from optimizer.study_home import stored_trials
-from optimizer.trial_words import DRIVER_DIED, SEARCHED
+from optimizer.runs.manifest import read_manifest, tasks_of
+from optimizer.runs.run_folder import RunFolder
+from optimizer.runs.study_db import snapshot
+from optimizer.runs.study_home import stored_trials
+from optimizer.runs.trial import DRIVER_DIED, SEARCHED
+from optimizer.search.driver import Event
+from optimizer.views.progress import event_text
 from search_spaces.recipe import Recipe
 from tests.optimizer.small_study import write_study
 

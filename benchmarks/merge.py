@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimizer.checkpoints import INDEX_FILE
+from optimizer.checkpoints.checkpoint import INDEX_FILE
 from optimizer.errors import MergefrontError
-from optimizer.merge import Kept, Sources, merge_into
+from optimizer.merging.merge import Kept, Sources, merge_into
 from search_spaces import METHODS, Recipe, Setting, SpaceError
-from search_spaces.mergekit import to_mergekit
+from search_spaces.mergekit.reader import to_mergekit
 
 TRIAD_NUMBERS = 1 << 26  # 256 MiB an array, beyond any cache that matters
 DEMO = Path(__file__).parents[1] / "runs/demo-inputs"

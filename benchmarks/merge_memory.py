@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from optimizer.tensor_file import Kind, write_sharded
+from optimizer.checkpoints.tensor_file import Kind, write_sharded
 
 ALLOWED = 500e6  # bytes beside two shards
 HIDDEN, INNER, VOCABULARY = 2048, 8192, 32_000

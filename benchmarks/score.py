@@ -31,12 +31,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from evals.demo_tasks import write_python_prose
 from evals.engine import Engine, budget_for
-from evals.harness import load_tasks
+from evals.lm_tasks import load_tasks
 from evals.outcomes import SEARCH, Outcome, TaskSpec
 from evals.tokens import Pair
-from optimizer.merge import DEVICE_ROOM
+from optimizer.demo.tasks import write_python_prose
+from optimizer.merging.merge import DEVICE_ROOM
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_MODEL = ROOT / "runs" / "demo-inputs" / "base"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from optimizer.pictures import picture
 from optimizer.run import Run, open_run
+from optimizer.views.pictures import picture
 
 
 def front_png(run: Run, path: Path | str) -> None:

@@ -119,7 +119,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Read the options that stand before the command."""
-    from optimizer.notices import make_notices_printable
+    from optimizer.views.notices import make_notices_printable
 
     make_notices_printable()
 
@@ -141,8 +141,8 @@ def init(
 ) -> None:
     """Write a commented study file to start from."""
     from evals.documents import resolved_path
-    from optimizer.from_evolve import study_from_evolve
-    from optimizer.new_study import new_study
+    from optimizer.study.from_evolve import study_from_evolve
+    from optimizer.study.new_study import new_study
 
     resolved_path(out, Path.cwd(), where="--out")
     if os.path.lexists(out) and not force:
@@ -171,8 +171,8 @@ def check(
     ] = False,
 ) -> None:
     """Say what a study would run, and all that does not fit."""
-    from optimizer.check import count_tokens, make_plan, print_plan, read_in_full, require_own_names
-    from optimizer.study_file import read_study
+    from optimizer.search.plan import count_tokens, make_plan, print_plan, read_in_full, require_own_names
+    from optimizer.study.study_file import read_study
 
     require_own_names()
     plan = make_plan(read_study(study, sets))
@@ -198,7 +198,7 @@ def search(
 ) -> None:
     """Run a study, or take it up where it was left."""
     from optimizer.run_study import run_study
-    from optimizer.study_file import read_study
+    from optimizer.study.study_file import read_study
 
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
@@ -211,7 +211,7 @@ def search(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> None:
     """Say how far a run is, and what to know first."""
-    from optimizer.tables import status_document
+    from optimizer.views.tables import status_document
 
     opened = _opened(run, storage)
     document = status_document(opened)
@@ -228,7 +228,7 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
 @app.command()
 def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> None:
     """Print the front: each gain and what it costs."""
-    from optimizer.tables import front_document, print_front
+    from optimizer.views.tables import front_document, print_front
 
     opened = _opened(run, storage)
     if as_json:
@@ -245,7 +245,7 @@ def show(
     storage: Storage = None,
 ) -> None:
     """Print one trial: its weights, what it won and kept."""
-    from optimizer.tables import retention_table, trial_document, weights_table
+    from optimizer.views.tables import retention_table, trial_document, weights_table
 
     opened = _opened(run, storage)
     if as_json:
@@ -286,7 +286,7 @@ def export(
     opened = _opened(run, storage)
     number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
     from evals.documents import checked_path
-    from optimizer.ship import export_trial  # brings torch
+    from optimizer.export.commands import export_trial  # brings torch
 
     _say(f"wrote {export_trial(opened, number, out and checked_path(out, where='--out'))}")
     if number in opened.points().index:
@@ -311,7 +311,7 @@ def merge(
 ) -> None:
     """Merge checkpoints by a recipe, without a search."""
     from evals.documents import checked_path
-    from optimizer.ship import merge_recipe
+    from optimizer.export.commands import merge_recipe
 
     _say(f"wrote {merge_recipe(recipe, checked_path(out, where='OUT'))}")
 
@@ -325,7 +325,7 @@ def demo(
     ] = None,
 ) -> None:
     """Run a whole study of a real model, from nothing to an export."""
-    from optimizer.demo import run_demo
+    from optimizer.demo.demo import run_demo
 
     run_demo(out, tiny, workers, _console())
 
@@ -333,7 +333,7 @@ def demo(
 def _opened(run: Path, storage: str | None) -> Run:
     from evals.documents import checked_path
     from optimizer.run import open_run
-    from optimizer.study_file import stored_storage
+    from optimizer.study.study_file import stored_storage
 
     run = checked_path(run, where="RUN")
     return open_run(run, storage=storage or stored_storage(run))
@@ -350,13 +350,13 @@ def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
 
 
 def _console() -> Console:
-    from optimizer.terminal import Terminal
+    from optimizer.views.terminal import Terminal
 
     return Terminal()
 
 
 def _say(text: str, *, error: bool = False) -> None:
-    from optimizer.terminal import say  # brings rich
+    from optimizer.views.terminal import say  # brings rich
 
     say(text, error=error)
 
@@ -367,7 +367,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """The `mergefront` command."""
-    from optimizer.interrupt import interrupted_once
+    from optimizer.search.interrupt import interrupted_once
 
     with interrupted_once():
         app()

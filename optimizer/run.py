@@ -17,17 +17,17 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.errors import TaskError
-from evals.limits import cut_short
 from evals.objectives import Draws, carries, draw_objectives, objectives, task_retention, task_scores
 from evals.outcomes import HOLDOUT, SEARCH
-from optimizer.comparison import Gap, gap_to_line
+from evals.truncation import cut_short
 from optimizer.errors import NoPointError, RunError
-from optimizer.frames import Row, rows_of
-from optimizer.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
-from optimizer.manifest import read_manifest, tasks_of
-from optimizer.run_folder import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
-from optimizer.study_home import stored_trials
-from optimizer.trial_words import NOT_COUNTED, SEARCHED
+from optimizer.runs.comparison import Gap, gap_to_line
+from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
+from optimizer.runs.manifest import read_manifest, tasks_of
+from optimizer.runs.run_folder import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
+from optimizer.runs.study_home import stored_trials
+from optimizer.runs.trial import NOT_COUNTED, SEARCHED
+from optimizer.views.frames import Row, rows_of
 from optimizer.words import count, listed, percent
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of
@@ -366,13 +366,13 @@ class Run:
 
     def plot_front(self) -> go.Figure:
         """Forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
-        from optimizer import plots
+        from optimizer.views import plots
 
         return plots.front(self._points, knee=self.knee() if len(self._points) else None, suite=self._suite())
 
     def plot_weights(self, trial: int) -> go.Figure:
         """The weights of one trial over the depth of the model, by module and expert."""
-        from optimizer import plots
+        from optimizer.views import plots
 
         return plots.weights(
             self.weights(trial), title=f"{self._titled(trial)}: how much of the expert each layer takes"
@@ -380,7 +380,7 @@ class Run:
 
     def plot_hypervolume(self) -> go.Figure:
         """The hypervolume over trials, against what the anchors alone cover."""
-        from optimizer import plots
+        from optimizer.views import plots
 
         return plots.hypervolume(
             self.hypervolume(),
@@ -391,7 +391,7 @@ class Run:
 
     def plot_retention(self, trial: int) -> go.Figure:
         """What one trial kept of each general task and won of each domain task, with intervals."""
-        from optimizer import plots
+        from optimizer.views import plots
 
         return plots.retention(self.retention(trial), title=f"{self._titled(trial)}: what it won and what it kept")
 

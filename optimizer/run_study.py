@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import SUITES
 from evals.packing import PLAN
-from optimizer.check import Plan, count_tokens, make_plan, require_own_names, require_sound
-from optimizer.pool import RayPool, SerialPool
-from optimizer.progress import Progress, event_text
-from optimizer.ray_address import other_cluster
 from optimizer.run import open_run
-from optimizer.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
-from optimizer.search import Event, run_search
-from optimizer.study_file import Study, dump_study, read_study, task_specs
-from optimizer.study_home import require_usable
-from optimizer.tables import front_document, print_front
-from optimizer.worker import Worker, WorkerSpec
+from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
+from optimizer.runs.study_home import require_usable
+from optimizer.search.driver import Event, run_search
+from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound
+from optimizer.study.study_file import Study, dump_study, read_study, task_specs
+from optimizer.views.progress import Progress, event_text
+from optimizer.views.tables import front_document, print_front
+from optimizer.workers.pool import RayPool, SerialPool
+from optimizer.workers.ray_address import other_cluster
+from optimizer.workers.worker import Worker, WorkerSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from optimizer.checkpoints import Checkpoint
+    from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.run import Run
 
 
@@ -81,7 +81,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
 
 def _sound_plan(study: Study) -> Plan:
     """A plan in which everything fits, of models that are finite."""
-    from optimizer.checkpoints import require_finite
+    from optimizer.checkpoints.checkpoint import require_finite
 
     plan = make_plan(study)
     count_tokens(plan)
@@ -108,7 +108,7 @@ def _search(plan: Plan, run: RunFolder, console: Console) -> None:
 
 def finish(run: Run) -> None:
     """Write front.json and report.html from what the run folder holds."""
-    from optimizer.report import write_report
+    from optimizer.views.report import write_report
 
     write_atomically(run.path / "front.json", (json.dumps(front_document(run), indent=1) + "\n").encode())
     write_report(run)

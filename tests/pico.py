@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimizer.demo_models import byte_tokenizer
+from optimizer.demo.models import byte_tokenizer
 
 
 def pico_llama(

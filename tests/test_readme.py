@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from optimizer.cli import app
 from optimizer.run import Run
-from optimizer.study_file import read_study
+from optimizer.study.study_file import read_study
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

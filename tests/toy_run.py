@@ -21,8 +21,8 @@ import pandas as pd
 
 from evals.objectives import draw_objectives, objectives
 from evals.outcomes import Outcome, TaskInfo
-from optimizer.front import non_dominated
-from optimizer.run_folder import RunFolder
+from optimizer.runs.front import non_dominated
+from optimizer.runs.run_folder import RunFolder
 from search_spaces.groups import depth_of
 from search_spaces.recipe import Recipe
 from search_spaces.space import Shape, Space

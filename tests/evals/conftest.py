@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.engine import Engine
-from evals.harness import Harness, load_tasks
+from evals.lm_tasks import Harness, load_tasks
 from evals.outcomes import REST, TaskSpec
 from tests.pico import pico_llama
 

@@ -207,7 +207,7 @@ def test_infos_name_no_local_path(tmp_path: Path) -> None:
 
 
 def _load_in_a_process(folder: str) -> list[str]:
-    from evals.harness import load_tasks
+    from evals.lm_tasks import load_tasks
 
     spec = TaskSpec(folder, "general", search_items=5, holdout_items=5)
     return load_tasks([spec], seed=0, chat_template=False, allow_task_code=False).suite_hash(SEARCH)["t"]

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 import pandas as pd
 
-from evals.limits import cut_short
 from evals.outcomes import Outcome
+from evals.truncation import cut_short
 
 
 def outcome(task: str, item: int, **changes: object) -> Outcome:

@@ -20,12 +20,12 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.demo_tasks import OWN_TASKS, write_python_prose
 from evals.engine import Engine
-from evals.harness import Harness
+from evals.lm_tasks import Harness
 from evals.outcomes import SEARCH
 from evals.tokens import Pair
-from optimizer.demo_models import build_base
+from optimizer.demo.models import build_base
+from optimizer.demo.tasks import OWN_TASKS, write_python_prose
 from optimizer.errors import CheckpointError
 from tests.conftest import ROOT
 from tests.evals.conftest import load, write_task

@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial
 
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import CheckpointError, MergeError
-from optimizer.pool import SerialPool
-from optimizer.run_folder import RunFolder
-from optimizer.search import Event, run_search
-from optimizer.study_file import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
-from optimizer.worker import Evaluation
+from optimizer.runs.run_folder import RunFolder
+from optimizer.search.driver import Event, run_search
+from optimizer.study.study_file import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
+from optimizer.workers.pool import SerialPool
+from optimizer.workers.worker import Evaluation
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe

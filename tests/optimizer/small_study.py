@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from optimizer.new_study import commented_study
+from optimizer.study.new_study import commented_study
 from tests.pico import pico_expert, pico_llama
 
 TASK = """\

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 from optimizer.cli import app
 from optimizer.errors import DamagedError, MergeError, RunError, UnavailableError
 from optimizer.run import open_run
-from optimizer.run_folder import RunFolder
-from optimizer.study_file import read_study
+from optimizer.runs.run_folder import RunFolder
+from optimizer.study.study_file import read_study
 from tests.optimizer.small_study import write_study
 from tests.pico import pico_expert
 from tests.toy_run import toy_run

@@ -15,7 +15,7 @@ from optimizer.errors import UnavailableError
 from optimizer.run import open_run
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench
-from tests.optimizer.test_kill import FORKS, driver
+from tests.optimizer.search.test_kill import FORKS, driver
 
 BUDGET = 8
 AT_START = (40, 30_000, 1_100_000)  # bytes
@@ -102,6 +102,6 @@ def test_the_backup_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pyte
 
 
 def bench_storage(bench: Bench) -> object:
-    from optimizer.run_folder import RunFolder
+    from optimizer.runs.run_folder import RunFolder
 
     return RunFolder(bench.folder).storage()

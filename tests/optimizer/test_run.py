@@ -20,10 +20,10 @@ from rich.console import Console
 from evals.objectives import draw_objectives, objectives
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
-from optimizer.report import report_html
 from optimizer.run import Run, _verdict, open_run
-from optimizer.run_folder import RunFolder
-from optimizer.tables import front_document, print_front, status_document
+from optimizer.runs.run_folder import RunFolder
+from optimizer.views.report import report_html
+from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
 
 
@@ -260,7 +260,7 @@ def test_a_crafted_recipe_is_refused(tmp_path: Path) -> None:
 def test_reading_needs_no_torch_ray_or_lm_eval(tmp_path: Path) -> None:
     path = toy_run(tmp_path / "toy", trials=12)
     code = (
-        "import sys; from optimizer.run import open_run; from optimizer.report import report_html\n"
+        "import sys; from optimizer.run import open_run; from optimizer.views.report import report_html\n"
         "run = open_run(sys.argv[1]); run.summary(); report_html(run)\n"
         "print(sorted({'torch', 'ray', 'lm_eval', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from optimizer import run_study as run_study_module
 from optimizer.errors import SearchError
-from optimizer.progress import Progress
-from optimizer.run_folder import RunFolder
 from optimizer.run_study import run_study
-from optimizer.search import Event
+from optimizer.runs.run_folder import RunFolder
+from optimizer.search.driver import Event
+from optimizer.views.progress import Progress
 from tests.optimizer.small_study import write_study
 
 TRIALS = 7

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from search_spaces import Recipe, SpaceError
-from search_spaces.mergekit import from_mergekit
+from search_spaces.mergekit.reader import from_mergekit
 from tests.search_spaces.strategies import TENSORS
 
 DOCUMENT: dict[str, Any] = {

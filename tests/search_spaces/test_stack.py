@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import SpaceError
-from search_spaces.stack import MOST_LAYERS, Stack, stack_of
+from search_spaces.mergekit.stack import MOST_LAYERS, Stack, stack_of
 from tests.search_spaces.names import llama
 from tests.search_spaces.strategies import JUNK
 

@@ -1,0 +1,163 @@
+"""A folder's config and tokenizer as transformers makes them, where whatever it objects to becomes our error.
+
+Their files are read by our own guarded reader first: small, regular, JSON. Asked by `checkpoints` when two models are
+compared, by `resident` for the model itself, and for the tokenizer by `check` and by each worker.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals.documents import LARGEST
+from optimizer.checkpoints.headers import read_json
+from optimizer.checkpoints.vocabulary import LARGEST as LARGEST_VOCABULARY
+from optimizer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+CONFIG_FILE = "config.json"
+SETTINGS = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+READ_AS_TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # of what a tokenizer may read
+MOST_OF_A_KIND = 100_000  # layers, heads, experts or labels: transformers makes an object of each before it looks
+MOST_KEYS = 300  # of a config that is searched for the key at fault
+IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+
+
+def checked_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, which neither asks for code nor for objects without end.
+
+    Raises:
+        CheckpointError: it does, or cannot be read, or is of quantised weights.
+    """
+    file = folder / CONFIG_FILE
+    config = read_json(file, unique=True)
+    if "auto_map" in config:
+        raise CheckpointError(f"{file} has auto_map: it asks for code of its own to be run, which is never done")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{file} has quantization_config: quantised weights cannot be merged; give the original")
+    for part in _objects(config):
+        for key, value in part.items():
+            if key in IMPLEMENTATIONS and "/" in str(value):
+                raise CheckpointError(
+                    f"{file} has {key}={shown(value)}: it asks for code from the hub, which is never run"
+                )
+            if key.startswith("num_") and type(value) is int and value > MOST_OF_A_KIND:
+                raise CheckpointError(f"{file}: {key} may be {MOST_OF_A_KIND:,} at most; given {shown(value)}")
+    return config
+
+
+def full_config(folder: Path) -> dict[str, Any]:
+    """Return a config with its defaults filled in and old spellings (rope_theta, rope_scaling) brought to new ones.
+
+    Raises:
+        CheckpointError: as `model_config`.
+    """
+    config = model_config(folder)
+    with refused(folder / CONFIG_FILE):
+        full: dict[str, Any] = config.to_dict()
+    return full
+
+
+def model_config(folder: Path) -> PreTrainedConfig:
+    """A folder's config as transformers reads it.
+
+    Raises:
+        CheckpointError: it cannot be read, is of no known kind, or transformers objects to a value, whose key is named.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file, document = folder / CONFIG_FILE, checked_config(folder)
+    kind = document.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{file} is not a model that transformers knows: model_type is {shown(kind)}")
+
+    def attempt(settings: dict[str, Any]) -> object:
+        return CONFIG_MAPPING[kind].from_dict(settings)
+
+    with refused(file, document, attempt):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer; no code of the folder is run.
+
+    Raises:
+        CheckpointError: a file of it cannot be read, is too large, or transformers objects to it.
+    """
+    from transformers import AutoTokenizer
+
+    for file in sorted(folder.iterdir()):
+        limit = LARGEST if file.name in SETTINGS else LARGEST_VOCABULARY
+        if file.suffix in READ_AS_TEXT and file.is_file() and file.stat().st_size > limit:
+            raise CheckpointError(f"{file} may hold {limit:,} bytes; given {file.stat().st_size:,}")
+        if file.name in SETTINGS:
+            read_json(file)
+    model_config(folder)
+    with refused(folder, what="its tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    return tokenizer
+
+
+@contextmanager
+def refused(
+    file: Path,
+    document: Mapping[str, Any] | None = None,
+    attempt: Callable[[dict[str, Any]], object] | None = None,
+    *,
+    what: str = "",
+) -> Iterator[None]:
+    """Turn whatever comes out of transformers into a CheckpointError that names the file, and the key where it is one.
+
+    Args:
+        file: what transformers reads.
+        document, attempt: its keys and values, and the same call for others: the key is at fault without which it goes.
+        what: is made of the file.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, no Exception
+            raise
+        key = _key_at_fault(document, attempt) if document and attempt else None
+        given = f": {key} is {shown(document[key])}" if document and key else f": {what}" if what else ""
+        told = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{file}{given}, which transformers cannot use ({type(error).__name__}: {told:.200}); "
+            "restore the file as the model's maker gave it"
+        ) from error
+
+
+def shown(value: object) -> str:
+    """A value for a message: its beginning where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def _key_at_fault(document: Mapping[str, Any], attempt: Callable[[dict[str, Any]], object]) -> str | None:
+    if len(document) > MOST_KEYS:
+        return None
+    for key in document:
+        try:
+            attempt(copy.deepcopy({name: value for name, value in document.items() if name != key}))
+        except Exception:  # another key is at fault
+            continue
+        return key
+    return None
+
+
+def _objects(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A JSON object and those in it, at any depth that the reader lets through."""
+    yield value
+    for inner in value.values():
+        if isinstance(inner, dict):
+            yield from _objects(inner)

@@ -1,0 +1,176 @@
+"""A model in memory, made from a checkpoint's tensors, and where each of them lives in it.
+
+transformers renames some tensors, and fuses the experts of a mixture. Their places are found once, when a worker
+starts, so that every merge can write each tensor where it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optimizer.checkpoints.configs import CONFIG_FILE, model_config, refused
+from optimizer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from optimizer.checkpoints.checkpoint import Checkpoint
+
+
+def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
+    """The base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
+
+    Args:
+        dtype: "auto", "bf16" or "float32".
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: the base is no causal language model, or its config asks for other tensors.
+    """
+    target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    require_loadable(base)
+    tensors = {}
+    for name in base.names:
+        tensor = base.tensor(name)
+        tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
+    model: Any = _loaded(base, tensors)
+    model.requires_grad_(False)
+    resident: PreTrainedModel = model.to(place).eval()
+    return resident
+
+
+def require_loadable(base: Checkpoint) -> None:
+    """Make the base's model of tensors without numbers, as a check that takes no memory.
+
+    Raises:
+        CheckpointError: as `resident_model`.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    def attempt(settings: dict[str, Any]) -> None:
+        config = AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            _architecture(config, base)(config)
+
+    loud = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with refused(base.folder / CONFIG_FILE, base.config, attempt):
+            _loaded(base, {n: torch.empty(base.shape(n), dtype=base.dtype(n), device="meta") for n in base.names})
+    finally:
+        logging.set_verbosity(loud)
+
+
+def _loaded(base: Checkpoint, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """The model that the base's config describes, on these tensors; none is left over and none is missing."""
+    config = model_config(base.folder)
+    floating = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    if floating is None:
+        raise CheckpointError(f"{base.folder} holds no floating-point tensor")
+    where = {"device_map": "meta"} if next(iter(tensors.values())).is_meta else {}
+    with _no_bar():
+        model, loading = _architecture(config, base).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=floating, output_loading_info=True,
+            ignore_mismatched_sizes=True, **where,
+        )  # fmt: skip
+    odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]]
+    if odd:  # transformers would go on with random numbers
+        raise CheckpointError(f"config and tensors of {base.folder} do not fit: {', '.join(map(str, odd[:5]))}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _architecture(config: PreTrainedConfig, base: Checkpoint) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
+
+
+def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]:
+    """Give the memory of a model that each tensor of its checkpoint was loaded into.
+
+    A tensor is looked for by its name, with or without the model's own prefix, and where transformers calls it
+    otherwise by its numbers: as a parameter, or as the part of a fused one that its expert's number says. What the
+    model takes no notice of (such as the masks in old GPT-2 files) gets memory of its own.
+
+    Args:
+        model: was loaded from the checkpoint, which had all it asks for.
+
+    Raises:
+        CheckpointError: a tensor could be in two places, or a parameter holds what no tensor fills.
+    """
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    places: dict[str, Tensor] = {}
+    for name in base.names:
+        known = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in parameters), None)
+        if known is not None:
+            places[name] = parameters.pop(known)
+    holds = sum(parameter.numel() for parameter in parameters.values())
+    for name in sorted(set(base.names) - set(places)):
+        tensor = base.tensor(name)
+        found = [part for part in _parts(name, parameters) if _holds(part, tensor)]
+        if len(found) > 1:
+            raise CheckpointError(f"{base.folder}: {name} could be {len(found)} parts of the model: they are alike")
+        holds -= sum(part.numel() for part in found)
+        places[name] = found[0] if found else tensor.clone()
+    if holds:
+        raise CheckpointError(
+            f"{base.folder}: transformers makes {', '.join(sorted(parameters)[:3])} of its tensors in a way not known "
+            "here, so it cannot be searched; `mergefront merge` works on the files alone"
+        )
+    return places
+
+
+def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
+    """The tensors a merge writes: the model's own, or others in the base's dtype where the model is scored in another.
+
+    A merge is rounded to the base's dtype, whatever it is scored in, since that is what an export will hold.
+    """
+    if all(parameters[name].dtype == base.dtype(name) for name in base.names if name in parameters):
+        return parameters
+    return {name: torch.empty(base.shape(name), dtype=base.dtype(name)) for name in base.names}
+
+
+def _parts(name: str, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Give what a tensor may be: a parameter, or what a fused one holds at the number of an expert, halved or not."""
+    layer, inner = _numbers(name)[:1], _numbers(name)[1:]
+    for other, parameter in parameters.items():
+        if _numbers(other)[:1] != layer:
+            continue
+        yield parameter
+        if inner and parameter.dim() == 3 and inner[-1] < len(parameter):
+            whole = parameter[inner[-1]]
+            yield from (whole, *whole.tensor_split(2))
+
+
+def _numbers(name: str) -> list[int]:
+    """Give the whole numbers among a name's parts: the layer, then an expert."""
+    return [int(part) for part in name.split(".") if part.isdecimal()]
+
+
+def _holds(part: Tensor, tensor: Tensor) -> bool:
+    return part.shape == tensor.shape and bool((part == tensor.to(part.device, part.dtype)).all())

@@ -1,0 +1,1 @@
+"""A whole study of a real model, from nothing but PyPI."""

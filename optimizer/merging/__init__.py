@@ -1,0 +1,1 @@
+"""The arithmetic: sources and a recipe to tensors."""

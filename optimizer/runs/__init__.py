@@ -1,0 +1,1 @@
+"""What a search leaves: the run folder, its study, and the statistics of its trials."""

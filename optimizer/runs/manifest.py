@@ -1,0 +1,116 @@
+"""tasks.json of a run folder, read without trusting it: its format, its tasks and what its scores depend on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from evals.documents import DocumentError, read_json
+from evals.outcomes import TaskInfo
+from optimizer.errors import DamagedError, RunError, StudyFileError
+from optimizer.runs.study_url import storage_label
+from optimizer.study.study_file import read_yaml
+
+FORMAT = 1
+ROLES = ("domain", "general")
+KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole number"}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What tasks.json holds: format, tasks (a list), fingerprint (a mapping), study and storage.
+
+    The study is a name, which counts in a database outside the folder; the storage is that database's URL, without a
+    password, or None for study.db. A file of an earlier version has neither; its study file tells them.
+
+    Raises:
+        RunError: the folder is not a run of this format.
+        DamagedError: its tasks.json is damaged.
+    """
+    path = folder / "tasks.json"
+    try:
+        manifest = read_json(path, finite=True)
+    except DocumentError as error:
+        raise RunError(f"{folder} is not a run folder: its tasks.json cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or not {"format", "tasks", "fingerprint"} <= set(manifest):
+        given = ", ".join(map(str, manifest)) if isinstance(manifest, dict) else f"a {type(manifest).__name__}"
+        rule = "its tasks.json must hold format, tasks and fingerprint"
+        raise RunError(f"{folder} is not a run folder: {rule}; given {given or 'nothing'}")
+    if type(manifest["format"]) is not int or manifest["format"] != FORMAT:
+        made_by = _brief(manifest["format"])
+        raise RunError(f"{path} has format {made_by}, this version reads format {FORMAT}; use the version that made it")
+    if not isinstance(manifest["fingerprint"], dict):
+        _refuse(path, "fingerprint", "must hold keys and values", manifest["fingerprint"])
+    if not isinstance(manifest["tasks"], list):
+        _refuse(path, "tasks", "must be a list of tasks", manifest["tasks"])
+    tasks_of(manifest, path)
+    manifest = {**_told_by_study_file(folder), **manifest} if "study" not in manifest else manifest
+    for key, kinds in (("study", (str,)), ("storage", (str, type(None)))):
+        if not isinstance(manifest.get(key), kinds):
+            _refuse(path, key, "must be a text", manifest.get(key))
+    return manifest
+
+
+def stored_study(folder: Path) -> dict[str, Any]:
+    """What a run's study.yaml holds; nothing where it cannot be read."""
+    try:
+        return read_yaml(folder / "study.yaml")
+    except StudyFileError:
+        return {}
+
+
+def _told_by_study_file(folder: Path) -> dict[str, Any]:
+    """A study had the name of its folder, there and then; `home` is that folder, since the study does not say it."""
+    study = stored_study(folder)
+    search, runs, name = study.get("search"), study.get("runs"), str(study.get("name", folder.resolve().name))
+    storage = search.get("storage") if isinstance(search, dict) else None
+    return {
+        "study": name,
+        "storage": storage_label(storage) if isinstance(storage, str) else None,
+        "home": str(Path(runs) / name) if isinstance(runs, str) else None,
+    }
+
+
+def tasks_of(manifest: Mapping[str, Any], path: Path) -> tuple[TaskInfo, ...]:
+    """The tasks of a manifest that was read from `path`."""
+    tasks: dict[str, TaskInfo] = {}
+    for i, given in enumerate(manifest["tasks"]):
+        task = _task(given, path, f"tasks.{i}")
+        if task.name in tasks:
+            _refuse(path, f"tasks.{i}.name", "must be another than those before it", task.name)
+        tasks[task.name] = task
+    return tuple(tasks.values())
+
+
+def _task(given: object, path: Path, key: str) -> TaskInfo:
+    if not isinstance(given, dict):
+        _refuse(path, key, "must hold keys and values", given)
+    kinds = get_type_hints(TaskInfo)
+    for name in given:
+        if name not in kinds:
+            _refuse(path, f"{key}.{name}", f"is not known; the keys here are {', '.join(kinds)}", given[name])
+    for field in fields(TaskInfo):
+        place = f"{key}.{field.name}"
+        if field.name not in given:
+            if field.default is MISSING:
+                raise DamagedError(f"{path}: {place} must be given")
+            continue
+        value, kind = given[field.name], kinds[field.name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            _refuse(path, place, f"must be {KINDS[kind]}", value)
+        if kind is int and value < 0:
+            _refuse(path, place, "must be a whole number", value)
+    if given["role"] not in ROLES:
+        _refuse(path, f"{key}.role", f"must be {' or '.join(ROLES)}", given["role"])
+    return TaskInfo(**given)
+
+
+def _refuse(path: Path, key: str, rule: str, given: object) -> NoReturn:
+    raise DamagedError(f"{path}: {key} {rule}; given {_brief(given)}; restore the file, or name another run folder")
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:79]}…"

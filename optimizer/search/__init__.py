@@ -1,0 +1,1 @@
+"""Ask and tell: the plan before a search, the driver of it, its samplers."""

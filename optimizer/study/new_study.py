@@ -1,0 +1,119 @@
+"""A study file to start from, with a comment on each thing a person may want to change."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evals.documents import checked_path
+from optimizer.errors import StudyFileError
+from optimizer.study.study_file import EXPERT_NAME, EXPERT_RULE, NAME, dump_scalar, shown
+
+GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
+
+
+def new_study(
+    out: Path, base: str, experts: Sequence[str], *, domain: Sequence[str] = (), general: Sequence[str] = ()
+) -> str:
+    """The text of a study file at `out`, from a command line's words; paths that exist are written from its folder.
+
+    Args:
+        experts: each a checkpoint, or NAME=checkpoint.
+    """
+    folder = out.resolve().parent
+    named: dict[str, str] = {}
+    for given in experts:
+        name, source = _named(given)
+        if name in named:
+            raise StudyFileError(f"experts have different names; given {name!r} twice: write NAME=PATH for one of them")
+        named[name] = source_from(source, folder)
+    choices = {"domain": domain, "general": general}
+    tasks = {role: [source_from(task, folder) for task in given] for role, given in choices.items() if given}
+    return commented_study(source_from(base, folder), named, name=run_name(out, list(named)), **tasks)
+
+
+def run_name(out: Path, experts: Sequence[str]) -> str:
+    """A name for the run, after the study's file or, where that says nothing or is no name, after the experts."""
+    says = out.stem != "study" and re.fullmatch(NAME, out.stem) and not out.stem.endswith(".")
+    return out.stem if says else "-".join(experts)[:64]
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, equals, source = given.partition("=")
+    if equals and source and "/" not in name:
+        if not re.fullmatch(EXPERT_NAME, name):
+            raise StudyFileError(f"{EXPERT_RULE}; given {shown(name)}")
+        return name, source
+    return expert_name(given), given
+
+
+def expert_name(source: str) -> str:
+    """A name for an expert, after its folder."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-_")[:32]
+    if not stem:
+        raise StudyFileError(f"an expert without a name of its own needs one: write NAME=PATH; given {shown(source)}")
+    return stem
+
+
+def source_from(source: str, folder: Path, where: str = "") -> str:
+    """A path that exists, written from a folder; anything else as it stands.
+
+    Raises:
+        StudyFileError: no file can have that path; `where` says where it was given.
+    """
+    path = checked_path(source, where=where, error=StudyFileError)
+    if not os.path.exists(path):  # False also where it may not be looked at
+        return source
+    relative = os.path.relpath(path.resolve(), folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def commented_study(
+    base: str,
+    experts: Mapping[str, str],
+    *,
+    name: str,
+    domain: Sequence[str] = ("path/to/domain_task.yaml",),
+    general: Sequence[str] = GENERAL,
+) -> str:
+    """The text of a study file with a comment on each thing a person may want to change."""
+    experts_text = "\n".join(f"    {dump_scalar(key)}: {dump_scalar(source)}" for key, source in experts.items())
+    domain_text = "\n".join(f"    - {dump_scalar(task)}" for task in domain)
+    general_text = "\n".join(f"    - {dump_scalar(task)}" for task in general)
+    return f"""\
+# A mergefront study. Look at it with `mergefront check FILE`, run it with `mergefront search FILE`.
+# Relative paths start at this file's folder.
+name: {dump_scalar(name)}
+
+models:
+  base: {dump_scalar(base)}  # the checkpoint all experts were trained from: a folder or a hub id
+  experts:  # a full checkpoint, or a LoRA adapter on the base
+{experts_text}
+
+space:
+  method: task_arithmetic  # linear, slerp, ties, dare_ties, …; or several: [task_arithmetic, ties]
+  shape: {{curve: 4}}  # weight over depth: uniform, slope, layers, {{curve: points}} or {{blocks: count}}
+  modules: [attn, mlp]  # kinds with weights of their own; add embed and head to let them differ
+  weight: [0, 1]  # must hold 0 (the base) and 1 (the expert)
+  # from: recipe.yaml  # start from a recipe.json or a mergekit document; the keys above may then be left out
+
+evals:
+  domain:  # what the expert should have learned: an lm-eval task name, or the path of a task's YAML file
+{domain_text}
+  general:  # what it may have forgotten
+{general_text}
+  items: 100  # of each task, scored by the search; more items, narrower intervals
+  holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
+  seed: 0  # chooses the items
+
+search:
+  trials: 40  # the base, the experts and other anchors are among them
+  sampler: auto  # auto, tpe, nsga2, gp, random
+  seed: 0
+
+workers:
+  count: 1  # processes, each with its own model in memory; 0: in this process, without Ray
+  threads: auto
+"""

@@ -1,0 +1,185 @@
+"""Still pictures of the figures of `plots`, for places without JavaScript: notebooks on a code host, READMEs.
+
+Each figure is defined once, in plotly; this draws the few kinds of traces they are made of with matplotlib (extra
+`notebook`), so that the picture and the interactive figure cannot disagree.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from optimizer.views.plots import GREY, INK
+
+DPI = 100  # plotly's pixels to an inch of picture
+POINTS = 72 / DPI  # one of plotly's pixels, in points
+SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "star": "*"}
+DASHES = {"solid": "-", "dot": ":", "dash": "--"}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawn figure: a notebook shows it as a PNG, `save` writes it; both are sharper than the figure's own pixels."""
+
+    figure: Figure
+
+    def save(self, path: Path | str) -> None:
+        """Write the picture; the name's ending says as what (.png, .svg, .pdf)."""
+        self.figure.savefig(path, dpi=2 * DPI)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        sink = io.BytesIO()
+        self.figure.savefig(sink, format="png", dpi=1.25 * DPI)
+        width, height = (round(inches * DPI) for inches in self.figure.get_size_inches())
+        return sink.getvalue(), {"width": width, "height": height}
+
+
+def picture(figure: go.Figure) -> Picture:
+    """Draw a figure of `optimizer.views.plots` with matplotlib, at the same size."""
+    layout = figure.layout
+    still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
+    panels = _panels(figure)
+    axes: list[Axes] = list(still.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0])
+    for ax, (x_name, y_name) in zip(axes, panels, strict=True):
+        _style(ax, layout[x_name], layout[y_name])
+        for trace in sorted(figure.data, key=lambda trace: trace.legendrank or 1000):
+            if _axis_name(trace.yaxis, "y") == y_name:
+                _draw(ax, trace)
+    _legend(axes[0])
+    for shape in layout.shapes:
+        _line(axes[0], shape)
+    for note in layout.annotations:
+        _note(axes, note)
+    titles: dict[str, Any] = {"x": 0.012, "ha": "left", "va": "top"}
+    inch = 1 / still.get_figheight()
+    still.text(y=1 - 0.12 * inch, s=_plain(layout.title.text), fontsize=15, color=INK, **titles)
+    still.text(y=1 - 0.42 * inch, s=_plain(layout.title.subtitle.text), fontsize=11, color=GREY, **titles)
+    still.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.66 * inch))
+    return Picture(still)
+
+
+def _axis_name(axis: str | None, letter: str) -> str:
+    return (axis or letter).replace(letter, f"{letter}axis")
+
+
+def _panels(figure: go.Figure) -> list[tuple[str, str]]:
+    """The axes' names of each panel, from top to bottom."""
+    pairs = dict.fromkeys((_axis_name(trace.xaxis, "x"), _axis_name(trace.yaxis, "y")) for trace in figure.data)
+    return list(pairs) or [("xaxis", "yaxis")]
+
+
+def _style(ax: Axes, x: Any, y: Any) -> None:
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=12, labelcolor=INK)
+    ax.set_axisbelow(True)
+    for name, spec in (("x", x), ("y", y)):
+        axis = ax.xaxis if name == "x" else ax.yaxis
+        axis.set_visible(spec.visible is not False)
+        if spec.gridcolor and spec.showgrid is not False:
+            axis.grid(True, color=spec.gridcolor, linewidth=1)
+        if spec.range is not None:
+            ax.set(**{f"{name}lim": spec.range})
+        if spec.tickvals is not None:
+            axis.set_ticks(list(spec.tickvals), [html.unescape(text) for text in spec.ticktext or spec.tickvals])
+        axis.set_label_text(_plain(spec.title.text), fontsize=13, color=INK)
+
+
+def _draw(ax: Axes, trace: Any) -> None:
+    if trace.type == "bar":
+        ax.barh(list(trace.y), list(trace.x), height=trace.width, color=trace.marker.color, alpha=trace.marker.opacity,
+                label=_label(trace), zorder=2)  # fmt: skip
+    else:
+        _scatter(ax, trace)
+    for axis in ("x", "y"):
+        bars = trace[f"error_{axis}"]
+        if bars.array is not None:
+            ends: dict[str, Any] = {f"{axis}err": [list(bars.arrayminus), list(bars.array)]}
+            width = bars.thickness * POINTS
+            ax.errorbar(trace.x, trace.y, **ends, fmt="none", ecolor=_colour(bars.color), elinewidth=width, zorder=3)
+
+
+def _scatter(ax: Axes, trace: Any) -> None:
+    look: dict[str, Any] = {"linestyle": "none", "zorder": 3}
+    if "lines" in trace.mode:
+        steps = "steps-post" if trace.line.shape == "hv" else "default"
+        look |= {"linestyle": DASHES[trace.line.dash or "solid"], "color": trace.line.color, "drawstyle": steps,
+                 "linewidth": trace.line.width * POINTS, "zorder": 2}  # fmt: skip
+    if "markers" in trace.mode:
+        symbol, hollow = trace.marker.symbol.removesuffix("-open"), trace.marker.symbol.endswith("-open")
+        look |= {"marker": SYMBOLS[symbol], "markersize": trace.marker.size * POINTS,
+                 "markerfacecolor": "none" if hollow else trace.marker.color,
+                 "markeredgecolor": trace.marker.color if hollow else "white",
+                 "markeredgewidth": (trace.marker.line.width or 0) * POINTS}  # fmt: skip
+    values = ([float("nan") if value is None else value for value in axis] for axis in (trace.x, trace.y))
+    ax.plot(*values, label=_label(trace), **look)
+
+
+def _colour(css: str) -> tuple[float, float, float, float] | str:
+    if not css.startswith("rgba"):
+        return css
+    red, green, blue, alpha = (float(part) for part in re.findall(r"[\d.]+", css))
+    return red / 255, green / 255, blue / 255, alpha
+
+
+def _legend(ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(labels), frameon=False,
+                  fontsize=12, columnspacing=1.2, handletextpad=0.3)  # fmt: skip
+
+
+def _line(ax: Axes, shape: Any) -> None:
+    assert shape.type == "line", "figures use upright lines only"
+    assert shape.x0 == shape.x1, "figures use upright lines only"
+    ax.axvline(shape.x0, color=shape.line.color, linewidth=shape.line.width * POINTS,
+               linestyle=DASHES[shape.line.dash], zorder=1 if shape.layer == "below" else 4)  # fmt: skip
+
+
+def _note(axes: Sequence[Axes], note: Any) -> None:
+    if note.yref == "paper" and len(axes) > 1:  # the title of a panel: make_subplots places it above the panel
+        panel = min(len(axes) - 1, int((1 - note.y) * len(axes) + 0.5))
+        axes[panel].set_title(_plain(note.text), fontsize=13, loc="right", color=INK)
+        return
+    ax, paper = axes[0], {"paper": True, "x": False, "y": False, None: False}
+    place: Any = {
+        (False, False): "data",
+        (True, True): "axes fraction",
+        (True, False): ax.get_yaxis_transform(),
+        (False, True): ax.get_xaxis_transform(),
+    }[paper[note.xref], paper[note.yref]]
+    arrow = bool(note.showarrow)
+    right, up = (note.ax, -note.ay) if arrow else (note.xshift or 0, note.yshift or 0)
+    ax.annotate(
+        _plain(note.text),
+        (note.x, note.y),
+        xycoords=place,
+        xytext=(right * POINTS, up * POINTS),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "-", "color": note.arrowcolor, "shrinkB": 6} if arrow else None,
+        ha=note.xanchor or "center",
+        va=note.yanchor or "center",
+        fontsize=12,
+        color=note.font.color or INK,
+        fontweight="bold" if note.text.startswith("<b>") and "<br>" not in note.text else "normal",
+        zorder=5,
+        annotation_clip=False,
+    )
+
+
+def _label(trace: Any) -> str:
+    return "_hidden" if trace.showlegend is False else trace.name
+
+
+def _plain(text: str | None) -> str:
+    """A label without plotly's tags; a dollar sign would otherwise start mathematics."""
+    lines = re.sub(r"<br>", "\n", text or "")
+    return html.unescape(re.sub(r"<[^>]*>", "", lines)).replace("$", r"\$")

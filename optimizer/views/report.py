@@ -1,0 +1,260 @@
+"""report.html: one file with everything a person needs to pick a point, readable without a network or this program.
+
+Every name is escaped, no script but the two inlined ones may run (their hashes are in the page's policy), and nothing
+is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from evals.documents import read_text
+from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.errors import RunError
+from optimizer.masking import redacted
+from optimizer.runs.front import SURE
+from optimizer.runs.run_folder import write_atomically
+from optimizer.views.frames import Row, rows_of
+from optimizer.views.plots import DARK, library_script
+from optimizer.words import count, kind_said, percent
+
+if TYPE_CHECKING:
+    from optimizer.run import Run
+
+
+WORDS = {
+    "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
+    "has 0 %, the expert 100 %.",
+    "forgetting": "what a merge loses of the base's ability on the general tasks, as a share of it (above chance, "
+    "where there is a chance). The base forgets 0 %.",
+    "interval": "95 % of bootstrap samples of the items fall in it; the same items are drawn for every merge.",
+    "front": "the merges that no other merge beats in both. The search chose it on its own items; items it never saw "
+    "judge it, so the second pair of figures is the one to trust.",
+    "knee": "the point of the front farthest above the straight line from base to expert.",
+    "uniform line, depth slope": "what needs no search: one weight for all layers (WiSE-FT), or one that rises with "
+    "depth (LiNeS). Between their points we interpolate.",
+}
+
+
+def write_report(run: Run, path: Path | None = None) -> Path:
+    """Write the report of a run, into its folder unless told otherwise, and return its path."""
+    target = path or run.path / "report.html"
+    write_atomically(target, report_html(run).encode("utf-8"))
+    return target
+
+
+def report_html(run: Run) -> str:
+    """The report as one page."""
+    page = Template(_part("report_page.html"))
+    library, script = library_script(), _part("report_page.js")
+    scored = not run.points().empty
+    study = run.path / "study.yaml"
+    return page.substitute(
+        script_hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (library, script)),
+        title=_text(f"{run.name} - merge front"),
+        heading=_text(f"Merge front of {run.name}"),
+        subheading=_text(_what_was_merged(run)),
+        lead="".join(f"<p>{_text(line)}</p>" for line in _lead(run)),
+        cards=_cards(run) + _limits(run) if scored else "",
+        findings=_findings(run),
+        figures=_figures(run) if scored else "",
+        table=_table(run) if scored else "",
+        words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
+        study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
+        data=_figure_data(run) if scored else "{}",
+        plotly=library,
+        script=script,
+    )
+
+
+def _part(name: str) -> str:
+    """A part of the page that lies beside this module."""
+    return files("optimizer.views").joinpath(name).read_text(encoding="utf-8")
+
+
+def _what_was_merged(run: Run) -> str:
+    states = run.trials()["state"]
+    done = f"{int((states == 'complete').sum())} of {count(len(states), 'trial')} finished"
+    tasks = ", ".join(task.name for task in run.tasks)
+    if not run.experts:
+        return f"{done}."
+    experts = "Experts" if len(run.experts) > 1 else "Expert"
+    return f"{experts} {', '.join(run.experts)} merged into the base. {done}. Tasks: {tasks}."
+
+
+def _lead(run: Run) -> list[str]:
+    return [run.describe(run.knee()), *run.verdict()] if not run.points().empty else [run.summary()]
+
+
+def _cards(run: Run) -> str:
+    knee = run.knee()
+    row, prefix = rows_of(run.points())[knee], "holdout_" if run.suite_of(knee) == HOLDOUT else ""
+    shown = [
+        (_interval(row, f"{prefix}domain"), f"of the domain gain kept by trial {knee}, the knee"),
+        (_interval(row, f"{prefix}forgetting"), "of the base's general ability forgotten by it"),
+    ]
+    for gap in rows_of(run.does_search_pay()).values():
+        points = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * gap[name] for name in ("difference", "low", "high")))
+        line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
+        shown.append((points, f"points of domain gain over {line} at equal forgetting"))
+    return f'<div class="cards">{"".join(_card(figure, of) for figure, of in shown)}</div>'
+
+
+def _card(figure: str, of: str) -> str:
+    value, _, interval = figure.partition(" [")
+    small = f"<small>[{_text(interval)}</small>" if interval else ""
+    return f'<div class="card"><b>{_text(value)} {small}</b><span class="soft">{_text(of)}</span></div>'
+
+
+def _findings(run: Run) -> str:
+    findings = run.findings()
+    items = "".join(f"<li>{_text(finding)}</li>" for finding in findings)
+    return f"<section><h2>Read with care</h2><ul>{items}</ul></section>" if findings else ""
+
+
+def _figures(run: Run) -> str:
+    knee = run.knee()
+    names = {trial: _named(run.named(trial), row["kind"]) for trial, row in rows_of(run.front()).items()}
+    options = "".join(
+        f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(name)}</option>'
+        for trial, name in names.items()
+    )
+    choice = (
+        f'<p class="screen"><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
+    )
+    hint = '<p class="soft screen">Click a point of the front to see its weights and tasks below.</p>'
+    return (
+        f"<section>{_figure('front')}{hint}</section>"
+        f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
+        f"<section>{_figure('hypervolume')}</section>"
+    )
+
+
+def _figure(name: str) -> str:
+    """The place of a figure; its title and the line below stand in the page, where they wrap as text does."""
+    return (
+        f'<figure id="{name}"><figcaption><h2></h2><p class="soft"></p></figcaption><div class="figure"></div></figure>'
+    )
+
+
+def _limits(run: Run) -> str:
+    """The best point for each of some limits on forgetting."""
+    answers = rows_of(run.by_limit())
+    if not answers:
+        return ""
+    items = "unseen items" if all(row["suite"] == HOLDOUT for row in answers.values()) else "search items"
+    figures = [f"{name}, {items}" for name in ("domain gain", "forgetting")]
+    titles = ("forgets at most", "trial", "what", *figures, "keeps to it in")
+    rows = []
+    for row in answers.values():
+        what, kept = _what(row["kind"]) or "searched", f"{percent(row['kept'])} of resamplings"
+        shares = [_interval(row, name) for name in ("domain", "forgetting")]
+        rows.append([percent(row["limit"]), row["trial"], what, *shares, kept])
+    export = f"mergefront export {run.path.name} --max-forgetting {answers[0]['limit']:g} --sure {SURE:g}"
+    return (
+        "<section><h2>The most domain gain for a limit on forgetting</h2>"
+        f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
+        f"{_grid(titles, rows)}<p>Write one as a model: <code>{_text(export)}</code></p></section>"
+    )
+
+
+def _table(run: Run) -> str:
+    knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
+    titles = [f"{_title(name)}, {items}" for items in ("search items", "unseen items") for name in names]
+    several = len(run.methods) > 1
+    columns = ("trial", "what", *(["method"] if several else []), *titles, "recipe")
+    digests = run.trials()["recipe"].to_dict()
+    rows = []
+    for trial, row in rows_of(run.front()).items():
+        figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
+        method = [row["method"]] if several else []
+        rows.append([trial, _what(row["kind"]), *method, *figures, digests[trial]])
+    grid = _grid(columns, rows, marked=list(run.front().index).index(knee))
+    export = f"mergefront export {run.path.name} --trial {knee}"
+    return (
+        f"<section><h2>The front, from least to most forgetting</h2>{grid}"
+        f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
+    )
+
+
+def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: int | None = None) -> str:
+    """A table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
+
+    Args:
+        marked: the place of the knee's row.
+    """
+    head = "".join(f"<th>{_breakable(title).replace(', ', ',<br>')}</th>" for title in titles)
+    body = []
+    for place, row in enumerate(rows):
+        cells = "".join(
+            f'<td data-title="{_text(title)}">{_cell(value)}</td>' for title, value in zip(titles, row, strict=True)
+        )
+        body.append(f"<tr{' class=knee' if place == marked else ''}>{cells}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _cell(value: object) -> str:
+    """A cell; a figure may be broken from its interval only."""
+    figure, opening, interval = str(value).partition(" [")
+    if opening:
+        return f"<div><span>{_text(figure)}</span> <span>[{_text(interval)}</span></div>"
+    return f"<div>{_breakable(value)}</div>" if str(value) else ""
+
+
+def _breakable(value: object) -> str:
+    """A name that may be broken after its bars and dashes."""
+    return re.sub("([-_])", r"\1<wbr>", _text(value))
+
+
+def _title(name: str) -> str:
+    return name.replace("domain_", "gain ").replace("domain", "domain gain")
+
+
+def _what(kind: str) -> str:
+    return "" if kind == SEARCH else kind_said(kind)
+
+
+def _named(name: str, kind: str) -> str:
+    return name if kind == SEARCH else f"{name} ({_what(kind)})"
+
+
+def _interval(row: Row, name: str) -> str:
+    return "" if math.isnan(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def _figure_data(run: Run) -> str:
+    trials: Sequence[int] = [int(trial) for trial in run.front().index]
+    data = {
+        "dark": DARK,
+        "front": run.plot_front().to_plotly_json(),
+        "hypervolume": run.plot_hypervolume().to_plotly_json(),
+        "weights": {trial: run.plot_weights(trial).to_plotly_json() for trial in trials},
+        "retention": {trial: run.plot_retention(trial).to_plotly_json() for trial in trials},
+    }
+    return json.dumps(data, default=_plain).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a figure holds numbers and text, not {type(value)}")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+
+
+def _text(value: object) -> str:
+    """Any value as inert text: escaped, control characters gone."""
+    return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(value)))

@@ -1,0 +1,1 @@
+"""Who evaluates recipes: this process, or Ray actors."""

@@ -1,0 +1,121 @@
+"""One worker: a resident model, the tasks, and the way from a recipe to per-item outcomes.
+
+Built once per process (by `pool`); everything heavy is imported here, inside functions, so that a driver
+stays light. Paths in the spec are absolute: a worker has a working directory of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from evals.outcomes import Outcome, TaskSpec
+from optimizer.workers.memory import lack_of_memory_in_words
+from search_spaces.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All a worker needs, in plain types, so that it can cross to another process or machine.
+
+    Args:
+        base: folder or hub id of the base checkpoint.
+        experts: (name, folder or hub id) of each expert.
+        tasks: what to score, both roles.
+        chat_template: wrap prompts in the base's chat template.
+        allow_task_code: let task files run Python.
+        token_budget: tokens per forward pass; 0: what the device has room for.
+        dtype: of the resident model: "auto" (the base's own), "bf16" or "float32".
+        device: "auto" (cuda where there is one), "cpu" or "cuda".
+        threads: of torch, at least 1.
+        seed: of the item split and of anything random in a task.
+    """
+
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    tasks: tuple[TaskSpec, ...]
+    chat_template: bool
+    allow_task_code: bool
+    token_budget: int
+    dtype: str
+    device: str
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What became of one recipe on one suite; times in seconds."""
+
+    outcomes: tuple[Outcome, ...]
+    merge_seconds: float
+    score_seconds: float
+
+
+class Worker:
+    """Merges each recipe into one resident model, in place, and scores it.
+
+    Every merge writes every floating tensor from the sources, so the model has no memory of earlier recipes.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import torch
+        from transformers import set_seed
+        from transformers.utils import logging
+
+        from evals.engine import Engine, budget_for
+        from evals.lm_tasks import load_tasks
+        from optimizer.checkpoints.configs import load_tokenizer
+        from optimizer.checkpoints.resident import merge_target, resident_model, tensor_places
+        from optimizer.merging.merge import DEVICE_ROOM, Kept, Sources, free_bytes
+
+        torch.set_num_threads(max(1, spec.threads))
+        set_seed(spec.seed)
+        logging.disable_progress_bar()
+        self._sources = Sources.open(spec.base, dict(spec.experts))
+        self._kept = Kept()
+        base = self._sources.base
+        self._tokenizer = load_tokenizer(base.folder)
+        with lack_of_memory_in_words(base.bytes):
+            model = resident_model(base, dtype=spec.dtype, device=spec.device)
+        self._parameters = tensor_places(model, base)
+        self._merged = merge_target(self._parameters, base)
+        room = min(DEVICE_ROOM, free_bytes(model.device))  # what merges leave to scoring
+        self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget or budget_for(model, room))
+        self._harness = load_tasks(
+            spec.tasks, seed=spec.seed, chat_template=spec.chat_template, allow_task_code=spec.allow_task_code
+        )
+        self._prepared: set[str] = set()
+
+    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+        """Score one recipe.
+
+        Args:
+            recipe: as `Recipe.to_json` writes it.
+            suite: "search" or "holdout".
+
+        Raises:
+            CheckpointError: a source's file is not the one that was opened.
+            MergeError: a merged tensor is not finite.
+            TaskError: the candidate gave no usable score.
+            WorkerError: memory ran out.
+        """
+        with lack_of_memory_in_words(self._sources.base.bytes):
+            return self._evaluated(recipe, suite)
+
+    def _evaluated(self, recipe: str, suite: str) -> Evaluation:
+        from optimizer.merging.merge import merge_into
+
+        if suite not in self._prepared:
+            self._harness.prepare(self._tokenizer, suite)
+            self._prepared.add(suite)
+        start = time.perf_counter()
+        for checkpoint in (self._sources.base, *self._sources.experts.values()):
+            checkpoint.require_unchanged()
+        merge_into(self._merged, self._sources, Recipe.from_json(recipe), self._kept)
+        if self._merged is not self._parameters:
+            for name, tensor in self._merged.items():
+                self._parameters[name].copy_(tensor)
+        merged = time.perf_counter()
+        outcomes = tuple(self._harness.score(self._engine, suite))
+        return Evaluation(outcomes, merged - start, time.perf_counter() - merged)

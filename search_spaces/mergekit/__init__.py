@@ -1,0 +1,1 @@
+"""mergekit documents: read as recipes and stacks, and written."""

@@ -1,0 +1,507 @@
+"""Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
+
+What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness), and
+the same bytes here: experts' names and the seed of random masks stand under keys that mergekit passes over.
+Read in: `models:` or `slices:` that are the whole model, with scalars, gradients over the layers and substring filters.
+Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from search_spaces.dtypes import stored_dtype
+from search_spaces.errors import SpaceError
+from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
+from search_spaces.mergekit.slices import flattened, mapping
+from search_spaces.parameters import MethodSpec, Parameter, to_float
+from search_spaces.recipe import Recipe, Setting, method_spec
+
+# What mergekit takes and a recipe has no word for: read where it is set to what the recipe does anyway.
+_FIXED: dict[str, dict[str, float]] = {
+    "task_arithmetic": {"rescale": 0.0},
+}
+# Methods for which base_model may be left out: the first model is the base, and is merged as one of the models.
+_BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
+_MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+           "breadcrumbs_ties", "sce")  # fmt: skip
+_DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
+OWN_KEY = "mergefront"  # of a document: what only we read
+_TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
+             OWN_KEY)  # fmt: skip
+_ROUNDING = 1e-12  # how far weights that sum to 1 may miss it in float64
+
+
+def to_mergekit(
+    recipe: Recipe, tensor_names: Iterable[str], *, out_dtype: str, adapters: Collection[str] = ()
+) -> dict[str, object]:
+    """Write a recipe as a mergekit document.
+
+    Args:
+        recipe: any recipe.
+        tensor_names: the base checkpoint's tensor names; they decide the filters.
+        out_dtype: dtype the merge is stored in, such as `bfloat16`, while mergekit computes in float32; empty where
+            tensors differ: mergekit then computes and stores each in the dtype it comes in.
+        adapters: names of experts whose source is a LoRA adapter on the base.
+
+    Returns:
+        A dict of plain types, ready for YAML.
+
+    Raises:
+        SpaceError: no substring of their names tells two groups apart.
+    """
+    groups = group_tensors(tensor_names)
+    shared: dict[str, object] = {}
+    for parameter in _parameters_written(recipe):
+        if parameter.scope == "group":
+            shared[parameter.name] = _written(
+                {p: recipe.value(parameter.name, group=p) for p in _places(recipe, groups)}, groups
+            )
+        elif parameter.scope == "recipe":
+            value = recipe.value(parameter.name)
+            shared[parameter.name] = bool(value) if parameter.domain == "switch" else value
+    _require_words(recipe, groups)
+    models = [_model_written(recipe, name, source, groups, name in adapters) for name, source in recipe.experts]
+    document: dict[str, object] = {"merge_method": recipe.method, "base_model": _reference(recipe.base)}
+    if _base_is_a_model(recipe):
+        models.insert(0, _base_written(recipe, groups))
+        if recipe.method == "linear":
+            shared = {"normalize": False}
+        else:
+            del document["base_model"]
+    if recipe.method == "passthrough":
+        del document["base_model"]
+        models = models or [{"model": _reference(recipe.base)}]
+    document["models"] = models
+    document |= {"parameters": shared} if shared else {}
+    document |= {"dtype": "float32", "out_dtype": out_dtype} if out_dtype else {}
+    return document | ({OWN_KEY: {"seed": recipe.mask_seed}} if method_spec(recipe.method).random else {})
+
+
+def from_mergekit(
+    document: Mapping[str, object],
+    tensor_names: Iterable[str],
+    *,
+    base_dtype: str,
+    expert_names: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Read a mergekit document as a recipe.
+
+    It is computed in float32 whatever the document says, and stored in its `out_dtype`, else its `dtype`.
+
+    Args:
+        document: what the YAML holds.
+        tensor_names: the base checkpoint's tensor names; filters and gradients are resolved on them.
+        base_dtype: dtype of all the base's floating tensors, such as `bfloat16`; empty where they differ.
+        expert_names: source -> name; a source not named here has the name beside it, else its folder's.
+
+    Raises:
+        SpaceError: the document asks for something a recipe cannot hold.
+    """
+    groups = group_tensors(tensor_names)
+    dtype = stored_dtype(document, base_dtype)
+    return replace(_Reader(flattened(document, groups), groups, expert_names or {}).recipe(), dtype=dtype)
+
+
+# --- writing ---
+
+
+def _parameters_written(recipe: Recipe) -> list[Parameter]:
+    """Give what the recipe sets, and what has no default in mergekit; other defaults are the same there."""
+    spec, named = method_spec(recipe.method), {setting.parameter for setting in recipe.settings}
+    return [p for p in spec.parameters if not p.ours and (p.required or p.name in named)]
+
+
+def _require_words(recipe: Recipe, groups: Iterable[str]) -> None:
+    """Refuse numbers for which mergekit has no word."""
+    spec = method_spec(recipe.method)
+    equal = 1 / (1 + len(recipe.experts))
+    for parameter in spec.parameters:
+        for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:
+            for group in _places(recipe, groups) if parameter.scope != "recipe" else [""]:
+                value = recipe.value(parameter.name, expert=expert, group=group)
+                where = " of ".join(filter(None, [parameter.name, expert])) + (f" in {group}" if group else "")
+                if recipe.method == "karcher" and parameter.name == "weight":
+                    if abs(value - equal) > 1e-9:
+                        rule = f"mergekit's karcher gives base and experts equal shares, here {equal:g}"
+                        raise SpaceError(rule, given=value, where=where)
+                elif parameter.ours and value != parameter.default and (recipe.method, parameter.name) != _DELTAS:
+                    rule = f"mergekit's {recipe.method} has no {parameter.name}, which is {parameter.default:g} there"
+                    raise SpaceError(rule, given=value, where=where, mend="export the model, not its mergekit document")
+                if parameter.name == "epsilon" and parameter.scope == "expert":
+                    density = recipe.value("density", expert=expert, group=group)
+                    if density < 1 and not value < density < 1 - value:
+                        rule = (
+                            f"mergekit's {recipe.method} wants density - epsilon above 0 and density + epsilon below 1"
+                        )
+                        raise SpaceError(rule, given=f"density {density:g}, epsilon {value:g}", where=where)
+
+
+def _base_is_a_model(recipe: Recipe) -> bool:
+    """Tell whether the base has a weight of its own, which is what the experts leave of 1."""
+    if recipe.method == "multislerp":
+        return recipe.value("deltas") == 0.0
+    return recipe.method == "linear" or (recipe.method == "nuslerp" and len(recipe.experts) == 1)
+
+
+def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
+    names, places = [name for name, _ in recipe.experts], _places(recipe, groups)
+    left = {place: 1.0 - math.fsum(recipe.value("weight", expert=e, group=place) for e in names) for place in places}
+    return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
+
+
+def _model_written(
+    recipe: Recipe, name: str, source: str, groups: Mapping[str, tuple[str, ...]], adapter: bool
+) -> dict[str, object]:
+    reference = {"model": {"path": recipe.base}, "lora": {"path": source}} if adapter else _reference(source)
+    parameters = {
+        parameter.name: _written(
+            {p: recipe.value(parameter.name, expert=name, group=p) for p in _places(recipe, groups)}, groups
+        )
+        for parameter in _parameters_written(recipe)
+        if parameter.scope == "expert"
+    }
+    own_name = {"name": name} if name != _folder_name(source) else {}
+    return {"model": reference} | own_name | ({"parameters": parameters} if parameters else {})
+
+
+def _places(recipe: Recipe, groups: Iterable[str]) -> list[str]:
+    """Give all groups, and the tensors with numbers of their own."""
+    return [*groups, *sorted(recipe.tensors)]
+
+
+def _numbers(recipe: Recipe, parameter: str, groups: Iterable[str], expert: str = "") -> dict[str, float]:
+    return {place: recipe.value(parameter, expert=expert, group=place) for place in _places(recipe, groups)}
+
+
+def _reference(source: str) -> object:
+    """Write a source so that mergekit reads no revision (`@`) and no adapter (`+`) into it."""
+    return {"model": {"path": source}} if "@" in source or "+" in source else source
+
+
+def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> object:
+    """Write values as a number, or as filters (tensors, outer groups, attention) with a gradient over the layers."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    rules: list[dict[str, object]] = [{"filter": name, "value": values[name]} for name in values if name not in groups]
+    values = {group: value for group, value in values.items() if group in groups}
+    for group in ("embed", "head"):
+        others = [name for other, names in groups.items() if other != group for name in names]
+        for word in sorted({_outer_filter(name, others) for name in groups.get(group, ())}):
+            rules.append({"filter": word, "value": values[group]})
+    attn, mlp = _gradient(values, "attn"), _gradient(values, "mlp")
+    if attn is not None and mlp is not None and attn != mlp:
+        rules += [{"filter": word, "value": attn} for word in _attn_filters(groups)]
+    return [*rules, {"value": attn if mlp is None else mlp}]
+
+
+def _gradient(values: Mapping[str, float], kind: str) -> float | list[float] | None:
+    """Give a kind's values, first layer to last: a number where they are equal, None where no layer has the kind."""
+    by_layer = {layer_of(group): value for group, value in values.items() if kind_of(group) == kind}
+    if not by_layer:
+        return None
+    spare = next(iter(by_layer.values()))  # a layer without the kind has no tensor that would read it
+    line = [by_layer.get(layer, spare) for layer in range(layer_count(values))]
+    return line[0] if len(set(line)) == 1 else line
+
+
+def _outer_filter(name: str, others: Iterable[str]) -> str:
+    """Find the shortest end of a tensor's name that occurs in no other group: prefixes differ between checkpoints."""
+    parts = name.split(".")
+    ends = [".".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
+    return _apart(ends, list(others), name)
+
+
+def _attn_filters(groups: Mapping[str, tuple[str, ...]]) -> list[str]:
+    def modules(kind: str) -> list[str]:
+        return sorted(
+            {split_name(n)[2].split(".")[0] for g, names in groups.items() if kind_of(g) == kind for n in names}
+        )
+
+    feed_forward = [name for group, names in groups.items() if kind_of(group) == "mlp" for name in names]
+    return [_apart([f".{module}."], feed_forward, module) for module in modules("attn")]
+
+
+def _apart(words: Iterable[str], others: Collection[str], name: str) -> str:
+    for word in words:
+        if not any(word in other for other in others):
+            return word
+    raise SpaceError("mergekit tells groups apart by parts of their names, and here none is its own", given=name)
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """An entry of `models:`: where it stands, its source, the name beside it and its parameters."""
+
+    where: str
+    source: str
+    name: str
+    parameters: Mapping[str, object]
+
+
+class _Reader:
+    """One document on one checkpoint's groups."""
+
+    def __init__(
+        self,
+        document: Mapping[str, object],
+        groups: Mapping[str, tuple[str, ...]],
+        expert_names: Mapping[str, str],
+    ) -> None:
+        _only(_mapping(document, "the document"), _TOP_KEYS, "the document")
+        self.document, self.groups, self.expert_names = document, groups, expert_names
+        self.layers = layer_count(groups)
+        self.spec = _known_method(document.get("merge_method"))
+        self.baseless = document.get("base_model") is None and self.spec.name in _BASELESS
+        self.base = "" if self.baseless else self._source(document.get("base_model"), "base_model")
+        self.shared = mapping(document.get("parameters"), "parameters")
+        self.models = self._read_models(document.get("models"))
+        if self.baseless:
+            self.base = self.models[0].source
+
+    def recipe(self) -> Recipe:
+        """Resolve every parameter for every tensor, and gather the values that groups share."""
+        self._check_surroundings()
+        experts: dict[str, _Model] = self._experts()
+        settings: list[Setting] = []
+        if self.spec.name == "multislerp" and not self.baseless:
+            settings.append(Setting("deltas", "", "", 1.0))
+        for parameter in self.spec.parameters:
+            for name, model in experts.items() if parameter.scope == "expert" else [("", None)]:
+                scopes = (self.shared, model.parameters) if model else (self.shared,)
+                needed = parameter.required or parameter.name == self.spec.scale
+                if needed or any(parameter.name in scope for scope in scopes):
+                    settings += self._compact(parameter, name, self._values(parameter, model))
+        sources = tuple((name, model.source) for name, model in experts.items())
+        recipe = Recipe(self.spec.name, self.base, sources, tuple(settings))
+        seed = self._seed()
+        return recipe if seed in ("", recipe.mask_seed) else replace(recipe, seed=seed)
+
+    def _seed(self) -> str:
+        own = _mapping(self.document.get(OWN_KEY, {}), OWN_KEY)
+        _only(own, ("seed",), OWN_KEY)
+        return _text(own["seed"], f"{OWN_KEY}.seed") if own else ""
+
+    def _read_models(self, entries: object) -> list[_Model]:
+        if not isinstance(entries, list) or not entries:
+            raise SpaceError("models is a list of model and parameters", given=entries, where="models")
+        models = []
+        for i, entry in enumerate(entries):
+            where = f"models[{i}]"
+            _only(_mapping(entry, where), ("model", "name", "parameters"), where)
+            parameters = mapping(entry.get("parameters"), f"{where}.parameters")
+            name = _text(entry.get("name", ""), f"{where}.name")
+            models.append(_Model(where, self._source(entry.get("model"), f"{where}.model"), name, parameters))
+        sources = [model.source for model in models]
+        if len(set(sources)) != len(sources):
+            raise SpaceError("a model is listed once", given=", ".join(sources), where="models")
+        return models
+
+    def _source(self, reference: object, where: str) -> str:
+        """Read a model reference: a path, a dict with a path, or an adapter on the base (its own path then)."""
+        if isinstance(reference, str) and reference and "@" not in reference:
+            path, plus, lora = reference.partition("+")
+        elif isinstance(reference, Mapping) and set(reference) <= {"model", "lora"}:
+            path, lora = _path(reference.get("model"), where), _path(reference.get("lora", ""), where)
+            plus = lora
+        else:
+            mend = "write the folder of each checkpoint, and the base as base_model"
+            raise SpaceError(
+                "a model is a folder or hub id without a revision", given=reference, where=where, mend=mend
+            )
+        if plus and (where == "base_model" or path != self.base or not lora):
+            raise SpaceError("an adapter stands on the base", given=reference, where=where)
+        return lora or path
+
+    def _experts(self) -> dict[str, _Model]:
+        """Name the models that are not the base."""
+        named: dict[str, _Model] = {}
+        for model in self.models:
+            if model.source != self.base:
+                name = self.expert_names.get(model.source) or model.name or _folder_name(model.source)
+                if name in named:
+                    mend = "write a name of its own beside each model"
+                    raise SpaceError("experts have different names", given=name, where=model.where, mend=mend)
+                named[name] = model
+            elif model.name:
+                raise SpaceError("only an expert has a name", given=model.name, where=f"{model.where}.name")
+        return named
+
+    def _check_surroundings(self) -> None:
+        """Refuse what would change the model and has no place in a recipe."""
+        if self.document.get("tokenizer_source") not in (None, "base", self.document.get("base_model", self.base)):
+            given = self.document["tokenizer_source"]
+            raise SpaceError("a merge keeps the base's tokenizer", given=given, where="tokenizer_source")
+        others = sum(model.source != self.base for model in self.models)
+        exact = {"nuslerp": 1 if self.baseless else 2, "passthrough": 0}.get(self.spec.name, others)
+        if others != exact:
+            besides = "without base_model" if self.baseless else "with base_model"
+            rule = (
+                f"{self.spec.name} {besides} merges {exact or 'no'} model{'' if exact == 1 else 's'} besides its base"
+            )
+            raise SpaceError(rule, given=others, where="models")
+        scopes = {parameter.name: parameter.scope for parameter in self.spec.parameters if not parameter.ours}
+        extras = {**_FIXED.get(self.spec.name, {}), **({"normalize": 1.0} if self.spec.name == "linear" else {})}
+        masks = ("int8_mask",) if self.spec.name in _MASKED else ()  # saves memory, changes no number
+        _only(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
+        for model in self.models:
+            own = [name for name, scope in scopes.items() if scope == "expert" or name == "scale"]
+            if model.source == self.base and self.spec.name != "linear" and not self.baseless:
+                own = []  # mergekit reads no parameter of the base
+            _only(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
+        for name, value in _FIXED.get(self.spec.name, {}).items():
+            fixed = Parameter(name, value, value, value, "recipe", "", "switch")
+            if set(self._values(fixed, None).values()) != {value}:
+                raise SpaceError(f"{self.spec.name} has {name} off here", given=self.shared[name], where=name)
+
+    def _values(self, parameter: Parameter, model: _Model | None) -> dict[str, float]:
+        """Resolve a parameter for each group; as a share of the weights' sum where the base is one of the models."""
+        if parameter.name == "weight" and self.spec.name == "karcher":
+            return dict.fromkeys(self.groups, 1 / (1 + len(self._experts())))
+        if parameter.name == "weight" and (self.spec.name == "linear" or self.baseless):
+            return self._by_group(lambda tensor: self._share(model, tensor))
+        if parameter.name == "scale":
+            model = self.models[0]
+        return self._by_group(lambda tensor: self._one(parameter, model, tensor))
+
+    def _by_group(self, value_of: Callable[[str], float]) -> dict[str, float]:
+        """Give each group the value most of its tensors have, and the others theirs by their names."""
+        found: dict[str, float] = {}
+        for group, tensors in self.groups.items():
+            values = {tensor: value_of(tensor) for tensor in tensors}
+            found[group] = Counter(values.values()).most_common(1)[0][0]
+            found |= {tensor: value for tensor, value in values.items() if value != found[group]}
+        return found
+
+    def _share(self, model: _Model | None, tensor: str) -> float:
+        """Weight of a model in a merge in which base and experts make 1."""
+        weight, method = self.spec.parameters[0], self.spec.name
+        switch = {"linear": "normalize", "multislerp": "normalize_weights"}.get(method)
+        if all(listed.source != self.base for listed in self.models):
+            raise SpaceError("a linear merge lists its base with a weight", given=self.base, where="models")
+        weights = {listed.source: self._one(weight, listed, tensor) for listed in self.models}
+        total = math.fsum(weights.values())
+        divide = switch is None or self._one(_switch(switch), None, tensor) == 1.0
+        own = weights[model.source] if model else 0.0
+        if method == "nuslerp" and abs(total) < 1e-6:
+            return 0.5
+        if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
+            rule = f"the weights of a {method} merge, the base's included, sum to 1"
+            raise SpaceError(rule, given=total, where=tensor, mend=f"{switch}: true divides by their sum")
+        is_whole = abs(total - 1.0) < _ROUNDING  # then a division would only move the last bit
+        return own / total if divide and not is_whole else own
+
+    def _one(self, parameter: Parameter, model: _Model | None, tensor: str) -> float:
+        """Resolve a parameter for one tensor as mergekit does: the model's own, then the shared, then the default."""
+        scopes = [(model.parameters, f"{model.where}.parameters")] if model else []
+        for scope, where in [*scopes, (self.shared, "parameters")]:
+            if parameter.name in scope:
+                value = self._setting(scope[parameter.name], parameter, tensor, f"{where}.{parameter.name}")
+                if value is not None:
+                    return value
+        if parameter.required:
+            where = f"{model.where if model else 'parameters'}, {tensor}"
+            raise SpaceError(f"{self.spec.name} needs {parameter.name} for every tensor", given="none", where=where)
+        return parameter.default
+
+    def _setting(self, setting: object, parameter: Parameter, tensor: str, where: str) -> float | None:
+        """Evaluate a scalar, a gradient, a filter or a list of filters; None where no filter fits the tensor."""
+        if isinstance(setting, Mapping):
+            setting = [setting]
+        if not isinstance(setting, list):
+            return _number(setting, parameter, where)
+        if setting and all(isinstance(entry, Mapping) for entry in setting):
+            for i, entry in enumerate(setting):
+                _only(entry, ("filter", "value"), f"{where}[{i}]")
+                word = entry.get("filter")
+                if word is None or word == "*" or _text(word, f"{where}[{i}].filter") in tensor:
+                    return self._setting(entry.get("value"), parameter, tensor, f"{where}[{i}].value")
+            return None
+        return self._along([_number(entry, parameter, where) for entry in setting], tensor, where)
+
+    def _along(self, gradient: list[float], tensor: str, where: str) -> float:
+        """Read a gradient at a tensor's layer; tensors outside the layers read its first entry."""
+        if not gradient:
+            raise SpaceError("a gradient has at least one number", given="[]", where=where)
+        layer = split_name(tensor)[1]
+        if layer is None:
+            return gradient[0]
+        if self.layers == 1:
+            return gradient[-1]
+        if len(gradient) == self.layers:
+            return gradient[layer]  # what mergekit's interpolation gives but for its rounding
+        place = layer / (self.layers - 1) * (len(gradient) - 1)
+        left = int(place)
+        right = min(left + 1, len(gradient) - 1)
+        return (1 - (place - left)) * gradient[left] + (place - left) * gradient[right]
+
+    def _compact(self, parameter: Parameter, expert: str, values: Mapping[str, float]) -> list[Setting]:
+        """Turn values by group into settings: one for all groups where a parameter other than the scale allows it."""
+        if parameter.name == self.spec.scale:
+            return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+        if len(set(values.values())) == 1:
+            return [Setting(parameter.name, expert, "", next(iter(values.values())))]
+        if parameter.scope == "recipe":
+            rule = f"{parameter.name} has one value for all groups"
+            raise SpaceError(rule, given=self.shared[parameter.name], where=f"parameters.{parameter.name}")
+        return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+
+
+def _switch(name: str) -> Parameter:
+    return Parameter(name, 1.0, 0.0, 1.0, "recipe", "", "switch")
+
+
+def _known_method(name: object) -> MethodSpec:
+    return method_spec(_text(name, "merge_method"))
+
+
+def _mapping(value: object, where: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise SpaceError("a mapping of keys stands here", given=value, where=where)
+    return value
+
+
+def _only(value: Mapping[str, object], known: Collection[str], where: str, *, method: str = "") -> None:
+    for key in value:
+        if key not in known:
+            rule = f"a recipe of {method} has no place for this" if method else "a recipe has no place for this"
+            mend = f"only {', '.join(known)} are read here" if known else "nothing is read here"
+            raise SpaceError(rule, given=repr(key), where=where, mend=mend)
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise SpaceError("a word stands here", given=value, where=where)
+    return value
+
+
+def _path(value: object, where: str) -> str:
+    if isinstance(value, Mapping):
+        _only(value, ("path",), where)
+        value = value.get("path")
+    return _text(value, where)
+
+
+def _number(value: object, parameter: Parameter, where: str) -> float:
+    """Read a number; YAML leaves `1e-3` a string, and mergekit reads it as a number too."""
+    if isinstance(value, bool) and parameter.domain != "switch":
+        raise SpaceError(f"{parameter.name} is a number", given=value, where=where)
+    try:
+        number = to_float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise SpaceError(f"{parameter.name} is a number", given=repr(value), where=where) from error
+    if not parameter.allows(number):
+        raise SpaceError(f"{parameter.name} takes no such value", given=number, where=where)
+    return number
+
+
+def _folder_name(source: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(source).name).strip("-_") or "expert"

@@ -1,0 +1,76 @@
+"""Fronts and hypervolumes against brute force and Optuna's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from optuna._hypervolume import compute_hypervolume
+
+from optimizer.runs.front import best_under, hypervolume, knee, non_dominated, widest_gaps
+
+GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
+
+
+def points(objectives: int) -> st.SearchStrategy[np.ndarray]:
+    return st.integers(0, 9).flatmap(lambda n: arrays(float, (n, objectives), elements=GRID))
+
+
+def dominated(point: np.ndarray, others: np.ndarray) -> bool:
+    return any((other <= point).all() and (other < point).any() for other in others)
+
+
+@given(st.integers(1, 4).flatmap(points))
+def test_non_dominated_equals_brute_force(values: np.ndarray) -> None:
+    assert non_dominated(values).tolist() == [not dominated(point, values) for point in values]
+
+
+@given(st.integers(1, 3).flatmap(points))
+@settings(max_examples=50)
+def test_hypervolume_counts_the_unit_cells_below(values: np.ndarray) -> None:
+    corner = np.full(values.shape[1], 5.0)
+    cells = np.stack(np.meshgrid(*[np.arange(5.0)] * values.shape[1]), axis=-1).reshape(-1, values.shape[1])
+    covered = sum(any((point <= cell).all() for point in values) for cell in cells)
+    assert hypervolume(values, corner) == pytest.approx(covered)
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_hypervolume_equals_optunas(objectives: int) -> None:
+    values = np.random.default_rng(objectives).random((30, objectives))
+    corner = np.ones(objectives)
+    assert hypervolume(values, corner) == pytest.approx(compute_hypervolume(values, corner))
+
+
+def test_points_beyond_the_reference_cover_nothing() -> None:
+    assert hypervolume([[0.0, 2.0], [2.0, 0.0], [1.0, 0.5]], [1.0, 1.0]) == 0.0
+    assert hypervolume([[0.5, 0.5], [0.0, 2.0]], [1.0, 1.0]) == pytest.approx(0.25)
+
+
+def test_knee_is_farthest_above_the_chord() -> None:
+    domain, forgetting = [0.0, 0.5, 0.8, 1.0], [0.0, 0.02, 0.10, 0.30]
+    assert knee(domain, forgetting, expert_forgetting=0.30) == 2
+    assert knee(domain, forgetting, expert_forgetting=0.0) == 3  # nothing to lose: take the gain
+
+
+def test_knee_does_not_trade_gain_for_less_than_no_forgetting() -> None:
+    assert knee([0.6, 0.8], [-0.10, 0.01], expert_forgetting=0.20) == 1
+    assert knee([0.8, 0.8], [-0.01, -0.10], expert_forgetting=0.20) == 1
+
+
+def test_knee_of_equals_forgets_least() -> None:
+    assert knee([0.5, 0.5, 0.5], [0.1, 0.0, 0.0], expert_forgetting=0.0) == 1
+
+
+def test_widest_gaps_are_measured_in_shares_of_the_front() -> None:
+    assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)]) == [(2, 3), (1, 2), (0, 1)]
+    assert widest_gaps([(0.5, 0.5)]) == widest_gaps(np.empty((0, 2))) == []
+    assert widest_gaps([(1.0, 0.0), (1.0, 2.0)]) == [(0, 1)]
+
+
+def test_best_under_takes_the_most_gain_that_is_allowed() -> None:
+    domain, forgetting = [0.0, 0.5, 0.8, 0.8], [0.0, 0.05, 0.12, 0.11]
+    assert best_under(domain, forgetting, max_forgetting=0.05) == 1
+    assert best_under(domain, forgetting, max_forgetting=0.5) == 3
+    assert best_under(domain, forgetting, max_forgetting=-0.1) is None

@@ -1,0 +1,554 @@
+"""A study file is read strictly, and every refusal says where, what was given and what would be right."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evals.outcomes import REST, TaskSpec
+from optimizer.errors import StudyFileError
+from optimizer.study.new_study import commented_study, new_study
+from optimizer.study.study_file import (
+    LARGEST_FILE,
+    RANGES,
+    SCHEMA_FILE,
+    SpaceSection,
+    Study,
+    dump_scalar,
+    dump_study,
+    dump_yaml,
+    parse_yaml,
+    read_study,
+    read_yaml,
+    schema_text,
+    stored_storage,
+    study_schema,
+    task_specs,
+)
+from optimizer.study.study_space import space_of
+from search_spaces import SpaceError
+from search_spaces.parameters import METHODS
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+TENSORS = [f"model.layers.{i}.{part}.weight" for i in range(6) for part in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+@pytest.fixture
+def good() -> str:
+    return commented_study("./base", {"clinical": "./expert"}, name="first", domain=["./tasks/notes.yaml"])
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(StudyFileError) as caught:
+        read_study(written(folder, text), overrides)
+    return str(caught.value).replace(str(folder) + "/", "")
+
+
+# --- reading ---
+
+
+def test_a_new_study_is_read_with_absolute_paths(tmp_path: Path, good: str) -> None:
+    (tmp_path / "base").mkdir()
+    study = read_study(written(tmp_path, good))
+    assert study.models.base == str(tmp_path / "base")
+    assert study.evals.domain[0].task == str(tmp_path / "tasks/notes.yaml")
+    assert study.evals.general[0].task == "arc_easy"
+    assert study.run_path == tmp_path / "runs/first"
+    assert study.search.trials == 40
+
+
+def test_a_hub_id_stays_and_an_existing_folder_does_not(tmp_path: Path, good: str) -> None:
+    text = good.replace("./base", "org/model")
+    assert read_study(written(tmp_path, text)).models.base == "org/model"
+    (tmp_path / "org/model").mkdir(parents=True)
+    assert read_study(written(tmp_path, text)).models.base == str(tmp_path / "org/model")
+
+
+def test_dump_and_read_is_the_same_study(tmp_path: Path, good: str) -> None:
+    study = read_study(written(tmp_path, good), ["space.shape=layers", "search.timeout=1e-3", "workers.threads=2"])
+    assert study.search.timeout == 0.001
+    assert read_study(written(tmp_path, dump_study(study))) == study
+
+
+def test_overrides_are_yaml_scalars_at_dotted_paths(tmp_path: Path, good: str) -> None:
+    overrides = ["search.trials=7", "space.weight=[-1, 1e+0]", "search.timeout=null", "models.experts.second=./x"]
+    study = read_study(written(tmp_path, good), [*overrides, "evals.general.0=winogrande", "search.trials=8"])
+    assert study.search.trials == 8
+    assert study.space.weight == (-1.0, 1.0)
+    assert study.models.experts["second"] == str(tmp_path / "x")
+    assert study.evals.general[0].task == "winogrande"
+
+
+def test_a_password_is_not_written_to_the_run_folder(tmp_path: Path, good: str) -> None:
+    study = read_study(written(tmp_path, good), ["search.storage=postgresql://me:secret@host/db"])
+    assert study.search.storage == "postgresql://me:secret@host/db"
+    assert "secret" not in dump_study(study)
+    written(tmp_path, dump_study(study))
+    with pytest.raises(StudyFileError, match="MERGEFRONT_STORAGE"):
+        stored_storage(tmp_path)
+
+
+def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path, good: str) -> None:
+    text = good.replace("- arc_easy", "- {task: arc_easy, items: 7, holdout_items: rest, shots: 2, metric: acc}")
+    notes, arc, hellaswag = task_specs(read_study(written(tmp_path, text), ["evals.items=30"]))
+    assert notes == TaskSpec(str(tmp_path / "tasks/notes.yaml"), "domain", search_items=30, holdout_items=100)
+    assert arc == TaskSpec("arc_easy", "general", search_items=7, holdout_items=REST, shots=2, metric="acc")
+    assert hellaswag.search_items == 30
+
+
+def test_shots_that_are_not_given_are_left_to_the_task(tmp_path: Path, good: str) -> None:
+    """And a study file that an earlier version wrote out, with shots: 0 in every task, still means none."""
+    text = good.replace("- arc_easy", "- {task: arc_easy, shots: 0}")
+    study = read_study(written(tmp_path, text))
+    for read in (study, read_study(written(tmp_path, dump_study(study)))):
+        assert [spec.shots for spec in task_specs(read)] == [None, 0, None]
+    jsonschema.validate(read_yaml(tmp_path / "study.yaml"), study_schema())
+
+
+def test_holdout_items_may_be_a_share(tmp_path: Path, good: str) -> None:
+    specs = task_specs(read_study(written(tmp_path, good.replace("holdout_items: 100", "holdout_items: 0.25"))))
+    assert {spec.holdout_items for spec in specs} == {0.25}
+
+
+@pytest.mark.parametrize("shape", ["uniform", "slope", "layers", "{curve: 3}", "{blocks: 2}"])
+def test_every_shape_makes_a_space(tmp_path: Path, good: str, shape: str) -> None:
+    study = read_study(written(tmp_path, good), [f"space.shape={shape}"])
+    space = space_of(study, TENSORS)
+    assert space.shape.kind in shape
+    assert dict(space.ranges)["weight"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if not spec.unsearchable])
+def test_every_method_makes_a_space_of_its_own_ranges(tmp_path: Path, good: str, method: str) -> None:
+    second = METHODS[method].min_experts > 1
+    text = good.replace("  weight: [0, 1]", "  #").replace(
+        "expert\n", "expert\n    law: ./law\n" if second else "expert\n"
+    )
+    space = space_of(read_study(written(tmp_path, text), [f"space.method={method}"]), TENSORS)
+    assert set(space.ranges) == {
+        parameter.name for parameter in METHODS[method].parameters if parameter.is_searched(experts=1)
+    }
+
+
+def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: Path, good: str) -> None:
+    several = read_study(written(tmp_path, good), ["space.method=[ties, task_arithmetic]", "space.density=[0.5, 1]"])
+    space = space_of(several, TENSORS)
+    assert space.methods == ("ties", "task_arithmetic")
+    assert "ties.clinical.density" in space.distributions()
+    assert read_study(written(tmp_path, dump_study(several))) == several
+    alone = space_of(read_study(written(tmp_path, good), ["space.method=[ties]"]), TENSORS)
+    assert list(alone.distributions()) == list(
+        space_of(read_study(written(tmp_path, good), ["space.method=ties"]), TENSORS).distributions()
+    )
+
+
+RECIPE = """
+merge_method: ties
+base_model: {folder}/base
+models: [{{model: {folder}/expert, parameters: {{weight: [0.2, 0.7], density: 0.4}}}}]
+parameters: {{normalize: false}}
+"""
+
+
+def from_recipe(folder: Path, good: str, recipe: str = RECIPE, space: str = "{from: recipe.yaml}") -> Study:
+    for name in ("base", "expert"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.format(folder=folder))
+    head, _, rest = good.partition("space:")
+    return read_study(written(folder, f"{head}space: {space}\n\nevals:{rest.partition('evals:')[2]}"))
+
+
+def test_a_study_starts_from_a_recipe(tmp_path: Path, good: str) -> None:
+    study = from_recipe(tmp_path, good)
+    space = space_of(study, TENSORS)
+    assert (space.methods, space.shape.kind, space.modules) == (("ties",), "slope", ())
+    assert list(space.distributions()) == [
+        f"clinical.{name}" for name in ("weight.slope.0", "weight.slope.1", "density")
+    ]
+    *_, last = space.anchors()
+    assert last.name == "from recipe.yaml"
+    assert list(last.params.values()) == pytest.approx([0.2, 0.7, 0.4])
+    again = read_study(written(tmp_path, dump_study(study)))
+    assert space_of(again, TENSORS).distributions() == space.distributions()
+    (tmp_path / "recipe.json").write_text(space.recipe(last.params).to_json())
+    ours = from_recipe(tmp_path, good, space="{from: recipe.json, shape: layers}")
+    assert space_of(ours, TENSORS).anchors()[-1].name == "from recipe.json"
+    assert space_of(ours, TENSORS).shape.kind == "layers"
+
+
+def test_a_recipe_may_be_a_point_of_one_of_several_methods(tmp_path: Path, good: str) -> None:
+    space = space_of(from_recipe(tmp_path, good, space="{from: recipe.yaml, method: [linear, ties]}"), TENSORS)
+    assert space.methods == ("linear", "ties")
+    assert space.anchors()[-1].params["method"] == "ties"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "space", "message"),
+    [
+        (RECIPE, "{from: none.yaml}", "none.yaml does not exist"),
+        (RECIPE, "{from: none.json}", "none.json does not exist"),
+        (
+            RECIPE,
+            "{from: recipe.yaml, method: linear}",
+            "must hold the method.*given linear, needed ties",
+        ),
+        (RECIPE, "{from: recipe.yaml, shape: uniform}", "holds the recipe it starts from"),
+        (
+            RECIPE.replace("/expert,", "/other,"),
+            "{from: recipe.yaml}",
+            "must merge the experts of the study, clinical",
+        ),
+        (RECIPE.replace("false", "true"), "{from: recipe.yaml}", "write normalize: false in the recipe"),
+    ],
+)
+def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: str, tmp_path: Path, good: str) -> None:
+    study = from_recipe(tmp_path, good, recipe, space)
+    with pytest.raises((StudyFileError, SpaceError), match=message):
+        space_of(study, TENSORS)
+
+
+def test_a_range_can_be_given_for_all_that_is_searched() -> None:
+    searched = {p.name for spec in METHODS.values() for p in spec.parameters if p.searched and not spec.unsearchable}
+    assert searched <= set(RANGES)
+    fields = {field.alias or name for name, field in SpaceSection.model_fields.items()}
+    assert set(RANGES) <= fields
+
+
+# --- refusing ---
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("trials: 40", "trails: 40", 'yaml: search.trails: there is no such key; given 40; did you mean "trials"'),
+        ("name: first", "name: first\ntrials: 3", 'trials: .* no such key; given 3; did you mean "search.trials"'),
+        ("- ./tasks/notes.yaml", "- {task: x, itmes: 3}", 'evals.domain.0.itmes: .*; given 3; did you mean "items"?'),
+        ("sampler: auto", "sampler: tpa", "search.sampler: must be 'auto', 'tpe', .*; given 'tpa'"),
+        ("trials: 40", "trials: 0", "search.trials: must be greater than or equal to 1; given 0"),
+        ("holdout_items: 100", "holdout_items: 0", "evals.holdout_items: must be a whole .*, or the word rest"),
+        ("holdout_items: 100", "holdout_items: 1.0", "must be a whole number, 1 or more, a share such as 0.3, or"),
+        ("holdout_items: 100", "batch_size: 8", 'evals.batch_size: .*; given 8; did you mean "token_budget"?'),
+        ("holdout_items: 100", "limit: 8", 'evals.limit: .*; given 8; did you mean "items"?'),
+        ("trials: 40", "trials: yes", "search.trials: must be a valid integer; given 'yes'"),
+        ("trials: 40", "trials: true", "search.trials: must be a valid integer; given True"),
+        ("trials: 40", "trials: 4.0", "search.trials: must be a valid integer; given 4.0"),
+        ("trials: 40", "trials: 012", "search.trials: must be a valid integer; given '012'"),
+        ("method: task_arithmetic", "method: tise", "there is no merge method 'tise'; did you mean .ties"),
+        ("method: task_arithmetic", "method: [ties, ties]", "space.method: must not name a method twice"),
+        ("method: task_arithmetic", "method: []", "space.method: must be a merge method or a list of them"),
+        ("method: task_arithmetic", "method: [linear, slerp]\n  lambda: [0, 1]", "linear or slerp has no lambda"),
+        ("method: task_arithmetic", "method: [ties, arcee_fusion]", "space.method: arcee_fusion cannot be searched"),
+        ("method: task_arithmetic", "method: model_stock", "space.method: model_stock needs 2 experts; given 1"),
+        ("[0, 1]", "[0.1, 1]", r"space.weight: must hold 0 \(the base\); given \[0.1, 1\]"),
+        ("[0, 1]", "[0, 0.9]", r"space.weight: must hold 1 \(the expert\); given \[0, 0.9\]"),
+        ("[0, 1]", "[0, .nan]", "space.weight.1: must be a finite number; given nan"),
+        ("[0, 1]", "[0]", "space.weight.1: must be given"),
+        ("[0, 1]", "[0, one]", "space.weight.1: must be a valid number; given 'one'"),
+        ("{curve: 4}", "{curve: 1}", "space.shape: curve must be a whole number from 2 to 64; given"),
+        ("{curve: 4}", "wavy", "space.shape: must be uniform, slope, layers, .*; given 'wavy'"),
+        ("[attn, mlp]", "[attn, attn]", "space.modules: must not name a module twice"),
+        ("weight: [0, 1]", "density: [0.1, 1]", "space.density: task_arithmetic has no density"),
+        ("task_arithmetic ", "ties\n  density: [0.1, 0.9]", "space.density: must hold 1; given"),
+        ("task_arithmetic ", "slerp", "space.weight: slerp has no weight; .*; it has t"),
+        ("name: first", "name: ../first", "name: must be letters, digits, .*; given '../first'"),
+        ("name: first", "name: 2024", "name: must be a valid string; given 2024"),
+        ("name: first", "nam: first", "name: must be given\n.*nam: there is no such key"),
+        ("clinical:", "cli.nical:", "an expert's name must be letters"),
+        ("- ./tasks/notes.yaml", "- {task: x, expert: clinicl}", "evals.domain.0.expert: .*; did you mean .clinical"),
+        ("- arc_easy", "- {task: arc_easy, expert: clinical}", "evals.general.0.expert: only a domain task"),
+        ("- arc_easy", "- hellaswag", "evals.general.1.task: a task may stand once"),
+        ("    - ./tasks/notes.yaml", "    []", "evals.domain: must have at least 1 item"),
+        ("holdout_items: 100", "token_budget: 8", "evals.token_budget: must be .*, 16 or more, or the word"),
+        ("threads: auto", "threads: 0", "workers.threads: must be .*, 1 or more, or the word auto; given 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path, good: str, old: str, new: str, message: str) -> None:
+    assert old in good
+    assert_matches(message, refusal(tmp_path, good.replace(old, new)))
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    with pytest.raises(StudyFileError, match=f"(?s){pattern}"):
+        raise StudyFileError(text)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path, good: str) -> None:
+    text = refusal(tmp_path, good.replace("trials: 40", "trials: -1").replace("mlp]", "mpl]"))
+    assert [line.split(": ")[1] for line in text.splitlines()] == ["space.modules.1", "search.trials"]
+
+
+def test_every_expert_needs_a_domain_task(tmp_path: Path, good: str) -> None:
+    text = good.replace("./tasks/notes.yaml", "{task: x, expert: clinical}")
+    text = text.replace("  experts:", "  experts:\n    legal: ./legal")
+    assert "no task is for legal" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "search.trails=3",
+            '--set search.trails=3: search.trails: there is no such key; given 3; did you mean "trials"?',
+        ),
+        ("serch.trials=3", '--set serch.trials=3: serch: there is no such key; .*; did you mean "search"?'),
+        ("search.trials=no", "--set search.trials=no: search.trials: must be a valid integer; given 'no'"),
+        ("search.trials", "--set: must be key=value"),
+        ("name.x=3", "--set name.x=3: 'x' cannot be set there: the key before it is the value 'first'"),
+        ("evals.domain.7.items=3", "'7' cannot be set there: the key before it has 1 entries"),
+        ("search.trials=[", "--set search.trials=.: line 1: not plain YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_as_in_the_file(tmp_path: Path, good: str, override: str, message: str) -> None:
+    assert_matches(message, refusal(tmp_path, good, override))
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2", "line 2: the key 'a' stands twice"),
+        ("a: &x 1", "line 1: anchors and aliases are refused"),
+        ("a: [1]\nb: *a", "line 2: anchors and aliases are refused"),
+        ("a: &a [x, x]\nb: &b [*a, *a]", "anchors and aliases"),
+        ("no: 1\n1: x", "line 2: a key must be a word; given 1"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: tags are refused; given !!python/object/apply:os.system"),
+        ("a: 1\nb: !!binary aGk=", "line 2: tags are refused; given !!binary; write the plain value"),
+        ("a: !!set {x}", "line 1: tags are refused; given !!set"),
+        ("a: !!timestamp 2024-99-99", "line 1: tags are refused; given !!timestamp"),
+        ("a: !!omap [x: 1]", "line 1: tags are refused; given !!omap"),
+        ("a: !!bool maybe", "line 1: tags are refused; given !!bool"),
+        ("a: !!int []", "line 1: tags are refused; given !!int"),
+        ("!!merge x: {a: 1}", "line 1: tags are refused; given !!merge"),
+        ("a: !own 1", "line 1: tags are refused; given !own"),
+        ("a: 1\n--- \nb: 2", "not plain YAML"),
+        ("a: [", "not plain YAML"),
+        ("[" * 400, "line 1: lists and mappings may lie 64 deep"),
+        ("a:\n  " + "- " * 100_000, "line 2: lists and mappings may lie 64 deep"),
+        ("a: " + "[" * 100_000, "line 1: lists and mappings may lie 64 deep"),
+        ("a: " + "9" * 5000, "line 1: a whole number may have 300 digits; given one of 5,000"),
+        ("a: 1" + "0" * 400, "line 1: a whole number may have 300 digits; given one of 401"),
+        ("\na: -1e400", "line 2: a number must fit 64 bits; given -1e400"),
+        ('a: "\\ud800"', "line 1: a text holds half of a surrogate pair"),
+        ('"\\ud800": 1', "line 1: a text holds half of a surrogate pair"),
+        ("a: \0", "not plain YAML: unacceptable character #x0000"),
+        ("- 1", "must hold keys and values"),
+        ("", "must hold keys and values"),
+    ],
+)
+def test_yaml_that_could_surprise_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(StudyFileError, match=message):
+        read_yaml(written(tmp_path, text))
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match=r"none.yaml does not exist"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(StudyFileError, match="must be a regular file; given a folder"):
+        read_yaml(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(StudyFileError, match="must be UTF-8 text; byte 3"):
+        read_yaml(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("#" * (LARGEST_FILE + 1))
+    with pytest.raises(StudyFileError, match=r"may hold 1,000,000 bytes; given 1,000,001"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_a_yaml_document_has_so_many_values_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimizer.study.study_file.MOST_VALUES", 5)
+    assert parse_yaml("a: [1, 2]", "here") == {"a": [1, 2]}
+    with pytest.raises(StudyFileError, match="here: line 2: a document may hold 5 keys and values"):
+        parse_yaml("a: [1, 2,\n3]", "here")
+
+
+def test_a_file_without_an_end_is_refused_at_once(tmp_path: Path, good: str) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in (("/dev/zero", "a device"), (tmp_path / "pipe.yaml", "a pipe")):
+        with pytest.raises(StudyFileError, match=f"must be a regular file; given {kind}"):
+            read_study(path)
+        study = read_study(written(tmp_path, good), [f"space.from={path}"])
+        with pytest.raises(StudyFileError, match=f"must be a regular file; given {kind}"):
+            space_of(study, TENSORS)
+
+
+def test_a_recipe_to_start_from_is_a_document_of_a_stated_size(tmp_path: Path, good: str) -> None:
+    (tmp_path / "recipe.json").write_text(" " * (LARGEST_FILE + 1))
+    study = read_study(written(tmp_path, good), ["space.from=recipe.json"])
+    with pytest.raises(StudyFileError, match=r"recipe.json: may hold 1,000,000 bytes; given 1,000,001"):
+        space_of(study, TENSORS)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("key", ["models.base", "models.experts.clinical", "evals.domain.0.task", "runs", "space.from"])
+def test_a_path_that_no_file_can_have_is_refused_by_its_key(tmp_path: Path, good: str, key: str) -> None:
+    good = good.replace("- ./tasks/notes.yaml", "- {task: notes}")
+    for path, rule in (
+        (f"./{LONG}", "a path may have 255 bytes in each name"),
+        ("~nobody-by-this-name/x", "no user of this machine has the home folder"),
+    ):
+        assert_matches(f"study.yaml: {key}: {rule}", refusal(tmp_path, good, f"{key}={path}"))
+    assert_matches(
+        f"{key}: must not hold control characters; given 'a.x00b'",
+        refusal(tmp_path, good, f'{key}="a\\0b"'),
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "search.storage", "workers.ray_address", "evals.general.0.metric", "evals.domain.0.expert", "runs"],
+)
+@pytest.mark.parametrize("text", ['"a\\0"', '"\\e[31m"', '"a\\nb"', '"\\x9b"'])
+def test_no_text_of_a_study_holds_control_characters(tmp_path: Path, good: str, key: str, text: str) -> None:
+    good = good.replace("- arc_easy", "- {task: arc_easy}").replace("- ./tasks/notes.yaml", "- {task: notes}")
+    assert_matches(f"{key}: must not hold control characters; given ", refusal(tmp_path, good, f"{key}={text}"))
+
+
+def test_no_text_of_a_study_holds_a_token(tmp_path: Path, good: str) -> None:
+    token = "hf_" + "a" * 34
+    for key in ("models.base", "models.experts.clinical"):
+        said = refusal(tmp_path, good, f"{key}=/models/{token}/x")
+        assert_matches(f"{key}: must not hold an access token", said)
+        assert token not in said
+
+
+def test_no_text_of_a_study_is_a_book(tmp_path: Path, good: str) -> None:
+    said = refusal(tmp_path, good, f"search.storage={'x' * 5000}")
+    assert_matches("search.storage: must have 4,096 characters at most; given 'xxx", said)
+    assert len(said) < 400
+    assert_matches("there is no such key", refusal(tmp_path, good, f'"a\x1b{LONG}"=1'))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"evals.general.{'9' * 5000}=1", "cannot be set there: the key before it has 2 entries"),
+        (f"{'a.' * 5000}a=1", "--set: a key may have 16 parts; given 5001"),
+        ("\udcff=1", "--set: must be UTF-8 text"),
+        ("name=\udcff", "--set: must be UTF-8 text"),
+        (f"search.trials={'9' * 5000}", "a whole number may have 300 digits; given one of 5,000"),
+        ("search.trials=!!binary aGk=", "tags are refused; given !!binary"),
+        ("evals={}", "--set evals={}: evals.domain: must be given"),
+        ("evals=[]", "--set evals=..: evals: must"),
+        ("=", "--set: must be key=value"),
+    ],
+)
+def test_a_hostile_override_is_refused_in_few_words(tmp_path: Path, good: str, override: str, message: str) -> None:
+    said = refusal(tmp_path, good, override)
+    assert_matches(message, said)
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["search.trials", "search.timeout", "search.trial_timeout", "evals.items", "evals.holdout_items",
+     "evals.token_budget", "workers.threads", "workers.count", "evals.general.0.items"],
+)  # fmt: skip
+def test_no_number_of_a_study_is_beyond_all_machines(tmp_path: Path, good: str, key: str) -> None:
+    good = good.replace("- arc_easy", "- {task: arc_easy}")
+    assert_matches(f"{key}: must be .*; given", refusal(tmp_path, good, f"{key}=1{'0' * 250}"))
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    read = parse_yaml("[1e-3, 1.0e-3, .5, -2, 0, 012, 1_000, 1:30, no, on, true, ~, 2024-01-01, .inf]", "here")
+    assert read == [0.001, 0.001, 0.5, -2, 0, "012", "1_000", "1:30", "no", "on", True, None, "2024-01-01", math.inf]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(st.text(), plain, max_size=4))
+def test_what_is_written_is_read_back_by_us_and_by_others(document: dict[str, object]) -> None:
+    text = dump_yaml(document)
+    assert parse_yaml(text, "here") == document
+    assert yaml.safe_load(text) == document
+
+
+def test_a_word_that_looks_like_a_number_stays_a_word() -> None:
+    words = {"name": "1e-3", "other": "no", "third": "012", "fourth": "1e5"}
+    assert parse_yaml(dump_yaml(words), "here") == words
+
+
+@given(st.text())
+def test_a_scalar_stands_on_one_line(text: str) -> None:
+    line = dump_scalar(text)
+    assert parse_yaml(f"a: {line}  # a comment\n", "here") == {"a": text}
+    assert len(line.splitlines()) == 1
+
+
+def test_shared_values_are_written_out() -> None:
+    shared = [1, 2]
+    assert parse_yaml(dump_yaml({"a": shared, "b": shared}), "here") == {"a": [1, 2], "b": [1, 2]}
+
+
+# --- schema, examples, new studies ---
+
+
+def test_the_committed_schema_is_fresh() -> None:
+    fix = 'python -c "from optimizer.study.study_file import *; SCHEMA_FILE.write_text(schema_text())"'
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), f"run: {fix}"
+
+
+def test_the_schema_knows_every_method() -> None:
+    one, several = study_schema()["$defs"]["SpaceSection"]["properties"]["method"]["anyOf"]
+    assert set(one["enum"]) == set(several["items"]["enum"]) == set(METHODS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid_by_schema_and_by_reader(path: Path) -> None:
+    jsonschema.validate(read_yaml(path), study_schema())
+    assert isinstance(read_study(path), Study)
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+def test_the_schema_refuses_what_the_reader_refuses(tmp_path: Path, good: str) -> None:
+    document = read_yaml(written(tmp_path, good))
+    jsonschema.validate(document, study_schema())
+    for section, key, value in (("search", "trails", 3), ("space", "shape", {"curve": 1}), ("workers", "count", -1)):
+        wrong = json.loads(json.dumps(document))
+        wrong[section][key] = value
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, study_schema())
+
+
+def test_a_new_study_names_experts_after_their_folders(tmp_path: Path) -> None:
+    (tmp_path / "models/Clinical v1.2").mkdir(parents=True)
+    (tmp_path / "studies").mkdir()
+    out = tmp_path / "studies/study.yaml"
+    out.write_text(new_study(out, "org/base", [str(tmp_path / "models/Clinical v1.2"), "law=org/legal"]))
+    study = read_study(out)
+    assert study.name == "Clinical-v1-2-law"
+    assert study.models.base == "org/base"
+    assert study.models.experts == {"Clinical-v1-2": str(tmp_path / "models/Clinical v1.2"), "law": "org/legal"}
+    assert "../models/Clinical v1.2" in out.read_text()
+
+
+def test_a_new_study_needs_different_and_plain_names(tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match="different names"):
+        new_study(tmp_path / "s.yaml", "b", ["a/x", "b/x"])
+    with pytest.raises(StudyFileError, match="an expert's name must be"):
+        new_study(tmp_path / "s.yaml", "b", ["a b=x"])
