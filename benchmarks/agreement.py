@@ -22,7 +22,8 @@ from evals.objectives import task_scores
 from evals.outcomes import SUITES
 from optimizer.run import open_run
 from optimizer.runs.run_folder import outcomes_path, read_outcomes
-from optimizer.study.study_file import read_study, read_yaml, task_specs
+from optimizer.strict_yaml import read_yaml
+from optimizer.study.study_file import read_study, task_specs
 
 DTYPES = {"auto": "auto", "float32": "float32", "bf16": "bfloat16"}
 

@@ -45,7 +45,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
     from optimizer.export.commands import export_trial
     from optimizer.run import open_run
     from optimizer.run_study import run_study
-    from optimizer.study.study_file import dump_yaml
+    from optimizer.strict_yaml import dump_yaml
 
     begun = time.monotonic()
     inputs = (out.parent / f"{out.name}-inputs").resolve()

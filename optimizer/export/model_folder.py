@@ -50,7 +50,7 @@ def export_model(
     Raises:
         MergeError: the folder exists or cannot be written, or the merge is not finite.
     """
-    from optimizer.study.study_file import dump_yaml
+    from optimizer.strict_yaml import dump_yaml
 
     base = sources.base
     with new_folder(out) as folder:
@@ -118,7 +118,7 @@ def model_card(
 
 def card_head(models: Iterable[Checkpoint], title: str) -> str:
     """Return a card's front matter and title."""
-    from optimizer.study.study_file import dump_yaml
+    from optimizer.strict_yaml import dump_yaml
 
     front = {
         "base_model": [public_name(model) for model in models],

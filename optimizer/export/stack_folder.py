@@ -36,7 +36,7 @@ def write_stack(stack: Stack, models: Mapping[str, Checkpoint], out: Path) -> Pa
         CheckpointError: the models do not fit each other, have not the layers, or differ by place.
         MergeError: the folder exists or cannot be written, or a tensor is not finite.
     """
-    from optimizer.study.study_file import dump_yaml
+    from optimizer.strict_yaml import dump_yaml
 
     first, *others = (models[name] for name in dict.fromkeys(name for name, _ in stack.layers))
     for other in others:

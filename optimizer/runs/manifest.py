@@ -12,7 +12,7 @@ from evals.documents import DocumentError, read_json
 from evals.outcomes import TaskInfo
 from optimizer.errors import DamagedError, RunError, StudyFileError
 from optimizer.runs.study_url import storage_label
-from optimizer.study.study_file import read_yaml
+from optimizer.strict_yaml import read_yaml
 
 FORMAT = 1
 ROLES = ("domain", "general")

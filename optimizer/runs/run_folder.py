@@ -40,7 +40,7 @@ from optimizer.runs.differences import differences
 from optimizer.runs.manifest import FORMAT, read_manifest, stored_study
 from optimizer.runs.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
 from optimizer.runs.study_url import storage_label
-from optimizer.study.study_file import parse_yaml
+from optimizer.strict_yaml import parse_yaml
 from optimizer.words import printable
 
 FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)

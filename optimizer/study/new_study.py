@@ -9,7 +9,8 @@ from pathlib import Path
 
 from evals.documents import checked_path
 from optimizer.errors import StudyFileError
-from optimizer.study.study_file import EXPERT_NAME, EXPERT_RULE, NAME, dump_scalar, shown
+from optimizer.strict_yaml import dump_scalar, shown
+from optimizer.study.study_file import EXPERT_NAME, EXPERT_RULE, NAME
 
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 

@@ -1,4 +1,4 @@
-"""The study file: a person's words, checked and frozen. The only module that knows YAML and pydantic.
+"""The study file: a person's words, checked and frozen. The only module that knows pydantic.
 
 `read_study` is the first step of every command. Nothing is repaired here: a wrong key or value is an error that says
 where it stands, what was given and what would be right.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,15 +25,14 @@ from pydantic import (
     model_serializer,
 )
 
-from evals.documents import DEEPEST, MOST_DIGITS, read_text, resolved_path
+from evals.documents import resolved_path
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
 from optimizer.masking import TOKEN, masked_url, redacted
+from optimizer.strict_yaml import CONTROL, dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.workers.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
-LARGEST_FILE = 1_000_000  # bytes; a study file is a page
-MOST_VALUES = 100_000  # of a YAML document, keys among them: seconds of reading
 LONGEST_TEXT = 4096  # characters of one value of a study
 MOST_SHOTS = 64
 MOST_ITEMS, MOST_WORKERS, MOST_MINUTES = 1_000_000_000, 1024, 1e7  # beyond any machine, within its integers
@@ -44,7 +41,6 @@ SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 Range = tuple[float, float]
 # what lm-eval calls some of our keys
 LM_EVAL_WORDS = {
@@ -53,132 +49,6 @@ LM_EVAL_WORDS = {
     "num_fewshot": "shots",
     "apply_chat_template": "chat_template",
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# YAML, the part of it that cannot surprise
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, read by YAML 1.2's rules: `no` is a word, `012` is a word, `1e-3` is a number."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
-    depth = values = 0
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            mend = "write the value out, or put it in quotes"
-            raise _refused(event, f'anchors and aliases are refused; given "{sign}{_shortened(event.anchor)}"; {mend}')
-        if getattr(event, "tag", None) is not None:
-            tag = _shortened(event.tag.replace("tag:yaml.org,2002:", "!!"))
-            raise _refused(event, f"tags are refused; given {tag}; write the plain value")
-        if self.depth > DEEPEST:
-            raise _refused(event, f"lists and mappings may lie {DEEPEST} deep in each other; these lie deeper")
-        self.values += 1
-        if self.values > MOST_VALUES:
-            raise _refused(event, f"a document may hold {MOST_VALUES:,} keys and values; this one holds more")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        text = super().construct_scalar(node)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise _refused(node, "a text holds half of a surrogate pair; remove it") from None
-        return text
-
-    def construct_whole(self, node: yaml.ScalarNode) -> int:
-        digits = self.construct_scalar(node)
-        if len(digits) > MOST_DIGITS:
-            raise _refused(node, f"a whole number may have {MOST_DIGITS} digits; given one of {len(digits):,}")
-        return int(digits)
-
-    def construct_real(self, node: yaml.ScalarNode) -> float:
-        number = self.construct_yaml_float(node)
-        if math.isinf(number) and not node.value.endswith(".inf"):
-            raise _refused(node, f"a number must fit 64 bits; given {_shortened(node.value)}")
-        return number
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise _refused(key_node, f"a key must be a word; given {shown(key)}; put it in quotes")
-            if key in seen:
-                raise _refused(key_node, f"the key {shown(key)} stands twice in one mapping; remove one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _refused(at: yaml.Event | yaml.Node, rule: str) -> StudyFileError:
-    assert at.start_mark is not None, "what is read from text has a place"
-    return StudyFileError(f"line {at.start_mark.line + 1}: {rule}")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Never writes an alias, and quotes every text that `_Loader` would read as a number."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = re.compile(
-    r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.inf$|^\.nan$"
-)
-for _tag, _pattern, _first in (
-    ("null", re.compile(r"^(~|null|)$"), ["~", "n", ""]),
-    ("bool", re.compile(r"^(true|false)$"), list("tf")),
-    ("int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # it is a SafeLoader
-    except StudyFileError as error:
-        raise StudyFileError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise StudyFileError(f"{where}: {line}not plain YAML: {problem}") from None
-
-
-def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file of ours or of mergekit.
-
-    Raises:
-        StudyFileError: the file is missing, no regular file, too large, not UTF-8, not plain YAML, or not a mapping.
-    """
-    text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
-    document = parse_yaml(text, str(path))
-    if not isinstance(document, dict):
-        raise StudyFileError(f"{path}: must hold keys and values; given {shown(document)}")
-    return document
-
-
-def dump_yaml(document: Mapping[str, Any]) -> str:
-    """YAML text that `read_yaml` and any other reader give back unchanged."""
-    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=110)
-
-
-def dump_scalar(text: str) -> str:
-    """One text as YAML on one line, in quotes only where it needs them."""
-    style = '"' if CONTROL.search(text) else None
-    return yaml.dump(text, Dumper=_Dumper, width=10_000, default_style=style).removesuffix("\n").removesuffix("\n...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,7 +422,7 @@ def _set(document: dict[str, Any], override: str) -> None:
             place = place.setdefault(part, {})
             if place is None:
                 empty = ".".join(parents[: depth + 1])
-                raise StudyFileError(f"{_named(override)}: {_shortened(empty)} is empty in the study file")
+                raise StudyFileError(f"{_named(override)}: {shortened(empty)} is empty in the study file")
         else:
             place = place[_entry(place, part, override)]
     value = parse_yaml(text, _named(override))
@@ -568,7 +438,7 @@ def _entry(place: Any, part: str, override: str) -> int:
 
 
 def _named(override: str) -> str:
-    return f"--set {redacted(_shortened(override))}"
+    return f"--set {redacted(shortened(override))}"
 
 
 def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
@@ -581,7 +451,7 @@ def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -
     problems = list(_odd_texts(document, ())) or problems
     if not problems:
         return study
-    lines = [f"{_origin(key, path, overrides)}: {_shortened(key) or 'the file'}: {said}" for key, said in problems]
+    lines = [f"{_origin(key, path, overrides)}: {shortened(key) or 'the file'}: {said}" for key, said in problems]
     raise StudyFileError("\n".join(lines))
 
 
@@ -636,15 +506,6 @@ def _problem(entry: Any) -> tuple[str, str]:
     rule = entry["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     rule = re.sub(r"^(Tuple|List|Dictionary) should", "must", rule)
     return key, f"{rule[:1].lower()}{rule[1:]}; given {given}"
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: short, and without a password."""
-    return _shortened(masked_url(repr(value)))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _did_you_mean(path: Sequence[str | int]) -> str:

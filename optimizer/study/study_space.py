@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from evals.documents import read_text
 from optimizer.errors import StudyFileError
-from optimizer.study.study_file import LARGEST_FILE, Study, read_yaml
+from optimizer.strict_yaml import LARGEST_FILE, read_yaml
+from optimizer.study.study_file import Study
 from search_spaces.parameters import METHODS
 
 if TYPE_CHECKING:

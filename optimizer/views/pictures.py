@@ -12,13 +12,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optimizer.views.plots import GREY, INK
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points

@@ -15,19 +15,15 @@ from hypothesis import strategies as st
 
 from evals.outcomes import REST, TaskSpec
 from optimizer.errors import StudyFileError
+from optimizer.strict_yaml import LARGEST_FILE, dump_scalar, dump_yaml, parse_yaml, read_yaml
 from optimizer.study.new_study import commented_study, new_study
 from optimizer.study.study_file import (
-    LARGEST_FILE,
     RANGES,
     SCHEMA_FILE,
     SpaceSection,
     Study,
-    dump_scalar,
     dump_study,
-    dump_yaml,
-    parse_yaml,
     read_study,
-    read_yaml,
     schema_text,
     stored_storage,
     study_schema,
@@ -370,7 +366,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_yaml_document_has_so_many_values_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimizer.study.study_file.MOST_VALUES", 5)
+    monkeypatch.setattr("optimizer.strict_yaml.MOST_VALUES", 5)
     assert parse_yaml("a: [1, 2]", "here") == {"a": [1, 2]}
     with pytest.raises(StudyFileError, match="here: line 2: a document may hold 5 keys and values"):
         parse_yaml("a: [1, 2,\n3]", "here")

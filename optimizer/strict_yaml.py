@@ -1,0 +1,153 @@
+"""Strict YAML: what a person types, read without surprises and written so that any reader gives it back unchanged.
+
+Plain values only, by YAML 1.2's rules; no anchors, no tags, no duplicate keys. The only module that imports PyYAML for
+files of ours (`evals.task_files` does for lm-eval's).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evals.documents import DEEPEST, MOST_DIGITS, read_text
+from optimizer.errors import StudyFileError
+from optimizer.masking import masked_url
+
+LARGEST_FILE = 1_000_000  # bytes; a study file is a page
+MOST_VALUES = 100_000  # of a YAML document, keys among them: seconds of reading
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, read by YAML 1.2's rules: `no` is a word, `012` is a word, `1e-3` is a number."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
+    depth = values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            mend = "write the value out, or put it in quotes"
+            raise _refused(event, f'anchors and aliases are refused; given "{sign}{shortened(event.anchor)}"; {mend}')
+        if getattr(event, "tag", None) is not None:
+            tag = shortened(event.tag.replace("tag:yaml.org,2002:", "!!"))
+            raise _refused(event, f"tags are refused; given {tag}; write the plain value")
+        if self.depth > DEEPEST:
+            raise _refused(event, f"lists and mappings may lie {DEEPEST} deep in each other; these lie deeper")
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise _refused(event, f"a document may hold {MOST_VALUES:,} keys and values; this one holds more")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _refused(node, "a text holds half of a surrogate pair; remove it") from None
+        return text
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        digits = self.construct_scalar(node)
+        if len(digits) > MOST_DIGITS:
+            raise _refused(node, f"a whole number may have {MOST_DIGITS} digits; given one of {len(digits):,}")
+        return int(digits)
+
+    def construct_real(self, node: yaml.ScalarNode) -> float:
+        number = self.construct_yaml_float(node)
+        if math.isinf(number) and not node.value.endswith(".inf"):
+            raise _refused(node, f"a number must fit 64 bits; given {shortened(node.value)}")
+        return number
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _refused(key_node, f"a key must be a word; given {shown(key)}; put it in quotes")
+            if key in seen:
+                raise _refused(key_node, f"the key {shown(key)} stands twice in one mapping; remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _refused(at: yaml.Event | yaml.Node, rule: str) -> StudyFileError:
+    assert at.start_mark is not None, "what is read from text has a place"
+    return StudyFileError(f"line {at.start_mark.line + 1}: {rule}")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Never writes an alias, and quotes every text that `_Loader` would read as a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_FLOAT = re.compile(
+    r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.inf$|^\.nan$"
+)
+for _tag, _pattern, _first in (
+    ("null", re.compile(r"^(~|null|)$"), ["~", "n", ""]),
+    ("bool", re.compile(r"^(true|false)$"), list("tf")),
+    ("int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # it is a SafeLoader
+    except StudyFileError as error:
+        raise StudyFileError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise StudyFileError(f"{where}: {line}not plain YAML: {problem}") from None
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file of ours or of mergekit.
+
+    Raises:
+        StudyFileError: the file is missing, no regular file, too large, not UTF-8, not plain YAML, or not a mapping.
+    """
+    text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
+    document = parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        raise StudyFileError(f"{path}: must hold keys and values; given {shown(document)}")
+    return document
+
+
+def dump_yaml(document: Mapping[str, Any]) -> str:
+    """YAML text that `read_yaml` and any other reader give back unchanged."""
+    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def dump_scalar(text: str) -> str:
+    """One text as YAML on one line, in quotes only where it needs them."""
+    style = '"' if CONTROL.search(text) else None
+    return yaml.dump(text, Dumper=_Dumper, width=10_000, default_style=style).removesuffix("\n").removesuffix("\n...")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: short, and without a password."""
+    return shortened(masked_url(repr(value)))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
