@@ -21,7 +21,7 @@ from evals.lm_tasks import Harness, load_tasks
 from evals.objectives import task_scores
 from evals.outcomes import SUITES
 from optimizer.run import open_run
-from optimizer.runs.run_folder import outcomes_path, read_outcomes
+from optimizer.runs.outcome_files import outcomes_path, read_outcomes
 from optimizer.strict_yaml import read_yaml
 from optimizer.study.study_file import read_study, task_specs
 

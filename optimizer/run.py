@@ -24,7 +24,7 @@ from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
 from optimizer.runs.manifest import read_manifest, tasks_of
-from optimizer.runs.run_folder import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
+from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.runs.study_home import stored_trials
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED
 from optimizer.views.frames import Row, rows_of

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from evals.outcomes import SUITES
 from evals.packing import PLAN
 from optimizer.run import open_run
-from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints, write_atomically
+from optimizer.runs.atomic_file import write_atomically
+from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.study_home import require_usable
 from optimizer.search.driver import Event, run_search
 from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import io
 import json
 import os
 import shlex
@@ -26,39 +25,20 @@ from typing import IO, Any
 
 import optuna
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
-from evals.outcomes import OUTCOME_COLUMNS, SEARCH, Outcome, TaskInfo
+from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import RunError, UnavailableError
 from optimizer.masking import redacted
-from optimizer.room import NO_ROOM, no_room
+from optimizer.runs.atomic_file import sync_folder, unwritten, write_atomically
 from optimizer.runs.differences import differences
 from optimizer.runs.manifest import FORMAT, read_manifest, stored_study
+from optimizer.runs.outcome_files import outcomes_path, read_outcomes, sound_outcomes, write_outcomes
 from optimizer.runs.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
 from optimizer.runs.study_url import storage_label
 from optimizer.strict_yaml import parse_yaml
 from optimizer.words import printable
-
-FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
-SCHEMA = pa.schema(
-    {
-        "task": pa.string(),
-        "suite": pa.string(),
-        "item": pa.string(),
-        "value": pa.float64(),
-        "weight": pa.float64(),
-        "loglikelihoods": pa.list_(pa.float64()),
-        "truncated": pa.bool_(),
-        "lengths": pa.list_(pa.int64()),
-        "broken_off": pa.bool_(),
-    }
-)
-LATER_COLUMNS = ("lengths", "broken_off")  # unknown to the first version
-FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +125,7 @@ class RunFolder:
         Args:
             digest: the recipe's digest, kept with the rows so that a resumed search can trust them.
         """
-        rows = list(outcomes)
-        assert all(row.suite == suite for row in rows), f"outcomes of another suite than {suite}"
-        columns = {name: [getattr(row, name) for row in rows] for name in OUTCOME_COLUMNS}
-        metadata = {"recipe": digest, "trial": str(trial), "suite": suite}
-        table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        target = outcomes_path(self.path, trial, suite)
-        _make_place(target)
-        write_atomically(target, sink.getvalue())
-        return target
+        return write_outcomes(self.path, trial, suite, digest, outcomes)
 
     def has_outcomes(self, trial: int, suite: str) -> bool:
         """Whether there is something under the name of a trial's outcomes, of whatever worth."""
@@ -185,7 +155,7 @@ class RunFolder:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise _unwritten(path, len(line), error) from error
+            raise unwritten(path, len(line), error) from error
 
 
 class RunLock:
@@ -217,7 +187,7 @@ class RunLock:
         except OSError as error:
             with suppress(OSError):  # what was not written is tried again
                 self._file.close()
-            raise _unwritten(path, len(about), error) from error
+            raise unwritten(path, len(about), error) from error
 
     def release(self) -> None:
         """Give the folder back; releasing twice does nothing."""
@@ -301,116 +271,6 @@ def _renewed(given: object, renewed: Mapping[str, str]) -> object:
     return renewed.get(given, given) if isinstance(given, str) else given
 
 
-def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
-    return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
-
-
-def read_outcomes(path: Path) -> pd.DataFrame:
-    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column.
-
-    Raises:
-        RunError: the file is missing, damaged, or no outcomes file.
-    """
-    table = _outcomes_table(path)
-    return outcomes_frame(table, int(_facts(table)["trial"]))
-
-
-def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
-    """One trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
-    frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
-    frame.insert(0, "trial", trial)
-    return frame
-
-
-def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> pa.Table:
-    """One trial's stored outcomes, where they are whole and its own.
-
-    Args:
-        digest: of the trial's recipe.
-        tasks: the run's, with the number of their items.
-
-    Returns:
-        A table of SCHEMA.
-
-    Raises:
-        RunError: there are none, or they cannot be used; the file is named.
-    """
-    path = outcomes_path(folder, trial, suite)
-    table = _outcomes_table(path)
-    for name, known in {"trial": str(trial), "suite": suite, "recipe": digest}.items():
-        if (found := _facts(table)[name]) != known:
-            raise RunError(f"{path} is of {name} {found!r}, not {known!r}")
-    promised = {task.name: task.search_items if suite == SEARCH else task.holdout_items for task in tasks}
-    counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
-    if counts != promised or table["suite"].unique().to_pylist() != [suite]:
-        raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")
-    if not pc.all(pc.is_finite(pa.chunked_array([*table["value"].chunks, *table["weight"].chunks]))).as_py():
-        raise RunError(f"{path} holds values that are not finite")
-    return table
-
-
-def _outcomes_table(path: Path) -> pa.Table:
-    """A stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
-    if not path.is_file():
-        raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
-    for field in SCHEMA:
-        if field.name in LATER_COLUMNS and field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-    facts = table.schema.metadata or {}
-    missing = [name for name in FACTS if name.encode() not in facts]
-    if missing or not table.select([name for name in SCHEMA.names if name in table.column_names]).schema.equals(SCHEMA):
-        raise RunError(
-            f"{path} is not an outcomes file of this program: it has other columns, or no {', '.join(FACTS)}"
-        )
-    if any(table[name].null_count for name in SCHEMA.names if name not in LATER_COLUMNS):
-        raise RunError(f"{path} lacks some of its values")
-    return table
-
-
-def _facts(table: pa.Table) -> dict[str, str]:
-    return {name: table.schema.metadata[name.encode()].decode(errors="replace") for name in FACTS}
-
-
-def _items(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} items of {task}" for task, number in counts.items()) or "nothing"
-
-
-def _make_place(target: Path) -> None:
-    """Have the outcomes' folder there, and a folder that bears a file's name out of the way, beside it."""
-    try:
-        target.parent.mkdir(exist_ok=True)
-        if target.is_dir():
-            target.rename(target.with_name(f"{target.name}.moved"))
-    except OSError as error:
-        raise RunError(f"outcomes cannot be written to {target}: {error.strerror}; move away what is there") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, onto the disk, then rename it: readers see the old or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritten(path, len(content), error) from error
-    _sync_folder(path.parent)
-
-
-def _unwritten(path: Path, size: int, error: OSError) -> RunError:
-    if error.errno in NO_ROOM:
-        return no_room(path, size, error)
-    return RunError(f"cannot write {path} ({size:,} bytes): {error.strerror}")
-
-
 def _as_json(manifest: Mapping[str, object]) -> bytes:
     return json.dumps(manifest, indent=1).encode()
 
@@ -443,7 +303,7 @@ def _create(folder: Path, study_yaml: str, manifest: Mapping[str, object]) -> No
             raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _probe(folder: Path) -> None:
@@ -464,11 +324,3 @@ def _require_same(folder: Path, stored: Mapping[str, Any], given: Mapping[str, A
             f"{folder} was made from another study, and scores from both would not compare; what changed:\n{lines}"
             "change it back to resume, or name another run folder"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,8 +22,8 @@ from evals.documents import read_text
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import RunError
 from optimizer.masking import redacted
+from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.front import SURE
-from optimizer.runs.run_folder import write_atomically
 from optimizer.views.frames import Row, rows_of
 from optimizer.views.plots import DARK, library_script
 from optimizer.words import count, kind_said, percent

@@ -19,7 +19,9 @@ import pytest
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import RunError
 from optimizer.masking import redacted
-from optimizer.runs.run_folder import FRAME_COLUMNS, RunFolder, is_locked, write_atomically
+from optimizer.runs.atomic_file import write_atomically
+from optimizer.runs.outcome_files import FRAME_COLUMNS
+from optimizer.runs.run_folder import RunFolder, is_locked
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from optimizer.errors import RunError, SearchError
 from optimizer.run import Run, open_run
-from optimizer.runs.run_folder import outcomes_path
+from optimizer.runs.outcome_files import outcomes_path
 from optimizer.views.report import report_html
 from optimizer.views.tables import front_document, print_front, status_document, trial_document
 from optimizer.workers.pool import SerialPool

@@ -1,0 +1,142 @@
+"""The outcome files of a run folder, one for each trial and suite: written whole, read where they are sound."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from evals.outcomes import OUTCOME_COLUMNS, SEARCH, Outcome, TaskInfo
+from optimizer.errors import RunError
+from optimizer.runs.atomic_file import write_atomically
+
+FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "suite": pa.string(),
+        "item": pa.string(),
+        "value": pa.float64(),
+        "weight": pa.float64(),
+        "loglikelihoods": pa.list_(pa.float64()),
+        "truncated": pa.bool_(),
+        "lengths": pa.list_(pa.int64()),
+        "broken_off": pa.bool_(),
+    }
+)
+LATER_COLUMNS = ("lengths", "broken_off")  # unknown to the first version
+FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
+
+
+def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
+    return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
+
+
+def write_outcomes(folder: Path, trial: int, suite: str, digest: str, outcomes: Iterable[Outcome]) -> Path:
+    """Write one trial's outcomes; they are on the disk, whole, when this returns.
+
+    Args:
+        digest: the recipe's digest, kept with the rows so that a resumed search can trust them.
+    """
+    rows = list(outcomes)
+    assert all(row.suite == suite for row in rows), f"outcomes of another suite than {suite}"
+    columns = {name: [getattr(row, name) for row in rows] for name in OUTCOME_COLUMNS}
+    metadata = {"recipe": digest, "trial": str(trial), "suite": suite}
+    table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    target = outcomes_path(folder, trial, suite)
+    _make_place(target)
+    write_atomically(target, sink.getvalue())
+    return target
+
+
+def read_outcomes(path: Path) -> pd.DataFrame:
+    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column.
+
+    Raises:
+        RunError: the file is missing, damaged, or no outcomes file.
+    """
+    table = _outcomes_table(path)
+    return outcomes_frame(table, int(_facts(table)["trial"]))
+
+
+def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
+    """One trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
+    frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
+    frame.insert(0, "trial", trial)
+    return frame
+
+
+def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> pa.Table:
+    """One trial's stored outcomes, where they are whole and its own.
+
+    Args:
+        digest: of the trial's recipe.
+        tasks: the run's, with the number of their items.
+
+    Returns:
+        A table of SCHEMA.
+
+    Raises:
+        RunError: there are none, or they cannot be used; the file is named.
+    """
+    path = outcomes_path(folder, trial, suite)
+    table = _outcomes_table(path)
+    for name, known in {"trial": str(trial), "suite": suite, "recipe": digest}.items():
+        if (found := _facts(table)[name]) != known:
+            raise RunError(f"{path} is of {name} {found!r}, not {known!r}")
+    promised = {task.name: task.search_items if suite == SEARCH else task.holdout_items for task in tasks}
+    counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
+    if counts != promised or table["suite"].unique().to_pylist() != [suite]:
+        raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")
+    if not pc.all(pc.is_finite(pa.chunked_array([*table["value"].chunks, *table["weight"].chunks]))).as_py():
+        raise RunError(f"{path} holds values that are not finite")
+    return table
+
+
+def _outcomes_table(path: Path) -> pa.Table:
+    """A stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
+    if not path.is_file():
+        raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    for field in SCHEMA:
+        if field.name in LATER_COLUMNS and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    facts = table.schema.metadata or {}
+    missing = [name for name in FACTS if name.encode() not in facts]
+    if missing or not table.select([name for name in SCHEMA.names if name in table.column_names]).schema.equals(SCHEMA):
+        raise RunError(
+            f"{path} is not an outcomes file of this program: it has other columns, or no {', '.join(FACTS)}"
+        )
+    if any(table[name].null_count for name in SCHEMA.names if name not in LATER_COLUMNS):
+        raise RunError(f"{path} lacks some of its values")
+    return table
+
+
+def _facts(table: pa.Table) -> dict[str, str]:
+    return {name: table.schema.metadata[name.encode()].decode(errors="replace") for name in FACTS}
+
+
+def _items(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} items of {task}" for task, number in counts.items()) or "nothing"
+
+
+def _make_place(target: Path) -> None:
+    """Have the outcomes' folder there, and a folder that bears a file's name out of the way, beside it."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if target.is_dir():
+            target.rename(target.with_name(f"{target.name}.moved"))
+    except OSError as error:
+        raise RunError(f"outcomes cannot be written to {target}: {error.strerror}; move away what is there") from error
