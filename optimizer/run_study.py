@@ -23,8 +23,9 @@ from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_nam
 from optimizer.study.study_file import Study, dump_study, read_study, task_specs
 from optimizer.views.progress import Progress, event_text
 from optimizer.views.tables import front_document, print_front
-from optimizer.workers.pool import RayPool, SerialPool
+from optimizer.workers.pool import SerialPool
 from optimizer.workers.ray_address import other_cluster
+from optimizer.workers.ray_pool import RayPool
 from optimizer.workers.worker import Worker, WorkerSpec
 
 if TYPE_CHECKING:

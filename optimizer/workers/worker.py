@@ -1,6 +1,6 @@
 """One worker: a resident model, the tasks, and the way from a recipe to per-item outcomes.
 
-Built once per process (by `pool`); everything heavy is imported here, inside functions, so that a driver
+Built once per process (by a pool); everything heavy is imported here, inside functions, so that a driver
 stays light. Paths in the spec are absolute: a worker has a working directory of its own.
 """
 

@@ -23,7 +23,7 @@ from optimizer.run import open_run
 from optimizer.run_study import run_study
 from optimizer.views.frames import rows_of
 from optimizer.views.tables import status_document
-from optimizer.workers.pool import PREFIX
+from optimizer.workers.ray_cluster import PREFIX
 from tests.conftest import demo_command, demo_environment
 from tests.optimizer.fakes import processes_of
 

@@ -15,8 +15,8 @@ import pytest
 
 from optimizer.errors import WorkerError
 from optimizer.workers import ray_address as module
-from optimizer.workers.pool import RayPool
 from optimizer.workers.ray_address import address_problem, other_cluster, require_cluster
+from optimizer.workers.ray_pool import RayPool
 from tests.optimizer.fakes import FakeWorker
 
 SETTINGS_FRAME = b"\0\0\0\x04\0\0\0\0\0"

@@ -175,7 +175,7 @@ def test_a_lack_of_memory_is_said_with_what_helps(spec: WorkerSpec, monkeypatch:
 
 def test_a_driver_does_not_import_what_only_workers_need() -> None:
     code = (
-        "import sys, optimizer.workers.worker, optimizer.workers.pool, optimizer.search.driver\n"
+        "import sys, optimizer.workers.worker, optimizer.workers.ray_pool, optimizer.search.driver\n"
         "print([name for name in ('torch', 'transformers', 'lm_eval', 'datasets', 'ray') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

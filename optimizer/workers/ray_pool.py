@@ -1,0 +1,203 @@
+"""Workers as Ray actors, in a private cluster of this machine or in one the user names."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import WorkerError
+from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, describe
+from optimizer.workers.ray_cluster import STARTS, RayCluster
+
+if TYPE_CHECKING:
+    from optimizer.workers.worker import Evaluation
+
+FIRST_WORKER_SECONDS = 600.0  # a cluster without room for a single worker would keep us waiting for ever
+
+
+class _Host:
+    """The actor around a worker."""
+
+    def __init__(self, make_worker: MakeWorker) -> None:
+        self._error = ""
+        try:
+            self._worker = make_worker()
+        except Exception as error:
+            self._error = describe(error)
+
+    def report_ready(self) -> tuple[int, str]:
+        return os.getpid(), self._error
+
+    def evaluate(self, recipe: str, suite: str) -> Evaluation | Failure:
+        try:
+            return self._worker.evaluate(recipe, suite)
+        except Exception as error:
+            return Failure.of(error)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One actor: starting (a ref but no job), idle (neither), or busy (both)."""
+
+    actor: Any
+    ref: Any
+    started: int = 1
+    pid: int = 0
+    job: Job | None = None
+    deadline: float = math.inf  # on the monotonic clock
+
+
+class RayPool(Closing):
+    """Workers as Ray actors, in a private cluster of this machine or in one the user names.
+
+    A private cluster listens on all interfaces, so it has a token of its own, in a 0600 file in a 0700 folder that
+    goes when the pool closes, or, after a crash, when the next pool starts.
+
+    Args:
+        make_worker: builds a worker; pickled to each actor, which must be able to import it.
+        count: workers, each counted as one CPU by Ray.
+        threads: of torch per worker; 0 shares this machine's cores among the workers.
+        address: None for a private cluster (a running one is ignored), else HOST:PORT of one, or "auto".
+        trial_seconds: a job that runs longer costs its worker's life; None is no limit.
+        device: "cpu" keeps workers off GPUs; else the GPUs Ray knows of are shared among them.
+
+    Raises:
+        WorkerError: Ray cannot start, or no cluster can be joined at the address.
+    """
+
+    def __init__(
+        self,
+        make_worker: MakeWorker,
+        count: int,
+        *,
+        threads: int = 0,
+        address: str | None = None,
+        trial_seconds: float | None = None,
+        device: str = "auto",
+    ) -> None:
+        assert count >= 1, "a pool needs a worker"
+        if threading.current_thread() is not threading.main_thread():
+            raise WorkerError("Ray must be started from the main thread: its processes end with the starting thread")
+        self._make_worker = make_worker
+        self._trial_seconds = trial_seconds or math.inf
+        self._queue: deque[Job] = deque()
+        self._cluster = RayCluster(count, address, worker_environment(count, threads))
+        self._cluster.start()
+        self._ray = self._cluster.ray
+        self._opened = time.monotonic()
+        gpus = 0.0 if device == "cpu" else gpu_share(count, self._ray.cluster_resources().get("GPU", 0.0))
+        self._host = self._ray.remote(_Host).options(
+            num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=1
+        )
+        self._slots = [self._new_slot() for _ in range(count)]
+
+    @property
+    def size(self) -> int:
+        return len(self._slots)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that have started."""
+        return tuple(slot.pid for slot in self._slots if slot.pid)
+
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
+        self._dispatch()
+
+    def wait(self, timeout: float) -> list[Result]:
+        """Collect what is done within `timeout` seconds.
+
+        Raises:
+            WorkerError: a worker cannot be built, and why.
+        """
+        refs = {slot.ref: slot for slot in self._slots if slot.ref is not None}
+        if not refs:
+            return []
+        nearest = min(slot.deadline for slot in self._slots) - time.monotonic()
+        done, _ = self._ray.wait(list(refs), num_returns=1, timeout=max(0.0, min(timeout, nearest)))
+        results = [result for ref in done if (result := self._collect(refs[ref])) is not None]
+        results += [self._overrun(slot) for slot in self._slots if time.monotonic() > slot.deadline]
+        if not any(slot.pid for slot in self._slots) and time.monotonic() - self._opened > FIRST_WORKER_SECONDS:
+            raise WorkerError(
+                f"no worker started in {FIRST_WORKER_SECONDS:.0f} s; {self._cluster.describe_resources()}"
+            )
+        self._dispatch()
+        return results
+
+    def close(self, *, kill: bool = False) -> None:
+        self._queue.clear()
+        self._slots.clear()
+        self._cluster.stop()
+
+    def _dispatch(self) -> None:
+        for slot in self._slots:
+            if self._queue and slot.ref is None:
+                slot.job = self._queue.popleft()
+                slot.ref = slot.actor.evaluate.remote(slot.job.recipe, slot.job.suite)
+                slot.deadline = time.monotonic() + self._trial_seconds
+
+    def _collect(self, slot: Slot) -> Result | None:
+        """Take what a slot's ref holds; None where its worker has only started."""
+        job, ref = slot.job, slot.ref
+        slot.job, slot.ref, slot.deadline = None, None, math.inf
+        try:
+            answer = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            return self._replace_dead(slot, job, error)
+        if job is not None:
+            return answer.ends(job) if isinstance(answer, Failure) else Result(job, answer)
+        slot.pid, failure = answer
+        slot.started = 1
+        if failure:
+            raise WorkerError(f"a worker cannot be built: {failure}")
+        return None
+
+    def _replace_dead(self, slot: Slot, job: Job | None, error: Exception) -> Result | None:
+        """Replace a dead worker, and give its job back."""
+        who = f"worker process {slot.pid} died" if slot.pid else "a worker died as it started"
+        words = f"{who} ({type(error).__name__}){self._cluster.tail(slot.pid)}"
+        if job is None and slot.started >= STARTS:
+            raise WorkerError(f"{words}: {' '.join(str(error).split())[:300]}")
+        self._replace(slot, started=1 if job else slot.started + 1)
+        return Result(job, None, words, died=True) if job else None
+
+    def _overrun(self, slot: Slot) -> Result:
+        job = slot.job
+        assert job is not None, "only a busy slot has a deadline"
+        self._ray.kill(slot.actor)
+        self._replace(slot, started=1)
+        return Result(job, None, f"trial ran longer than {self._trial_seconds:g} s; its worker was stopped", died=True)
+
+    def _replace(self, slot: Slot, *, started: int) -> None:
+        self._slots[self._slots.index(slot)] = self._new_slot(started)
+
+    def _new_slot(self, started: int = 1) -> Slot:
+        actor = self._host.remote(self._make_worker)
+        return Slot(actor, actor.report_ready.remote(), started)
+
+
+def worker_environment(count: int, threads: int) -> dict[str, str]:
+    """Environment of a worker: offline, its share of the cores, and this project importable from a source checkout."""
+    share = threads or max(1, (os.cpu_count() or 1) // count)
+    environment = {
+        "OMP_NUM_THREADS": str(share),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return environment
+
+
+def gpu_share(count: int, gpus: float) -> float:
+    """The part of a GPU each worker takes so that all fit: whole ones, or 1/n where n workers share one."""
+    return 1.0 / math.ceil(count / gpus) if gpus >= 1 else 0.0
