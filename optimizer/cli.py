@@ -171,8 +171,9 @@ def check(
     ] = False,
 ) -> None:
     """Say what a study would run, and all that does not fit."""
-    from optimizer.search.plan import count_tokens, make_plan, print_plan, read_in_full, require_own_names
+    from optimizer.search.plan import count_tokens, make_plan, read_in_full, require_own_names
     from optimizer.study.study_file import read_study
+    from optimizer.views.plan import print_plan
 
     require_own_names()
     plan = make_plan(read_study(study, sets))

@@ -22,12 +22,12 @@ from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
+from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.runs.study_home import stored_trials
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED
-from optimizer.views.frames import Row, rows_of
 from optimizer.words import count, listed, percent
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of

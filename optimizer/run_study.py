@@ -19,7 +19,7 @@ from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.study_home import require_usable
 from optimizer.search.driver import Event, run_search
-from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound
+from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import Study, dump_study, read_study, task_specs
 from optimizer.views.progress import Progress, event_text
 from optimizer.views.tables import front_document, print_front
@@ -56,12 +56,11 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         if known := is_run(study.run_path):  # a second driver is told at once, before any model is read
             held.enter_context(RunFolder(study.run_path).lock())
         require_usable(study.search.storage)
-        plan = _sound_plan(study)
-        assert plan.harness is not None
-        tasks = plan.harness.infos
-        renew_fingerprints(study.run_path, {model.dated: model.fingerprint for model in plan.models.values()})
+        ready = _opened(study)
+        tasks = ready.harness.infos
+        renew_fingerprints(study.run_path, {model.dated: model.fingerprint for model in ready.models})
         run = RunFolder.create_or_resume(
-            study.run_path, dump_study(study), fingerprint(plan), tasks=tasks, storage=study.search.storage
+            study.run_path, dump_study(study), fingerprint(ready), tasks=tasks, storage=study.search.storage
         )
         if not known:
             held.enter_context(run.lock())
@@ -69,7 +68,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         if study.workers.count and study.workers.ray_address is None and (other := other_cluster()):
             console.print(other, highlight=False, markup=False, soft_wrap=True)
         try:
-            _search(plan, run, console)
+            _search(ready, run, console)
         except KeyboardInterrupt:
             go_on = shlex.join(["mergefront", "search", str(study_path), *(f"--set={o}" for o in overrides)])
             lines = f"stopped; nothing finished is lost. Go on with:\n  {go_on}"
@@ -81,29 +80,27 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
     return run.path
 
 
-def _sound_plan(study: Study) -> Plan:
-    """A plan in which everything fits, of models that are finite."""
+def _opened(study: Study) -> Ready:
+    """Open everything a study names; all of it fits, and the models are finite."""
     from optimizer.checkpoints.checkpoint import require_finite
 
     plan = make_plan(study)
     count_tokens(plan)
-    require_sound(plan)
-    for checkpoint in plan.models.values():
+    ready = require_sound(plan)
+    for checkpoint in ready.models:
         require_finite(checkpoint)
-    return plan
+    return ready
 
 
-def _search(plan: Plan, run: RunFolder, console: Console) -> None:
-    assert plan.space is not None
-    assert plan.harness is not None
-    with Progress(console) as progress, make_pool(plan.study) as pool:
+def _search(ready: Ready, run: RunFolder, console: Console) -> None:
+    with Progress(console) as progress, make_pool(ready.study) as pool:
         run_search(
-            plan.study,
+            ready.study,
             run,
-            space=plan.space,
+            space=ready.space,
             pool=pool,
-            tasks=plan.harness.infos,
-            require_unchanged=partial(_require_unchanged, list(plan.models.values())),
+            tasks=ready.harness.infos,
+            require_unchanged=partial(_require_unchanged, ready.models),
             events=partial(_tell_both, progress, run),
         )
 
@@ -150,24 +147,21 @@ def worker_spec(study: Study) -> WorkerSpec:
     )
 
 
-def fingerprint(plan: Plan) -> dict[str, Any]:
+def fingerprint(ready: Ready) -> dict[str, Any]:
     """Every setting a score depends on; a run is taken up only where all of them are as they were."""
-    assert plan.base is not None
-    assert plan.harness is not None
-    assert plan.space is not None
-    evals = plan.study.evals
+    evals = ready.study.evals
     return {
-        "base": plan.base.fingerprint,
-        "experts": {name: expert.fingerprint for name, expert in plan.experts.items()},
+        "base": ready.base.fingerprint,
+        "experts": {name: expert.fingerprint for name, expert in ready.experts.items()},
         "space": {
-            "method": ", ".join(plan.space.methods),
-            "parameters": {name: repr(part) for name, part in plan.space.distributions().items()},
-            **{anchor.name: dict(anchor.params) for anchor in plan.space.anchors() if anchor.name.startswith("from ")},
+            "method": ", ".join(ready.space.methods),
+            "parameters": {name: repr(part) for name, part in ready.space.distributions().items()},
+            **{anchor.name: dict(anchor.params) for anchor in ready.space.anchors() if anchor.name.startswith("from ")},
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
-        "shots": {row["task"]: row["shots"] for row in plan.harness.describe()},
-        "items": {suite: plan.harness.suite_hash(suite) for suite in SUITES},
-        "requests": plan.harness.request_hashes(),
+        "shots": {row["task"]: row["shots"] for row in ready.harness.describe()},
+        "items": {suite: ready.harness.suite_hash(suite) for suite in SUITES},
+        "requests": ready.harness.request_hashes(),
         "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers")} | {"batch plan": PLAN},
     }
 

@@ -14,18 +14,18 @@ PACKAGES = ("optimizer", "search_spaces", "evals")
 # A room of optimizer may import those after it, and what stands beside the rooms at the top only from the last line.
 ROOMS = ("demo", "views", "search", "study", "export", "workers", "merging", "checkpoints", "runs")
 PROGRAMS = ("cli", "run_study", "run")  # these import all rooms; of rooms, only the demo and views take the run
-GROUND = ("errors", "masking", "room", "words")  # all may import these
+GROUND = ("errors", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
     "lm_eval": {"evals.lm_tasks"},
     "datasets": {"evals.lm_tasks", "evals.rows"},
     "jinja2": {"evals.lm_tasks", "evals.templates"},
-    "yaml": {"optimizer.study.study_file", "evals.task_files"},
+    "yaml": {"optimizer.strict_yaml", "evals.task_files"},
     "pydantic": {"optimizer.study.study_file"},
-    "ray": {"optimizer.workers.pool", "optimizer.workers.ray_probe"},
+    "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},
     "huggingface_hub": {"optimizer.checkpoints.checkpoint"},
-    "pyarrow": {"optimizer.runs.run_folder"},
+    "pyarrow": {"optimizer.runs.outcome_files"},
     "plotly": {"optimizer.views.plots"},
     "matplotlib": {"optimizer.views.pictures"},
     "typer": {"optimizer.cli", "optimizer.views.terminal"},

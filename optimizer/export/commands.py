@@ -12,9 +12,9 @@ from evals.documents import read_json
 from optimizer.errors import RunError, StudyFileError
 from optimizer.export.model_folder import export_model, float_dtype
 from optimizer.merging.merge import Sources
+from optimizer.runs.frames import rows_of
 from optimizer.runs.manifest import read_manifest
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml, shown
-from optimizer.views.frames import rows_of
 from optimizer.words import tasks_said
 from search_spaces.mergekit.reader import from_mergekit
 from search_spaces.mergekit.stack import Stack, is_stack, stack_of, stack_sources

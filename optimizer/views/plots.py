@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
-from optimizer.views.frames import Row, rows_of
+from optimizer.runs.frames import Row, rows_of
 from optimizer.words import kind_said, percent, tasks_said
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.

@@ -23,8 +23,8 @@ from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
+from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.front import SURE
-from optimizer.views.frames import Row, rows_of
 from optimizer.views.plots import DARK, library_script
 from optimizer.words import count, kind_said, percent
 

@@ -19,8 +19,7 @@ from optimizer.checkpoints.vocabulary import match_rows
 from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
 from optimizer.merging.merge import Sources, merged_tensor
-from optimizer.search.plan import Plan, _model_rows
-from optimizer.study.study_file import Study
+from optimizer.views.plan import model_rows
 from search_spaces import Recipe, Setting
 from search_spaces.mergekit.reader import from_mergekit
 from tests.pico import pico_expert, pico_llama
@@ -230,7 +229,7 @@ def test_every_method_sees_the_matched_rows(method: str, base: Path, expert: Pat
 
 def test_check_says_how_many_rows_are_left_out(base: Path, expert: Path) -> None:
     one, other = opened(base, expert)
-    rows = list(_model_rows(Plan(Study.model_construct(), base=one, experts={"law": other})))
+    rows = list(model_rows({"base": one, "law": other}))
     assert "5 rows of its own left out" in rows[1][1]
     assert rows[0][2:] == rows[1][2:]
 

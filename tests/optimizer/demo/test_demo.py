@@ -21,7 +21,7 @@ from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.demo.tasks import clinical_terms, clinical_training_texts, write_clinical_text, write_clinical_words
 from optimizer.run import open_run
 from optimizer.run_study import run_study
-from optimizer.views.frames import rows_of
+from optimizer.runs.frames import rows_of
 from optimizer.views.tables import status_document
 from optimizer.workers.ray_cluster import PREFIX
 from tests.conftest import demo_command, demo_environment

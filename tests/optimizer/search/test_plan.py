@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from optimizer.errors import RunError, StudyFileError
 from optimizer.run_study import fingerprint
-from optimizer.search.plan import Plan, count_tokens, make_plan, print_plan, require_own_names, require_sound
+from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import read_study
+from optimizer.views.plan import print_plan
 from tests.optimizer.small_study import write_study
 
 
@@ -35,9 +36,10 @@ def printed(plan: Plan) -> str:
 
 def test_a_sound_study_is_told_in_full_and_fits(study_path: Path) -> None:
     plan = plan_of(study_path)
-    require_sound(plan)
+    ready = require_sound(plan)
     text = printed(plan)
     assert plan.problems == []
+    assert ready.models == list(plan.models.values())
     assert max(len(line) for line in text.splitlines()) <= 80
     for words in (
         "6: embed, layer.00.attn",
@@ -45,7 +47,7 @@ def test_a_sound_study_is_told_in_full_and_fits(study_path: Path) -> None:
         "base, expert:clinical, uniform",
     ):
         assert words in " ".join(text.split())
-    for words in ("skill", "manners", "bits_per_byte", "tokens a trial", "very roughly", "nothing stands against"):
+    for words in ("skill", "manners", "bits_per_byte", "tokens a trial", "very roughly", "no problems found"):
         assert words in text
 
 
@@ -113,9 +115,10 @@ def test_without_a_base_the_rest_is_still_looked_at(study_path: Path) -> None:
 
 
 def test_the_fingerprint_holds_what_a_score_depends_on_and_nothing_else(study_path: Path) -> None:
-    same = fingerprint(plan_of(study_path))
+    same = fingerprint(require_sound(plan_of(study_path)))
     assert json.loads(json.dumps(same)) == same
-    assert fingerprint(plan_of(study_path, "search.trials=99", "workers.count=2", "search.sampler=tpe")) == same
+    unscored = ("search.trials=99", "workers.count=2", "search.sampler=tpe")
+    assert fingerprint(require_sound(plan_of(study_path, *unscored))) == same
     assert {"requests", "versions", "items"} < same.keys()
     for change in (
         "evals.seed=1",
@@ -124,7 +127,7 @@ def test_the_fingerprint_holds_what_a_score_depends_on_and_nothing_else(study_pa
         "space.shape=uniform",
         "space.weight=[0, 2]",
     ):
-        assert fingerprint(plan_of(study_path, change)) != same, change
+        assert fingerprint(require_sound(plan_of(study_path, change))) != same, change
 
 
 def test_another_owner_of_an_import_name_is_named() -> None:

@@ -1,0 +1,119 @@
+"""What `check` prints: the models, the space, the tasks and the cost of a study, and every problem."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from evals.outcomes import SUITES
+from optimizer.search.cost import Cost, cost_of, count_numbers
+from optimizer.views.tables import table
+from optimizer.words import count, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evals.lm_tasks import Harness
+    from optimizer.checkpoints.checkpoint import Checkpoint
+    from optimizer.search.plan import Plan
+    from search_spaces.choice import Choice
+    from search_spaces.space import Space
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print models, space, tasks, cost and problems; a part that could not be read is left out."""
+    if plan.base is not None:
+        console.print(
+            table(
+                "Models",
+                ["", "source", "numbers", "size", "dtype"],
+                model_rows({"base": plan.base, **plan.experts}),
+                right=["numbers", "size"],
+            )
+        )
+    if plan.space is not None:
+        console.print(table("Search space", ["", ""], _space_rows(plan.space)))
+    if plan.harness is not None:
+        numbers = ["chance", "shots", "search items", "holdout items"]
+        columns = ["task", "role", "metric", *numbers]
+        console.print(table("Tasks", columns, _task_rows(plan.harness), right=numbers))
+        for note in plan.harness.notes:
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+    cost = cost_of(plan)
+    if cost is not None:
+        console.print(table("Cost", ["", ""], _cost_rows(plan, cost)))
+    if not plan.problems:
+        console.print("no problems found", highlight=False)
+        return
+    console.print(Text(f"{count(len(plan.problems), 'problem')}:", style="bold"))
+    for problem in plan.problems:
+        console.print(Text(printable(f"- {problem}")), soft_wrap=True)
+
+
+def model_rows(models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, ...]]:
+    """Yield a row of the table of models for each: name, source, count of numbers, size and dtypes."""
+    for name, model in models.items():
+        dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})
+        kind = " (adapter)" if model.is_adapter else ""
+        if model.is_matched:
+            kind = f" (matched to the base's tokens; {count(model.left_out, 'row')} of its own left out)"
+        yield name, model.source + kind, _millions(count_numbers(model)), _size(model.bytes), ", ".join(dtypes)
+
+
+def _space_rows(space: Space | Choice) -> Iterator[tuple[str, str]]:
+    dimensions = space.distributions()
+    anchors = [anchor.name for anchor in space.anchors()]
+    shape, modules = space.shape, ", ".join(space.modules)
+    yield "method", ", ".join(space.methods)
+    yield "shape", f"{shape.kind} {shape.n or ''}".strip() + (f", of its own for {modules}" if modules else "")
+    yield "groups", f"{len(space.groups)}: {_shortened(space.groups)}"
+    yield "dimensions", f"{len(dimensions)}: {_shortened(list(dimensions))}"
+    yield "anchors", f"{len(anchors)}: {', '.join(anchors)}"
+
+
+def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
+    for row in harness.describe():
+        role = f"{row['role']} ({row['expert']})" if row["expert"] else row["role"]
+        shots = f"{row['shots']} ({row['shots_from']})" if row["shots_from"] else row["shots"]
+        numbers = f"{row['chance']:.2f}", shots, *(row[f"{suite}_items"] for suite in SUITES)
+        yield row["task"], role, row["metric"], *numbers
+
+
+def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
+    workers = max(1, plan.study.workers.count)
+    own, mapped = _size(cost.resident_bytes), _size(cost.mapped_bytes)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = workers * cost.resident_bytes + cost.mapped_bytes
+    verdict = ", TOO LITTLE" if need > have else ""
+    yield (
+        "memory",
+        f"{workers} x {own} of models, {mapped} of files, shared; this machine has {_size(have)}{verdict}",
+    )
+    for suite, tokens in cost.tokens.items():
+        yield f"{suite} suite", f"about {tokens:,} tokens a trial"
+    yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
+
+
+def _shortened(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count / 1e3:,.0f} kB"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _hours(hours: float) -> str:
+    minutes = 60 * hours
+    if minutes < 1:
+        return "less than a minute"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
