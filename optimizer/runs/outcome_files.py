@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
     }
 )
 LATER_COLUMNS = ("lengths", "broken_off")  # unknown to the first version
+TEXT_COLUMNS = ("task", "suite", "item")
+MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
 FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
 
@@ -106,21 +108,47 @@ def _outcomes_table(path: Path) -> pa.Table:
     if not path.is_file():
         raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        about = pq.read_metadata(path)
+        _require_small(path, about)
+        # as a dictionary, a long text of many rows is held once
+        texts = [name for name in TEXT_COLUMNS if name in about.schema.names]
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
             table = file.read()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    table = _with_plain_texts(path, table)
     for field in SCHEMA:
         if field.name in LATER_COLUMNS and field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     facts = table.schema.metadata or {}
     missing = [name for name in FACTS if name.encode() not in facts]
-    if missing or not table.select([name for name in SCHEMA.names if name in table.column_names]).schema.equals(SCHEMA):
+    known = sorted(name for name in table.column_names if name in SCHEMA.names)
+    if missing or known != sorted(SCHEMA.names) or not table.select(SCHEMA.names).schema.equals(SCHEMA):
         raise RunError(
             f"{path} is not an outcomes file of this program: it has other columns, or no {', '.join(FACTS)}"
         )
     if any(table[name].null_count for name in SCHEMA.names if name not in LATER_COLUMNS):
         raise RunError(f"{path} lacks some of its values")
+    return table
+
+
+def _require_small(path: Path, about: pq.FileMetaData) -> None:
+    """Refuse what would take the machine's memory: a few bytes can say a value a billion times."""
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    values = max((group.column(i).num_values for group in groups for i in range(group.num_columns)), default=0)
+    most = max(values, about.num_rows)
+    if most > MOST_VALUES:
+        raise RunError(f"{path} may hold {MOST_VALUES:,} values in a column; it holds {most:,}")
+
+
+def _with_plain_texts(path: Path, table: pa.Table) -> pa.Table:
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            chunks = [chunk.dictionary for chunk in table[i].chunks]
+            longest = max((pc.max(pc.binary_length(chunk)).as_py() or 0 for chunk in chunks), default=0)
+            if longest > LONGEST_TEXT:
+                raise RunError(f"{path} may hold texts of {LONGEST_TEXT:,} bytes; it holds one of {longest:,}")
+            table = table.set_column(i, field.with_type(pa.string()), table[i].cast(pa.string()))
     return table
 
 

@@ -22,6 +22,7 @@ from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.outcome_files import FRAME_COLUMNS
 from optimizer.runs.run_folder import RunFolder, is_locked
+from search_spaces.recipe import Recipe, Setting
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
@@ -219,7 +220,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_storage_keeps_trials_and_a_backup(tmp_path: Path) -> None:
     run = made(tmp_path / "toy ? {x} %41")  # nothing in a path is special
     study = optuna.create_study(study_name="toy", storage=run.storage(), directions=["maximize", "minimize"])
-    study.tell(study.ask(), [1.0, 0.5])
+    trial = study.ask()
+    trial.set_user_attr("recipe", Recipe("linear", "b", (("e", "e"),), (Setting("weight", "", "", 1.0),)).to_json())
+    study.tell(trial, [1.0, 0.5])
     again = optuna.load_study(study_name="toy", storage=run.storage())
     assert again.trials[0].values == [1.0, 0.5]
     with closing(sqlite3.connect(run.path / "study.db.bak")) as backup:

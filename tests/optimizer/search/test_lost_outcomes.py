@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from optimizer.errors import RunError, SearchError
 from optimizer.run import Run, open_run
-from optimizer.runs.outcome_files import outcomes_path
+from optimizer.runs.outcome_files import outcomes_path, read_outcomes
 from optimizer.views.report import report_html
 from optimizer.views.tables import front_document, print_front, status_document, trial_document
 from optimizer.workers.pool import SerialPool
@@ -26,7 +27,7 @@ from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, tasks_of
 from tests.toy_run import toy_run
 
-TRIALS = 17
+TRIALS = 19
 FIRST = 2  # trials after the base and the expert
 
 
@@ -91,6 +92,12 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a row less": altered(lambda table: table.slice(1)),
     "a value missing": altered(
         lambda table: table.set_column(3, table.schema.field("value"), pa.array([None] * len(table), pa.float64()))
+    ),
+    "a column twice": altered(lambda table: table.append_column("value", table["value"])),
+    "a long text": altered(
+        lambda table: table.set_column(2, "item", pa.array(["x" * 5000] * len(table))).replace_schema_metadata(
+            table.schema.metadata
+        )
     ),
     "a value not finite": altered(
         lambda table: table.set_column(3, table.schema.field("value"), pa.array([float("nan")] * len(table)))
@@ -277,8 +284,26 @@ def test_readers_go_on_without_it_and_name_the_file(tmp_path: Path, suite: str, 
         assert f"{number:05d}-search.parquet" in run.trials().loc[number, "reason"]
 
 
+def test_outcomes_that_would_fill_the_memory_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "00003-search.parquet"
+    table = pa.table({"value": pa.array(np.zeros(50_000_001, np.int8))})
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(RunError, match=r"search.parquet may hold 50,000,000 values in a column; it holds 50,000,001"):
+        read_outcomes(path)
+
+
+def test_a_long_text_is_refused_before_it_is_written_out(tmp_path: Path) -> None:
+    path = tmp_path / "00003-search.parquet"
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100_000, np.int32)), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"item": text}), path, compression="zstd")  # 10 GB of text
+    assert path.stat().st_size < 100_000
+    with pytest.raises(RunError, match=r"search.parquet may hold texts of 4,096 bytes; it holds one of 100,000"):
+        read_outcomes(path)
+
+
 def test_readers_go_on_whatever_the_damage(tmp_path: Path) -> None:
-    path = toy_run(tmp_path / "toy", trials=12)
+    path = toy_run(tmp_path / "toy", trials=14)
     whole = open_run(path)
     finished = whole.points().index[FIRST:]
     lost = dict(zip(finished, DAMAGES.values(), strict=False))
