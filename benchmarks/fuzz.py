@@ -13,6 +13,7 @@ Needs no network, no Ray and no GPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -28,6 +29,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +84,16 @@ class Runner:
 
     def warm(self) -> None:
         """Import and compile once what every example would import and compile again."""
-
+        for name in ("run_study", "study.from_evolve", "export.commands", "export.stack_folder"):
+            import_module(f"optimizer.{name}")
+        owned = packages_distributions()  # what is installed stays: asked for once
+        import_module("optimizer.search.plan").require_own_names.__defaults__ = (lambda: owned,)
         for argv in (["check", "study.yaml"], ["merge", "merge.yaml", "warm"], ["front", "run"], ["status", "run"]):
             result = self.run({"target": "warm", "argv": argv, "files": {}, "sql": []}, inside=True)
             if result.finding:
                 raise SystemExit(f"the sound world is not clean: {' '.join(argv)}: {result.finding}\n{result.detail}")
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy every page
 
     def run(self, case: Case, *, inside: bool = False) -> Result:
         """Run a case, in a process of its own unless it is known to be sound."""
@@ -98,7 +106,7 @@ class Runner:
             there = os.getcwd()
             code, trace = _call(case, workspace, said)
             os.chdir(there)
-            return Result(*_judged(code, trace, said.read_bytes(), 0, 0.0, 0), 0.0, 0)
+            return Result(*judged(code, trace, said.read_bytes(), 0, 0.0, 0), 0.0, 0)
         return self._forked(case, workspace)
 
     def _forked(self, case: Case, workspace: Path) -> Result:
@@ -119,7 +127,7 @@ class Runner:
         if late:
             return Result("hangs", f"no end after {WALL_SECONDS:.0f} s", seconds, peak)
         code, trace = json.loads(ended.read_text()) if ended.exists() else (None, "")
-        return Result(*_judged(code, trace, said.read_bytes(), status, seconds, peak), seconds, peak)
+        return Result(*judged(code, trace, said.read_bytes(), status, seconds, peak), seconds, peak)
 
 
 def _limit_memory() -> None:
@@ -168,7 +176,7 @@ def _ends(child: int, seconds: float) -> bool:
         os.close(descriptor)
 
 
-def _judged(code: int | None, trace: str, output: bytes, status: int, seconds: float, peak: int) -> tuple[str, str]:
+def judged(code: int | None, trace: str, output: bytes, status: int, seconds: float, peak: int) -> tuple[str, str]:
     """What is unclean about an ending, and the detail."""
     text = output.decode("utf-8", "surrogateescape")
     if os.WIFSIGNALED(status):
