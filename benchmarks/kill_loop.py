@@ -31,7 +31,7 @@ from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.study_db import snapshot
 from optimizer.runs.study_home import stored_trials
-from optimizer.runs.trial import DRIVER_DIED, SEARCHED
+from optimizer.runs.trial import DRIVER_DIED, TrialKind
 from optimizer.search.driver import Event
 from optimizer.views.progress import event_text
 from search_spaces.recipe import Recipe
@@ -146,8 +146,7 @@ def _miscounted(found: list[FrozenTrial], complete: list[FrozenTrial], trials: i
 def _without_outcomes(run: RunFolder, complete: list[FrozenTrial]) -> Iterator[str]:
     tasks = tasks_of(read_manifest(run.path), run.path)
     for trial in complete:
-        anchor = trial.user_attrs.get("kind", SEARCHED) != SEARCHED
-        for suite in (SEARCH, HOLDOUT) if anchor else (SEARCH,):
+        for suite in (SEARCH, HOLDOUT) if TrialKind.of(trial.user_attrs).is_anchor else (SEARCH,):
             if fault := run.outcomes_fault(trial.number, suite, digest=_recipe(trial).digest, tasks=tasks):
                 yield fault
 
@@ -161,15 +160,15 @@ def _other_anchors(complete: list[FrozenTrial], undisturbed: list[FrozenTrial]) 
 
 def _anchors(complete: list[FrozenTrial]) -> dict[str, tuple[str, list[float]]]:
     """The digest and the objectives of every anchor, by its kind."""
-    kinds = {trial.user_attrs.get("kind", SEARCHED): (_recipe(trial).digest, trial.values) for trial in complete}
-    return {kind: about for kind, about in kinds.items() if kind != SEARCHED}
+    kinds = {TrialKind.of(trial.user_attrs): (_recipe(trial).digest, trial.values) for trial in complete}
+    return {kind.stored: about for kind, about in kinds.items() if kind.is_anchor}
 
 
 def _forgotten(shown: Path, complete: list[FrozenTrial]) -> Iterator[str]:
     """Trials that a person was shown as finished, and that the study does not have so, or that were shown twice."""
     told = {}
     for trial in complete:
-        event = Event("trial", trial.number, "", 0, 0, tuple(trial.values), trial.user_attrs.get("kind", SEARCHED))
+        event = Event("trial", trial.number, "", 0, 0, tuple(trial.values), TrialKind.of(trial.user_attrs).stored)
         told[event_text(event)] = trial.number
     lines = [line for line in shown.read_text().splitlines() if FINISHED.match(line)]
     known = Counter(number for line in lines for text, number in told.items() if text in line)

@@ -10,11 +10,11 @@ import os
 from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from evals.errors import TaskError
 from evals.objectives import Draws, carries, draw_objectives, objectives, task_retention, task_scores
@@ -27,7 +27,7 @@ from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of,
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.runs.study_home import stored_trials
-from optimizer.runs.trial import NOT_COUNTED, SEARCHED
+from optimizer.runs.trial import BASE, NOT_COUNTED, Role, TrialKind, roles_of
 from optimizer.words import count, listed, percent
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 NOTHING_YET = "No finished trial yet: the base and every expert must be scored first"
+LINES = {"uniform": Role.UNIFORM, "slope": Role.SLOPE}
 TRIAL_COLUMNS = ("state", "kind", "method", "seconds", "reason", "recipe")
 
 
@@ -75,7 +76,7 @@ class Run:
         rows = {
             number: (
                 trial.state.name.lower(),
-                _kind(trial),
+                self._kinds[number].stored,
                 self._methods.get(number, ""),
                 trial.user_attrs.get("seconds", np.nan),
                 self._reason(number),
@@ -100,7 +101,7 @@ class Run:
 
     def anchors(self) -> pd.DataFrame:
         """The points every study scores first: base, experts, the uniform line, the slopes; columns as `points`."""
-        return self._points[self._points["kind"] != SEARCHED].copy()
+        return self._points[self._roles != Role.SEARCHED].copy()
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -207,7 +208,7 @@ class Run:
     def knee(self) -> int:
         """The front's point farthest above the line from base to expert (search items choose, holdout items judge)."""
         points = self._require_points()
-        return int(points.index[knee_of(self._losses(""), points["kind"].str.startswith("expert:"))])
+        return int(points.index[knee_of(self._losses(""), self._roles == Role.EXPERT)])
 
     def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
         """The front's point with the most domain gain that forgets at most so much, by the search items.
@@ -275,7 +276,7 @@ class Run:
 
     def reference(self) -> dict[str, float]:
         """The hypervolume's reference point: domain 0 (the base), forgetting of the expert that forgot most."""
-        experts = self._points[self._points["kind"].str.startswith("expert:")]
+        experts = self._points[self._roles == Role.EXPERT]
         return {**dict.fromkeys(self.objectives[:-1], 0.0), "forgetting": float(experts["forgetting"].max())}
 
     def hypervolume(self) -> pd.DataFrame:
@@ -294,7 +295,7 @@ class Run:
     def anchors_hypervolume(self) -> float:
         """What the anchors alone cover, with the same reference point."""
         losses = self._losses("")
-        return hypervolume(losses[self._points["kind"] != SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
+        return hypervolume(losses[self._roles != Role.SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
 
     def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
         """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
@@ -312,7 +313,7 @@ class Run:
         trial = self.knee() if trial is None else trial
         self._require_scored(trial)
         suite = self.suite_of(trial)
-        rows = [(line, suite, *found) for line in ("uniform", "slope") if (found := self._against(trial, line, suite))]
+        rows = [(line, suite, *found) for line, role in LINES.items() if (found := self._against(trial, role, suite))]
         return pd.DataFrame(rows, columns=columns)
 
     def verdict(self) -> list[str]:
@@ -385,7 +386,7 @@ class Run:
         return plots.hypervolume(
             self.hypervolume(),
             anchors=self.anchors_hypervolume(),
-            first_searched=int((self._points["kind"] != SEARCHED).sum()),
+            first_searched=int((self._roles != Role.SEARCHED).sum()),
             reference=self.reference(),
         )
 
@@ -417,7 +418,7 @@ class Run:
             return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
         frame = objectives(self._draws(SEARCH))
         frame = frame.join(self._holdout_objectives(columns).add_prefix("holdout_"))
-        frame.insert(0, "kind", [_kind(self._frozen[number]) for number in frame.index])
+        frame.insert(0, "kind", [self._kinds[number].stored for number in frame.index])
         frame.insert(1, "method", [self._methods[number] for number in frame.index])
         frame["front"] = non_dominated(_losses(frame, self.objectives, "").to_numpy())
         return frame
@@ -490,8 +491,7 @@ class Run:
     @property
     def _why_empty(self) -> str:
         """Why there is no point."""
-        references = ("base", *(f"expert:{name}" for name in self.experts))
-        lost = [fault for number, fault in self._lost(SEARCH).items() if _kind(self._frozen[number]) in references]
+        lost = [fault for number, fault in self._lost(SEARCH).items() if self._kinds[number].is_reference]
         return f"No figure without base and experts: {listed(lost)}." if lost else f"{NOTHING_YET}."
 
     def _scored(self, suite: str) -> bool:
@@ -507,11 +507,20 @@ class Run:
     def _measured_from_or_none(self) -> tuple[int, dict[str, int]] | None:
         """The trials that are the base and each expert, or None until all of them are scored."""
         scored = set(self._outcomes(SEARCH)["trial"])
-        kinds = {_kind(self._frozen[number]): number for number in sorted(scored, reverse=True)}
-        experts = {name: kinds[f"expert:{name}"] for name in self.experts if f"expert:{name}" in kinds}
-        if "base" not in kinds or not experts or len(experts) < len(self.experts):
+        trials = {self._kinds[number]: number for number in sorted(scored, reverse=True)}
+        experts = {name: trials[kind] for name in self.experts if (kind := TrialKind.expert(name)) in trials}
+        if BASE not in trials or not experts or len(experts) < len(self.experts):
             return None
-        return kinds["base"], experts
+        return trials[BASE], experts
+
+    @cached_property
+    def _kinds(self) -> dict[int, TrialKind]:
+        return {number: TrialKind.of(trial.user_attrs) for number, trial in self._frozen.items()}
+
+    @cached_property
+    def _roles(self) -> pd.Series[Any]:
+        """The role of every point."""
+        return roles_of(self._points["kind"])
 
     @cached_property
     def _any_recipe(self) -> Recipe | None:
@@ -555,7 +564,7 @@ class Run:
         return None if at is None else int(certain.index[at])
 
     def _is_anchor(self, trial: int) -> bool:
-        return bool(self._points["kind"][trial] != SEARCHED)
+        return self._kinds[trial].is_anchor
 
     def _losses(self, prefix: str) -> pd.DataFrame:
         return _losses(self._points, self.objectives, prefix)
@@ -567,21 +576,17 @@ class Run:
     def _suite(self) -> str:
         return HOLDOUT if self._points["holdout_domain"].notna().any() else SEARCH
 
-    def _against(self, trial: int, line: str, suite: str) -> tuple[float, ...] | None:
+    def _against(self, trial: int, line: Role, suite: str) -> tuple[float, ...] | None:
         """A trial against one line of anchors: its forgetting and domain, and the gap's fields."""
         prefix = _prefix(suite)
         domain, forgetting = (self._points[f"{prefix}{name}"] for name in ("domain", "forgetting"))
         base, experts = self._measured_from
-        on_line = self._points["kind"].str.startswith(line) & domain.notna()
+        on_line = (self._roles == line) & domain.notna()
         stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
         if not on_line.any():
             return None
         gap = gap_to_line(self._draws(suite), trial, stops.to_list())
         return forgetting[trial], domain[trial], *astuple(gap)
-
-
-def _kind(trial: FrozenTrial) -> str:
-    return str(trial.user_attrs.get("kind", SEARCHED))
 
 
 def _losses(points: pd.DataFrame, names: tuple[str, ...], prefix: str) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.study_home import require_usable
+from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.driver import Event, run_search
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import Study, dump_study, read_study, task_specs
@@ -156,7 +157,11 @@ def fingerprint(ready: Ready) -> dict[str, Any]:
         "space": {
             "method": ", ".join(ready.space.methods),
             "parameters": {name: repr(part) for name, part in ready.space.distributions().items()},
-            **{anchor.name: dict(anchor.params) for anchor in ready.space.anchors() if anchor.name.startswith("from ")},
+            **{
+                anchor.name: dict(anchor.params)
+                for anchor in ready.space.anchors()
+                if TrialKind(anchor.name).role is Role.START
+            },
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
         "shots": {row["task"]: row["shots"] for row in ready.harness.describe()},

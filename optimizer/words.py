@@ -1,4 +1,4 @@
-"""How things are said to a person: shares as per cent with their interval, counts with their noun, kinds, lists."""
+"""How things are said to a person: shares as per cent with their interval, counts with their noun, lists."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
     if math.isnan(low) or math.isnan(high) or low == value == high:
         return said
     return f"{said} [{_number(low, digits)}, {_number(high, digits)}]"
-
-
-def kind_said(kind: str) -> str:
-    """A trial's kind: `expert clinical` of `expert:clinical`, the others as they are."""
-    return one_line(kind.replace("expert:", "expert "))
 
 
 def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:

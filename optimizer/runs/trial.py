@@ -1,7 +1,94 @@
-"""What a trial in the study says of itself: its kind, and why it failed. Written by `search`, read by `run`."""
+"""What a trial in the study says of itself: its kind, and why it failed. Written by the search, read by a run."""
 
-SEARCHED = "search"  # the kind of a trial that is not an anchor; not written to the study
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+from optimizer.words import one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXPERT_PREFIX = "expert:"
 DRIVER_DIED = "driver_died"
 WORKER_DIED = "worker_died"
 DUPLICATE = "duplicate of"
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
+
+
+class Role(Enum):
+    """What a trial is in its study."""
+
+    BASE = auto()
+    EXPERT = auto()
+    UNIFORM = auto()  # an anchor of the uniform line: one weight for all layers
+    SLOPE = auto()  # an anchor whose weight rises with depth
+    START = auto()  # an anchor of a person's own: the recipe that the search starts from
+    SEARCHED = auto()  # no anchor
+
+
+@dataclass(frozen=True, slots=True)
+class TrialKind:
+    """What a trial is: an anchor by its name, or a searched point.
+
+    Args:
+        stored: the text in the study's database and in a run's frames: "base", "expert:<name>", another anchor's name
+            such as "uniform a=0.25" or "from recipe.json", or "search" (which the database leaves out).
+    """
+
+    stored: str
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> TrialKind:
+        """Read the kind from a trial's user attributes."""
+        return cls(str(attributes.get("kind", SEARCHED.stored)))
+
+    @classmethod
+    def expert(cls, name: str) -> TrialKind:
+        """Give the kind of the trial that is an expert itself."""
+        return cls(f"{EXPERT_PREFIX}{name}")
+
+    @property
+    def role(self) -> Role:
+        """What the trial is in its study."""
+        if self in (BASE, SEARCHED):
+            return Role.BASE if self == BASE else Role.SEARCHED
+        families = {EXPERT_PREFIX: Role.EXPERT, "uniform": Role.UNIFORM, "slope": Role.SLOPE}
+        return next((role for start, role in families.items() if self.stored.startswith(start)), Role.START)
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether the trial is a point that is scored before the search begins."""
+        return self != SEARCHED
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the trial is the base or an expert, by which every score is measured."""
+        return self.role in (Role.BASE, Role.EXPERT)
+
+    @property
+    def expert_name(self) -> str:
+        """The expert that the trial is; empty where it is none."""
+        return self.stored.removeprefix(EXPERT_PREFIX) if self.role is Role.EXPERT else ""
+
+    @property
+    def label(self) -> str:
+        """The kind for a person, on one line: `expert clinical` of `expert:clinical`, the others as they are stored."""
+        return one_line(f"expert {self.expert_name}" if self.expert_name else self.stored)
+
+    def __str__(self) -> str:
+        return self.stored
+
+
+BASE = TrialKind("base")
+SEARCHED = TrialKind("search")
+
+
+def roles_of(kinds: pd.Series[str]) -> pd.Series[Any]:
+    """Give the role of each stored kind, under the same index."""
+    import pandas as pd
+
+    return pd.Series([TrialKind(kind).role for kind in kinds], index=kinds.index, dtype=object)

@@ -35,7 +35,7 @@ from optimizer.runs.front import non_dominated, widest_gaps
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.study_db import unwritable
 from optimizer.runs.study_home import storage_file
-from optimizer.runs.trial import DRIVER_DIED, DUPLICATE, NOT_COUNTED, SEARCHED, WORKER_DIED
+from optimizer.runs.trial import BASE, DRIVER_DIED, DUPLICATE, NOT_COUNTED, WORKER_DIED, TrialKind
 from optimizer.search.interrupt import Interrupt, interruptible
 from optimizer.search.samplers import make_sampler
 from optimizer.words import listed
@@ -248,10 +248,10 @@ class _Search:
         self.settings, self.run, self.space, self.tasks = study.search, run, space, tasks
         self.events, self.interrupt = events, interrupt
         self.crew = _Crew(pool, study.search.max_attempts, require_unchanged, self._retried)
-        self.anchors = {anchor.name: dict(anchor.params) for anchor in space.anchors()}
+        self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
         self.experts = [name for name, _ in space.experts]
         self.names = objective_names(self.experts)
-        self.reference_kinds = ("base", *(f"expert:{name}" for name in self.experts))
+        self.reference_kinds = (BASE, *map(TrialKind.expert, self.experts))
         self.budget = study.search.trials
         if self.budget < len(self.reference_kinds):
             raise SearchError(
@@ -264,13 +264,13 @@ class _Search:
         self.study_id = self.storage.get_study_id_from_name(self.optuna.study_name)
         self.samplers: tuple[optuna.samplers.BaseSampler, optuna.samplers.BaseSampler] | None = None
         self.deadline = time.monotonic() + 60 * (self.settings.timeout or math.inf)
-        self.kinds: dict[int, str] = {}
+        self.kinds: dict[int, TrialKind] = {}
         self.recipes: dict[int, str] = {}  # as JSON
         self.digests: dict[int, str] = {}
         self.seen: dict[str, int] = {}  # digest to the trial that has it
         self.owed: deque[int] = deque()  # trials of the study that must be scored before any other is asked for
         self.held: dict[int, float] = {}  # trials scored but not told, and the seconds they took
-        self.references: dict[str, int] = {}  # kind to the scored trial
+        self.references: dict[TrialKind, int] = {}  # kind to the scored trial
         self.scale: _Scale | None = None  # once all references are scored
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
@@ -296,7 +296,7 @@ class _Search:
         self.samplers = self._make_sampler(self.settings.sampler), self._make_sampler("random")
         text = f"{self.finished} of {self.budget} trials are finished" if trials else f"{self.budget} trials"
         text += f"; {len(left)} were left open" if left else ""
-        known = tuple((self.kinds[number], values) for number, values in self.values.items())
+        known = tuple((self.kinds[number].stored, values) for number, values in self.values.items())
         self.events(Event("start", None, text, self.finished, self.budget, known=known))
         self._note_lost(lost)
         self._tell_held()
@@ -312,7 +312,7 @@ class _Search:
         )
 
     def _recall(self, trial: FrozenTrial) -> None:
-        kind = trial.user_attrs.get("kind", SEARCHED)
+        kind = TrialKind.of(trial.user_attrs)
         self.kinds[trial.number] = kind
         if "recipe" in trial.user_attrs:
             self.recipes[trial.number] = trial.user_attrs["recipe"]
@@ -361,18 +361,18 @@ class _Search:
     def _enqueue_anchors(self) -> None:
         standing = set()
         for trial in self.optuna.get_trials(deepcopy=False):
-            kind = trial.user_attrs.get("kind", SEARCHED)
+            kind = TrialKind.of(trial.user_attrs)
             if trial.state != TrialState.FAIL or kind not in self.reference_kinds:
                 standing.add(kind)
-        for name, params in self.anchors.items():
-            if name not in standing:
-                self.optuna.enqueue_trial(params, user_attrs={"kind": name})
+        for kind, params in self.anchors.items():
+            if kind not in standing:
+                self.optuna.enqueue_trial(params, user_attrs={"kind": kind.stored})
                 _fault("enqueue.after")
 
     def _order_owed(self) -> None:
         """The base and the experts first, also those that wait behind others: by them every score is measured."""
         for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            kind = trial.user_attrs.get("kind", SEARCHED)
+            kind = TrialKind.of(trial.user_attrs)
             if kind in self.reference_kinds:
                 self.kinds[trial.number] = kind
                 self.owed.append(trial.number)
@@ -435,7 +435,7 @@ class _Search:
             trial = self._reopened(self.owed.popleft()) if self.owed else self._asked()
             params = self.space.suggest(trial)
         number, recipe = trial.number, self.space.recipe(params)
-        kind = trial.user_attrs.get("kind", SEARCHED)
+        kind = TrialKind.of(trial.user_attrs)
         self.kinds[number], self.recipes[number], self.digests[number] = kind, recipe.to_json(), recipe.digest
         trial.set_user_attr("recipe", self.recipes[number])
         _fault("ask.after")
@@ -509,8 +509,8 @@ class _Search:
     def _find_scale(self) -> None:
         """Measure the references by themselves, and say what they cannot show."""
         outcomes = pd.concat([self.run.read_outcomes(n, SEARCH) for n in self.references.values()], ignore_index=True)
-        trials = {name: self.references[f"expert:{name}"] for name in self.experts}
-        self.scale = _Scale(self.tasks, self.references["base"], trials, outcomes)
+        trials = {name: self.references[TrialKind.expert(name)] for name in self.experts}
+        self.scale = _Scale(self.tasks, self.references[BASE], trials, outcomes)
         try:
             self.scale.objectives(self.scale.base)
         except TaskError as error:
@@ -549,7 +549,7 @@ class _Search:
         kind = self.kinds[number]
         self._emit("failed", number, reason)
         if kind in self.reference_kinds:
-            raise SearchError(f"every score is measured by the {kind.replace(':', ' ')}, and it failed: {reason}")
+            raise SearchError(f"every score is measured by the {kind.label}, and it failed: {reason}")
         self.streak.append(reason)
         self.reasons.append(reason)
         self.ended += 1
@@ -573,7 +573,7 @@ class _Search:
         self._emit("retry", number, text)
 
     def _emit(self, kind: str, number: int | None, text: str, values: tuple[float, ...] | None = None) -> None:
-        label = self.kinds.get(number, "") if number is not None else ""
+        label = self.kinds[number].stored if number in self.kinds else ""
         self.events(Event(kind, number, text, self.finished, self.budget, values, label))
 
     # Judging --------------------------------------------------------------------------------------------------------
@@ -600,7 +600,7 @@ class _Search:
         self._emit("done", None, f"{self.finished} trials finished, {front} on the front")
 
     def _to_judge(self) -> list[int]:
-        anchors = [number for number in self.values if self.kinds[number] != SEARCHED]
+        anchors = [number for number in self.values if self.kinds[number].is_anchor]
         return sorted({*self._front(), *anchors})
 
     def _front(self) -> set[int]:
@@ -618,7 +618,7 @@ class _Search:
         elif self.kinds[number] in self.reference_kinds:
             raise SearchError(f"the {self.kinds[number]} failed on the holdout suite: {error}")
         kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
-        self.events(Event(kind, number, text, done + (not error), total, None, self.kinds[number]))
+        self.events(Event(kind, number, text, done + (not error), total, None, self.kinds[number].stored))
         return not error
 
 

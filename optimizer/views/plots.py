@@ -16,7 +16,8 @@ from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
 from optimizer.runs.frames import Row, rows_of
-from optimizer.words import kind_said, percent, tasks_said
+from optimizer.runs.trial import Role, TrialKind, roles_of
+from optimizer.words import percent, tasks_said
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
@@ -56,9 +57,9 @@ def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
     figure.update_xaxes(range=[left, right])
     figure.update_yaxes(range=_span(_shown(points, "domain", unseen=unseen), below=0.08, above=0.16))
     rows = rows_of(points)
-    ends = [row for row in rows.values() if row["kind"] == "base" or row["kind"].startswith("expert:")]
+    ends = [row for row in rows.values() if TrialKind(row["kind"]).is_reference]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
-        label, y = _escaped(kind_said(row["kind"])), -26 if place % 2 else 26
+        label, y = _escaped(TrialKind(row["kind"]).label), -26 if place % 2 else 26
         is_left = 100 * row["forgetting"] - left < (right - left) / 2  # a label runs towards the middle
         _point_at(figure, row, label, x=12 if is_left else -12, y=y, anchor="left" if is_left else "right")
     if knee is not None:
@@ -193,20 +194,19 @@ def library_script() -> str:
 
 
 def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
-    kind = points["kind"]
-    base, experts, uniform = kind == "base", kind.str.startswith("expert:"), kind.str.startswith("uniform")
-    start = kind.str.startswith("from ")
+    roles = roles_of(points["kind"])
+    base, experts, uniform, start = (roles == role for role in (Role.BASE, Role.EXPERT, Role.UNIFORM, Role.START))
     chosen = points[points["front"]].sort_values(["forgetting", "domain"])
-    found = chosen[chosen["kind"] == "search"]
+    found = chosen[roles[chosen.index] == Role.SEARCHED]
     several = experts.sum() > 1  # then the front is a surface and has no edge, and the uniform line meets no expert
     line = points[uniform if several else uniform | base | experts].sort_values("forgetting")
     return [
-        _marks(points[(kind == "search") & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
+        _marks(points[(roles == Role.SEARCHED) & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
         _curve(line, ORANGE, dash="dot"),
         *([] if several else [_curve(chosen, BLUE, shape="hv")]),
         *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
         _marks(points[uniform], "uniform line", "triangle-up", ORANGE, 12, rank=4),
-        _marks(points[kind.str.startswith("slope")], "depth slope", "triangle-down", GREEN, 12, rank=5),
+        _marks(points[roles == Role.SLOPE], "depth slope", "triangle-down", GREEN, 12, rank=5),
         *([_marks(points[start], "the recipe it starts from", "star", PURPLE, 14, rank=6)] if start.any() else []),
         _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
         _marks(points[base], "base", "square", INK, 13),
@@ -216,7 +216,7 @@ def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
 
 def _shown(points: pd.DataFrame, name: str, *, unseen: bool) -> pd.Series:
     """The values of an objective that have a mark."""
-    again = points.loc[points["front"] & (points["kind"] == "search"), f"holdout_{name}"].dropna()
+    again = points.loc[points["front"] & (roles_of(points["kind"]) == Role.SEARCHED), f"holdout_{name}"].dropna()
     return pd.concat([points[name], again]) if unseen else points[name]
 
 
@@ -363,7 +363,7 @@ def _hover(rows: pd.DataFrame) -> dict[str, object]:
 
 
 def _told(trial: object, row: Row) -> str:
-    about = [_escaped(row["kind"])] if row["kind"] != "search" else []
+    about = [_escaped(row["kind"])] if TrialKind(row["kind"]).is_anchor else []
     lines = [" ".join([f"<b>trial {trial}</b>", *about, *([row["method"]] if "method" in row else [])])]
     for prefix, items in (("", "search items"), ("holdout_", "unseen items")):
         if math.isfinite(row[f"{prefix}domain"]):

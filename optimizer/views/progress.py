@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from optimizer.runs.trial import Role, TrialKind
 from optimizer.words import one_line, percent
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class _Tally:
         from optimizer.runs.front import knee_of, non_dominated
 
         losses = [(*(-gain for gain in gains), forgetting) for _, (*gains, forgetting) in self._points]
-        *lost, loss = losses[knee_of(losses, [label.startswith("expert:") for label, _ in self._points])]
+        *lost, loss = losses[knee_of(losses, [TrialKind(label).role is Role.EXPERT for label, _ in self._points])]
         knee = f"knee {percent(-sum(lost) / len(lost))} domain at {percent(loss)} forgetting"
         return [f"front {non_dominated(losses).sum()}", knee]
 

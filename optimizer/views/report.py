@@ -19,14 +19,15 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from evals.documents import read_text
-from evals.outcomes import HOLDOUT, SEARCH
+from evals.outcomes import HOLDOUT
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.front import SURE
+from optimizer.runs.trial import TrialKind
 from optimizer.views.plots import DARK, library_script
-from optimizer.words import count, kind_said, percent
+from optimizer.words import count, percent
 
 if TYPE_CHECKING:
     from optimizer.run import Run
@@ -222,11 +223,11 @@ def _title(name: str) -> str:
 
 
 def _what(kind: str) -> str:
-    return "" if kind == SEARCH else kind_said(kind)
+    return TrialKind(kind).label if TrialKind(kind).is_anchor else ""
 
 
 def _named(name: str, kind: str) -> str:
-    return name if kind == SEARCH else f"{name} ({_what(kind)})"
+    return f"{name} ({what})" if (what := _what(kind)) else name
 
 
 def _interval(row: Row, name: str) -> str:

@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.outcomes import SUITES
+from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.run_folder import is_locked
-from optimizer.words import kind_said, percent, printable, tasks_said
+from optimizer.runs.trial import TrialKind
+from optimizer.words import percent, printable, tasks_said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +89,7 @@ def front_table(run: Run, *, width: int) -> Table:
         (
             "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
             row["trial"],
-            kind_said(row["kind"]),
+            TrialKind(row["kind"]).label,
             *([row["method"]] if several else []),
             *(_interval(row, *figure).replace(" [", seam) for figure in figures),
         )
@@ -112,7 +114,7 @@ def limits_table(answers: pd.DataFrame, *, width: int) -> Table:
         (
             percent(row["limit"]),
             row["trial"],
-            kind_said(row["kind"]),
+            TrialKind(row["kind"]).label,
             *(_share(*(row[f"{name}{end}"] for end in ENDS)).replace(" [", seam) for name in ("domain", "forgetting")),
             percent(row["kept"]),
         )
@@ -198,11 +200,8 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
     """
     tasks = run.retention(trial)
     suite = tasks["suite"].iloc[0]
-    kinds = run.points()["kind"]
-    experts = {
-        kind.removeprefix("expert:"): run.scores(int(str(number)), suite)
-        for number, kind in kinds[kinds.str.startswith("expert:") & (kinds.index != trial)].items()
-    }
+    names = {number: TrialKind(row["kind"]).expert_name for number, row in rows_of(run.points()).items()}
+    experts = {name: run.scores(number, suite) for number, name in names.items() if name and number != trial}
     seam = " [" if width >= 78 + 12 * len(experts) else "\n["
     records = _records(tasks)
     rows = (

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from optimizer.runs.trial import BASE, SEARCHED, Role, TrialKind, roles_of
+from search_spaces.space import Shape
+from tests.optimizer.fakes import space_of
+
+ROLES = {
+    "base": (Role.BASE, "base"),
+    "expert:clinical": (Role.EXPERT, "expert clinical"),
+    "uniform a=0.25": (Role.UNIFORM, "uniform a=0.25"),
+    "slope 0.00->1.00": (Role.SLOPE, "slope 0.00->1.00"),
+    "from recipe.json": (Role.START, "from recipe.json"),
+    "from a\nb": (Role.START, "from a\\nb"),
+    "search": (Role.SEARCHED, "search"),
+}
+
+
+@pytest.mark.parametrize("stored", ROLES)
+def test_a_kind_is_read_from_its_stored_text_and_said_on_one_line(stored: str) -> None:
+    kind = TrialKind.of({"kind": stored})
+    assert (kind.role, kind.label) == ROLES[stored]
+    assert kind.stored == str(kind) == stored
+    assert kind.is_anchor == (stored != "search")
+    assert kind.is_reference == stored.startswith(("base", "expert"))
+
+
+def test_a_trial_without_a_kind_is_searched() -> None:
+    assert TrialKind.of({}) == SEARCHED
+
+
+def test_an_experts_kind_gives_its_name_back() -> None:
+    assert TrialKind.expert("law").expert_name == "law"
+    assert (BASE.expert_name, SEARCHED.expert_name) == ("", "")
+
+
+def test_every_anchor_of_a_space_has_a_role() -> None:
+    kinds = [TrialKind(anchor.name) for anchor in space_of(("code", "law"), Shape("slope")).anchors()]
+    assert [kind.role for kind in kinds[:3]] == [Role.BASE, Role.EXPERT, Role.EXPERT]
+    assert {kind.role for kind in kinds[3:]} == {Role.UNIFORM, Role.SLOPE}
+
+
+def test_roles_stand_under_the_index_of_their_kinds() -> None:
+    roles = roles_of(pd.Series(["base", "search"], index=[4, 7]))
+    assert roles[roles == Role.SEARCHED].index.tolist() == [7]
+    assert len(roles_of(pd.Series([], dtype=str))) == 0
