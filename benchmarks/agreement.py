@@ -23,7 +23,8 @@ from evals.outcomes import SUITES
 from optimizer.run import open_run
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes
 from optimizer.strict_yaml import read_yaml
-from optimizer.study.study_file import read_study, task_specs
+from optimizer.study.study_file import read_study
+from optimizer.study.tasks import task_specs
 
 DTYPES = {"auto": "auto", "float32": "float32", "bf16": "bfloat16"}
 

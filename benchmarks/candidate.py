@@ -31,7 +31,9 @@ from evals.lm_tasks import Harness, load_tasks
 from evals.outcomes import SEARCH
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.run_study import worker_spec
-from optimizer.study.study_file import Study, read_study, task_specs
+from optimizer.study.schema import Study
+from optimizer.study.study_file import read_study
+from optimizer.study.tasks import task_specs
 from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces import Recipe, Setting
 from search_spaces.mergekit.reader import to_mergekit

@@ -21,7 +21,9 @@ from optimizer.runs.study_home import require_usable
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.driver import Event, run_search
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
-from optimizer.study.study_file import Study, dump_study, read_study, task_specs
+from optimizer.study.schema import Study
+from optimizer.study.study_file import dump_study, read_study
+from optimizer.study.tasks import task_specs
 from optimizer.views.progress import Progress, event_text
 from optimizer.views.tables import front_document, print_front
 from optimizer.workers.pool import SerialPool

@@ -16,7 +16,8 @@ from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
 from search_spaces.recipe import Recipe
-from search_spaces.space import Anchor, Params, Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Anchor, Params, Space
 
 METHOD = "method"
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Literal, get_args
 
 import numpy as np
 from optuna.distributions import FloatDistribution
@@ -20,8 +19,8 @@ from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of
 from search_spaces.parameters import DOMAINS, MethodSpec, Parameter
 from search_spaces.recipe import Recipe, Setting, check_experts, method_spec
+from search_spaces.shape import Shape
 
-Kind = Literal["uniform", "slope", "curve", "blocks", "layers"]
 Profile = Callable[[float], float]
 Range = tuple[float, float]
 Params = Mapping[str, float | str]  # what Optuna sampled; the only word is the method, where a study has several
@@ -29,40 +28,6 @@ Params = Mapping[str, float | str]  # what Optuna sampled; the only word is the 
 MODULES = ("embed", "attn", "mlp", "head")
 ALPHAS = (0.25, 0.5, 0.75)
 SLOPES = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0))
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How weights run along the layers.
-
-    uniform: one weight; slope: a straight line, two weights; curve: n knots joined by lines; blocks: n runs of layers
-    with a weight each; layers: a weight for every layer. `n` is 0 except for curve and blocks.
-    """
-
-    kind: Kind
-    n: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise SpaceError(
-                "the shape is not known", given=repr(self.kind), mend=f"one of {', '.join(get_args(Kind))}"
-            )
-        least = {"curve": 2, "blocks": 1}.get(self.kind, 0)
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < least or (not least and self.n):
-            rule = f"{self.kind} takes a whole number, at least {least}" if least else f"{self.kind} takes no number"
-            raise SpaceError(
-                rule, given=self.n, where="shape", mend="write uniform, slope, layers, curve: 4, blocks: 4"
-            )
-
-    @classmethod
-    def read(cls, plain: str | Mapping[str, int]) -> Shape:
-        """Read a shape as a study file writes it: `uniform`, `slope`, `layers`, `{curve: 4}` or `{blocks: 4}`."""
-        if isinstance(plain, str):
-            return cls(plain)  # type: ignore[arg-type]  # checked in __post_init__
-        if not isinstance(plain, Mapping) or len(plain) != 1:
-            raise SpaceError("a shape is a word or one word with a number", given=plain, mend="write curve: 4")
-        ((kind, n),) = plain.items()
-        return cls(kind, n)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

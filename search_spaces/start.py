@@ -14,7 +14,8 @@ from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count
 from search_spaces.parameters import Parameter
 from search_spaces.recipe import Recipe, method_spec
-from search_spaces.space import Anchor, Range, Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Anchor, Range, Space
 
 POINTS = range(3, 9)  # of the curves that are tried
 MODULES = ((), ("attn", "mlp"), ("attn", "mlp", "embed", "head"))

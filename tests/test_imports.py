@@ -20,7 +20,7 @@ DOORS = {
     "datasets": {"evals.lm_tasks", "evals.rows"},
     "jinja2": {"evals.lm_tasks", "evals.templates"},
     "yaml": {"optimizer.strict_yaml", "evals.task_files"},
-    "pydantic": {"optimizer.study.study_file"},
+    "pydantic": {"optimizer.study.schema"},
     "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},

@@ -25,7 +25,8 @@ from optimizer.runs.front import non_dominated
 from optimizer.runs.run_folder import RunFolder
 from search_spaces.groups import depth_of
 from search_spaces.recipe import Recipe
-from search_spaces.space import Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Space
 
 LAYERS = 12
 ITEMS = {"search": 160, "holdout": 240}

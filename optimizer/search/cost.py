@@ -14,7 +14,7 @@ from evals.outcomes import HOLDOUT, SEARCH, SUITES
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.search.plan import Plan
-    from optimizer.study.study_file import Study
+    from optimizer.study.schema import Study
 
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises

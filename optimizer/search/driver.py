@@ -45,7 +45,7 @@ from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
 if TYPE_CHECKING:
-    from optimizer.study.study_file import Study
+    from optimizer.study.schema import Study
 
 
 POLL_SECONDS = 1.0

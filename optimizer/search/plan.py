@@ -16,8 +16,9 @@ from evals.errors import TaskError
 from evals.outcomes import SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
 from optimizer.search.samplers import require_learns
-from optimizer.study.study_file import Study, task_specs
-from optimizer.study.study_space import space_of
+from optimizer.study.schema import Study
+from optimizer.study.space import space_of
+from optimizer.study.tasks import task_specs
 from search_spaces.errors import SpaceError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from evals.documents import checked_path
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import dump_scalar, shown
-from optimizer.study.study_file import EXPERT_NAME, EXPERT_RULE, NAME
+from optimizer.study.messages import EXPERT_RULE
+from optimizer.study.schema import EXPERT_NAME, NAME
 
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 

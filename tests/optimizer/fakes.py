@@ -19,13 +19,14 @@ from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.driver import Event, run_search
-from optimizer.study.study_file import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
+from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
 from optimizer.workers.pool import SerialPool
 from optimizer.workers.worker import Evaluation
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe
-from search_spaces.space import Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Space
 
 ITEMS = 20
 AGENTS = ("runtime_env/agent", "runtime_env_agent", "dashboard/agent", "RuntimeEnvAgent", "DashboardAgent")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from search_spaces import METHODS, MethodSpec, Parameter, Recipe, Setting, group_tensors
-from search_spaces.space import Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Space
 from tests.search_spaces.names import llama
 
 LAYERS = 4

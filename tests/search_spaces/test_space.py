@@ -12,7 +12,8 @@ from optuna.distributions import FloatDistribution
 
 from search_spaces import METHODS, SpaceError, group_tensors
 from search_spaces.groups import depth_of
-from search_spaces.space import Shape, Space
+from search_spaces.shape import Shape
+from search_spaces.space import Space
 from tests.search_spaces.names import ALL, llama
 from tests.search_spaces.strategies import GROUPS, LAYERS, spaces
 

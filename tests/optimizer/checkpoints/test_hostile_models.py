@@ -21,7 +21,8 @@ from optimizer.checkpoints.configs import load_tokenizer
 from optimizer.checkpoints.resident import resident_model
 from optimizer.errors import CheckpointError
 from optimizer.search.plan import make_plan
-from optimizer.study.study_file import Study, read_study
+from optimizer.study.schema import Study
+from optimizer.study.study_file import read_study
 from tests.optimizer.checkpoints.test_checkpoint import adapter, shard
 from tests.optimizer.small_study import write_study
 

@@ -15,7 +15,8 @@ from optimizer.run_study import make_pool, worker_spec
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.driver import run_search
 from optimizer.search.plan import make_plan
-from optimizer.study.study_file import Study, read_study
+from optimizer.study.schema import Study
+from optimizer.study.study_file import read_study
 from optimizer.workers.pool import SerialPool
 from optimizer.workers.worker import Evaluation, Worker
 from tests.optimizer.small_study import write_study

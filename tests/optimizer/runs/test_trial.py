@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from optimizer.runs.trial import BASE, SEARCHED, Role, TrialKind, roles_of
-from search_spaces.space import Shape
+from search_spaces.shape import Shape
 from tests.optimizer.fakes import space_of
 
 ROLES = {

@@ -25,7 +25,7 @@ from optimizer.words import percent
 from optimizer.workers.pool import Job, Result, SerialPool
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
-from search_spaces.space import Shape
+from search_spaces.shape import Shape
 from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, mean_weight, space_of
 
 COMPLETE, FAIL, RUNNING, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from optimizer.cli import app
 from optimizer.errors import StudyFileError
 from optimizer.study.from_evolve import study_from_evolve
-from optimizer.study.study_file import Study, read_study
-from optimizer.study.study_space import space_of
+from optimizer.study.schema import Study
+from optimizer.study.space import space_of
+from optimizer.study.study_file import read_study
 from tests.pico import pico_llama
 from tests.search_spaces.names import llama
 

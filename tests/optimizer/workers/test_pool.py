@@ -10,7 +10,7 @@ import pytest
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.workers.pool import Job, Pool, Result, SerialPool, describe
 from search_spaces.recipe import Recipe
-from search_spaces.space import Shape
+from search_spaces.shape import Shape
 from tests.optimizer.fakes import FakeWorker, Refuse, space_of
 
 WAIT_SECONDS = 120.0

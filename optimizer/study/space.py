@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from evals.documents import read_text
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml
-from optimizer.study.study_file import Study
+from optimizer.study.schema import Study
 from search_spaces.parameters import METHODS
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
     """The study's search space on a base with these tensor names."""
     from search_spaces.choice import Choice  # brings optuna, as does the next
-    from search_spaces.space import Shape, Space
+    from search_spaces.shape import Shape
+    from search_spaces.space import Space
 
     section, names = study.space, list(tensors)
     if section.from_ is not None and section.method_is_the_recipes:
@@ -52,7 +53,7 @@ def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
 def _space_from(study: Study, tensors: Sequence[str]) -> Space:
     """The space around the recipe that space.from names."""
     from search_spaces.recipe import Recipe
-    from search_spaces.space import Shape
+    from search_spaces.shape import Shape
     from search_spaces.start import space_around
 
     section, path = study.space, Path(study.space.from_ or "")

@@ -1,0 +1,167 @@
+"""What is wrong with a study file, in words: the key, the rule, what was given, and the mend.
+
+There are three kinds of problems, each told as (key path, problem): keys and values that break the schema; texts that
+are no name, path or URL; and what is well typed and cannot be meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from optimizer.masking import TOKEN, masked_url
+from optimizer.strict_yaml import CONTROL, shown
+from optimizer.study.schema import Finding, SpaceSection, Study, keys_at
+from optimizer.workers.ray_address import address_problem
+from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
+
+LONGEST_TEXT = 4096  # characters of one value of a study
+EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
+# what lm-eval calls some of our keys
+LM_EVAL_WORDS = {
+    "batch_size": "token_budget",
+    "limit": "items",
+    "num_fewshot": "shots",
+    "apply_chat_template": "chat_template",
+}
+
+
+def schema_problems(found: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Say each finding of the schema as (key path, problem)."""
+    return [_problem(entry) for entry in _own_findings(found)]
+
+
+def _own_findings(found: Sequence[Finding]) -> list[Finding]:
+    """The findings, without "too short" for a list that is short because its entries are wrong."""
+    places = [entry["loc"] for entry in found]
+
+    def follows(entry: Finding) -> bool:
+        loc = entry["loc"]
+        return entry["type"] == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places)
+
+    return [entry for entry in found if not follows(entry)]
+
+
+def _problem(entry: Finding) -> tuple[str, str]:
+    """(key path, rule and what was given and the mend) of one finding."""
+    path = [part for part in entry["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in path)
+    given = shown(entry["input"])
+    if entry["type"] == "extra_forbidden":
+        return key, f"there is no such key; given {given}; {_did_you_mean(path)}"
+    if entry["type"] == "missing":
+        return key, "must be given"
+    if "[key]" in entry["loc"]:
+        return key, EXPERT_RULE
+    if key == "name" and entry["type"] == "string_pattern_mismatch":
+        return key, f"must be letters, digits, dot, dash or underscore, 64 at most; given {given}"
+    rule = entry["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = re.sub(r"^(Tuple|List|Dictionary) should", "must", rule)
+    return key, f"{rule[:1].lower()}{rule[1:]}; given {given}"
+
+
+def _did_you_mean(path: Sequence[str | int]) -> str:
+    *parents, wrong = (str(part) for part in path)
+    here = keys_at(parents)
+    wrong = LM_EVAL_WORDS.get(wrong, wrong)
+    close = difflib.get_close_matches(wrong, here, n=1, cutoff=0.6)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    elsewhere = [f"{section}.{wrong}" for section in Study.model_fields if wrong in keys_at((section,))]
+    if elsewhere:
+        return f'did you mean "{elsewhere[0]}"?'
+    return f"the keys here are {', '.join(here)}"
+
+
+def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (key path, problem) of every text that is no name, path or URL: it would reach file system and terminal."""
+    if isinstance(value, str):
+        if len(value) > LONGEST_TEXT:
+            yield ".".join(place), f"must have {LONGEST_TEXT:,} characters at most; given {shown(value)}"
+        elif CONTROL.search(value):
+            yield ".".join(place), f"must not hold control characters; given {shown(value)}"
+        elif TOKEN.search(value):  # it would be part of every recipe, and so of every export
+            yield ".".join(place), "must not hold an access token (hf_…); put it in HF_TOKEN, outside the study"
+    elif isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from odd_texts(entry, (*place, str(key)))
+
+
+def contradictions(study: Study) -> Iterator[tuple[str, str]]:
+    """Yield (key path, problem) of everything that is well typed and cannot be meant."""
+    if not study.space.method_is_the_recipes:  # else what does not fit is found with the recipe
+        yield from _range_problems(study.space)
+    experts = list(study.models.experts)
+    for spec in () if study.space.method_is_the_recipes else map(METHODS.__getitem__, study.space.methods):
+        if spec.unsearchable:
+            yield "space.method", f"{spec.name} cannot be searched: {spec.unsearchable}"
+        if spec.max_experts is not None and len(experts) > spec.max_experts:
+            yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
+        if len(experts) < spec.min_experts:
+            yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {len(experts)}"
+    if len(set(study.space.modules)) < len(study.space.modules):
+        yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
+    yield from _task_problems(study, experts)
+    if study.search.storage is not None and (problem := _storage_problem(study.search.storage)):
+        yield "search.storage", f"{problem}; given {masked_url(study.search.storage)!r}"
+    if study.name.endswith("."):
+        yield "name", f"must not end with a dot; given {study.name!r}"
+    if study.workers.ray_address is not None and study.workers.count == 0:
+        yield "workers.ray_address", "needs workers: workers.count is 0, which means in this process"
+    if study.workers.ray_address is not None and (problem := address_problem(study.workers.ray_address)):
+        yield "workers.ray_address", f"must be HOST:PORT, or auto: {problem}; given {study.workers.ray_address!r}"
+
+
+def _storage_problem(url: str) -> str:
+    from optimizer.runs.study_url import storage_problem  # brings SQLAlchemy, which few studies need
+
+    return storage_problem(url)
+
+
+def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:
+    specs = [METHODS[name] for name in space.methods]
+    for name, (low, high) in space.ranges.items():
+        key, given = f"space.{name}", f"given [{low:g}, {high:g}]"
+        having = [spec for spec in specs if spec.parameter(name)]
+        if low > high:
+            yield key, f"must be [low, high]; {given}"
+        elif not having:
+            known = sorted({parameter.name for spec in specs for parameter in spec.parameters})
+            yield key, f"{' or '.join(space.methods)} has no {name}; {given}; it has {', '.join(known)}"
+        for problem in dict.fromkeys(_range_problem(spec, name, low, high) for spec in having):
+            if problem and low <= high:
+                yield key, f"{problem}; {given}"
+
+
+def _range_problem(spec: MethodSpec, name: str, low: float, high: float) -> str:
+    parameter = spec.parameter(name)
+    assert parameter is not None, "the caller looks for it"
+    if name == spec.scale:
+        missing = [
+            f"{value:g} ({who})" for value, who in ((0, "the base"), (1, "the expert")) if not low <= value <= high
+        ]
+        return f"must hold {missing[0]}" if missing else ""
+    if not low <= parameter.default <= high:
+        return f"must hold {parameter.default:g}"
+    return "" if parameter.allows(low) and parameter.allows(high) else f"must hold {DOMAINS[parameter.domain]} only"
+
+
+def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for i, entry in enumerate(study.evals.domain):
+        if entry.expert and entry.expert not in experts:
+            close = difflib.get_close_matches(entry.expert, experts, n=1, cutoff=0.5)
+            mend = f'did you mean "{close[0]}"?' if close else f"the experts are {', '.join(experts)}"
+            yield f"evals.domain.{i}.expert", f"must be an expert of this study; given {entry.expert!r}; {mend}"
+    measured = {entry.expert for entry in study.evals.domain}
+    if "" not in measured and (unmeasured := [name for name in experts if name not in measured]):
+        yield "evals.domain", f"must measure every expert; no task is for {', '.join(unmeasured)}"
+    for i, entry in enumerate(study.evals.general):
+        if entry.expert:
+            yield f"evals.general.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
+    seen: set[str] = set()
+    for role in ("domain", "general"):
+        for i, entry in enumerate(getattr(study.evals, role)):
+            if entry.task in seen:
+                yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
+            seen.add(entry.task)

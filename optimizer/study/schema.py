@@ -1,0 +1,344 @@
+"""The schema of a study file: its keys, their types and their limits, as frozen models. The only module with pydantic.
+
+`study.schema.json` is written from it, for editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+)
+
+from search_spaces.parameters import METHODS
+from search_spaces.shape import LEAST, WORDS, Kind
+
+MOST_SHOTS = 64
+MOST_ITEMS, MOST_WORKERS, MOST_MINUTES = 1_000_000_000, 1024, 1e7  # beyond any machine, within its integers
+SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
+EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
+MOST_POINTS = 64  # of a curve, blocks of a shape
+Range = tuple[float, float]
+Finding = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A mapping of the study file: strict, frozen, without keys of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+def _count_or(
+    word: str, *, least: int = 1, most: int = MOST_ITEMS, share: bool = False
+) -> tuple[PlainValidator, WithJsonSchema]:
+    """How to read a whole number, or one word instead, or (where that means something) a share."""
+    between = ", a share such as 0.3" if share else ""
+
+    def read(value: object) -> object:
+        if (
+            value == word
+            or (type(value) is int and least <= value <= most)
+            or (share and type(value) is float and 0 < value < 1)
+        ):
+            return value
+        if type(value) is int and value > most:
+            raise ValueError(f"must be {most:,} at most")
+        raise ValueError(f"must be a whole number, {least} or more{between}, or the word {word}")
+
+    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": least, "maximum": most}, {"const": word}]
+    if share:
+        schema.insert(1, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})
+    return PlainValidator(read), WithJsonSchema({"anyOf": schema})
+
+
+Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
+Threads = Annotated[int | Literal["auto"], *_count_or("auto", most=MOST_WORKERS)]
+Budget = Annotated[int | Literal["auto"], *_count_or("auto", least=16)]
+
+
+class Models(Section):
+    """The checkpoints: each a folder, the folder of a LoRA adapter, or a hub id."""
+
+    base: str = Field(min_length=1, description="The checkpoint all experts were trained from.")
+    experts: dict[Annotated[str, Field(pattern=EXPERT_NAME)], Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="Name of each expert and its checkpoint, or a LoRA adapter on the base."
+    )
+
+
+SHAPES = "uniform, slope, layers, {curve: points} or {blocks: count}"
+_SHAPE_SCHEMA = {
+    "anyOf": [
+        {"enum": list(WORDS)},
+        *(
+            {
+                "type": "object",
+                "properties": {word: {"type": "integer", "minimum": least, "maximum": MOST_POINTS}},
+                "required": [word],
+                "additionalProperties": False,
+            }
+            for word, least in LEAST.items()
+        ),
+    ],
+    "default": {"curve": 4},
+    "description": "How the weight may vary with depth: " + SHAPES + ".",
+}
+
+
+class ShapeEntry(Section):
+    """How weights may vary with depth; typed as a word or as `{curve: 4}`."""
+
+    kind: Kind
+    n: int = 0
+
+    @model_serializer(mode="wrap")
+    def _as_typed(self, _: SerializerFunctionWrapHandler) -> str | dict[str, int]:
+        return {self.kind: self.n} if self.n else self.kind
+
+
+def _read_shape(value: object) -> object:
+    if isinstance(value, ShapeEntry):
+        return value
+    if value in WORDS:
+        return {"kind": value}
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, n),) = value.items()
+        if kind in LEAST and type(n) is int and LEAST[kind] <= n <= MOST_POINTS:
+            return {"kind": kind, "n": n}
+        if kind in LEAST:
+            raise ValueError(f"{kind} must be a whole number from {LEAST[kind]} to {MOST_POINTS}")
+    raise ValueError(f"must be {SHAPES}")
+
+
+_METHODS_SCHEMA = {
+    "anyOf": [
+        {"enum": list(METHODS)},
+        {"type": "array", "items": {"enum": list(METHODS)}, "minItems": 1, "uniqueItems": True},
+    ],
+    "default": "task_arithmetic",
+    "description": "The merge method, or a list from which each trial chooses; the first of it gives the anchors.",
+}
+
+
+def _read_methods(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names:
+        raise ValueError("must be a merge method or a list of them")
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(str(name), METHODS, n=1)
+            mend = f'did you mean "{close[0]}"?' if close else f"they are {', '.join(METHODS)}"
+            raise ValueError(f"there is no merge method {name!r}; {mend}")
+    if len(set(names)) < len(names):
+        raise ValueError("must not name a method twice")
+    return tuple(names) if isinstance(value, list) else value
+
+
+class SpaceSection(Section):
+    """What may vary."""
+
+    from_: str | None = Field(
+        default=None,
+        alias="from",
+        min_length=1,
+        description="A recipe.json or mergekit YAML file to start from: it is scored first, and what is not given here "
+        "(method, shape, modules, ranges) is what its numbers need.",
+    )
+    method: Annotated[str | tuple[str, ...], BeforeValidator(_read_methods), WithJsonSchema(_METHODS_SCHEMA)] = (
+        "task_arithmetic"
+    )
+    shape: Annotated[ShapeEntry, BeforeValidator(_read_shape), WithJsonSchema(_SHAPE_SCHEMA)] = ShapeEntry(
+        kind="curve", n=4
+    )
+    modules: tuple[Literal["attn", "mlp", "embed", "head"], ...] = Field(
+        default=("attn", "mlp"), description="Module kinds with weights of their own; the others follow the layers."
+    )
+    weight: Range | None = Field(
+        default=None, description="Range of the weights; holds 0 (base) and 1 (expert). Default: the method's own."
+    )
+    t: Range | None = Field(
+        default=None, description="slerp: range of the interpolation; holds 0 and 1. nearswap: of the largest step."
+    )
+    density: Range | None = Field(
+        default=None, description="Range of the share of a delta that is kept; holds 1. Default: the method's own."
+    )
+    lambda_: Range | None = Field(
+        default=None, alias="lambda", description="Range of the scale on the summed deltas. Default: fixed at 1."
+    )
+    epsilon: Range | None = Field(default=None, description="della, ram: range of epsilon. Default: mergekit's.")
+    gamma: Range | None = Field(default=None, description="breadcrumbs: range of gamma. Default: fixed at 0.01.")
+    select_topk: Range | None = Field(default=None, description="sce: range of the share of elements kept; holds 1.")
+    r: Range | None = Field(default=None, description="ramplus_tl: range of r. Default: fixed at 0.1.")
+    alpha: Range | None = Field(default=None, description="ramplus_tl: range of alpha. Default: fixed at 0.2.")
+
+    @property
+    def method_is_the_recipes(self) -> bool:
+        """Whether the method is left to the recipe that `from` names."""
+        return self.from_ is not None and "method" not in self.model_fields_set
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge methods, one or more."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The ranges a person gave, by parameter; each is meant for every method that has the parameter."""
+        given = {name: getattr(self, attribute) for name, attribute in RANGES.items()}
+        return {name: bounds for name, bounds in given.items() if bounds is not None}
+
+
+# Each parameter that may have a range, and its attribute.
+RANGES = {
+    field.alias or name: name for name, field in SpaceSection.model_fields.items() if field.annotation == Range | None
+}
+
+
+class TaskEntry(Section):
+    """One task; a plain name stands for `{task: name}`."""
+
+    task: str = Field(min_length=1, description="An lm-eval task name, or the path of a task folder or YAML file.")
+    expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
+    items: int | None = Field(
+        default=None, ge=1, le=MOST_ITEMS, description="Items the search scores. Default: evals.items."
+    )
+    holdout_items: Holdout | None = Field(
+        default=None,
+        description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
+    )
+    shots: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_SHOTS,
+        description="Worked examples before each item. Default: the task's own num_fewshot.",
+    )
+    metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
+
+
+def _read_task(value: object) -> object:
+    return {"task": value} if isinstance(value, str) else value
+
+
+Tasks = tuple[Annotated[TaskEntry, BeforeValidator(_read_task, json_schema_input_type=str | TaskEntry)], ...]
+
+
+class EvalsSection(Section):
+    """How good it is: what the expert should have learned, and what it may have forgotten."""
+
+    domain: Tasks = Field(min_length=1, description="Tasks of the expert's domain.")
+    general: Tasks = Field(min_length=1, description="Tasks of general ability.")
+    items: int = Field(default=100, ge=1, le=MOST_ITEMS, description="Items of each task that the search scores.")
+    holdout_items: Holdout = Field(
+        default=100,
+        description="Other items that judge the front: a number, a share of each task's items (0.3), or rest.",
+    )
+    chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
+    allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")
+    token_budget: Budget = Field(
+        default="auto",
+        description="Batch size: tokens in one forward pass; auto: 2048 on a CPU, more on a GPU with room.",
+    )
+    dtype: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="Number format of the scoring; auto: the base's own."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Chooses the items of each suite.")
+
+
+class SearchSection(Section):
+    """The search."""
+
+    trials: int = Field(
+        default=40, ge=1, le=MOST_ITEMS, description="Distinct finished trials, the anchors among them."
+    )
+    sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
+    timeout: float | None = Field(
+        default=None, gt=0, le=MOST_MINUTES, description="Minutes after which no trial is started."
+    )
+    trial_timeout: float | None = Field(
+        default=None, gt=0, le=MOST_MINUTES, description="Minutes one trial may take (with workers)."
+    )
+    max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
+    storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
+
+
+class WorkersSection(Section):
+    """Who scores."""
+
+    count: int = Field(
+        default=1, ge=0, le=MOST_WORKERS, description="Worker processes; 0: in this process, without Ray."
+    )
+    threads: Threads = Field(default="auto", description="CPU threads of each worker.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where a worker's model lives.")
+    ray_address: str | None = Field(default=None, description="A Ray cluster to join. Default: a local one of our own.")
+
+
+class Study(Section):
+    """A whole study, as typed and checked."""
+
+    name: str = Field(pattern=NAME, description="Name of the run's folder: letters, digits, dot, dash, underscore.")
+    models: Models
+    space: SpaceSection = SpaceSection()
+    evals: EvalsSection
+    search: SearchSection = SearchSection()
+    workers: WorkersSection = WorkersSection()
+    runs: str = Field(default="runs", min_length=1, description="Folder in which the run's folder is made.")
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON Schema of a study file, for editors."""
+    schema = Study.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mergefront study file"}
+
+
+def schema_text() -> str:
+    """The text of the committed schema file."""
+    return json.dumps(study_schema(), indent=2) + "\n"
+
+
+def validate(document: Mapping[str, Any]) -> Study | list[Finding]:
+    """Return the study in a document, or what breaks the schema: of each, its place (loc), type, msg and input."""
+    try:
+        # JSON is the strict mode in which a list may stand for a tuple.
+        return Study.model_validate_json(json.dumps(document), by_alias=True, by_name=False)
+    except ValidationError as error:
+        return [dict(finding) for finding in error.errors(include_url=False)]
+
+
+def keys_at(path: Sequence[str]) -> list[str]:
+    """List the keys a person may write at a place."""
+    model: type[Section] = Study
+    for part in path:
+        if part.isdecimal():
+            continue  # an entry of a list has the list's model
+        found = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        if found is None:
+            return []
+        model = found
+    if model is ShapeEntry:
+        return list(LEAST)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: object) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -1,0 +1,30 @@
+"""What a study asks of each of its tasks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from evals.outcomes import REST, TaskSpec
+from optimizer.study.schema import Study
+
+
+def task_specs(study: Study) -> tuple[TaskSpec, ...]:
+    """Return what the study asks of each task, domain tasks first."""
+    evals = study.evals
+    return tuple(
+        TaskSpec(
+            name=entry.task,
+            role=role,
+            expert=entry.expert,
+            search_items=evals.items if entry.items is None else entry.items,
+            holdout_items=_items(evals.holdout_items if entry.holdout_items is None else entry.holdout_items),
+            shots=entry.shots,
+            metric=entry.metric,
+        )
+        for role, entries in (("domain", evals.domain), ("general", evals.general))
+        for entry in entries
+    )
+
+
+def _items(given: int | float | Literal["rest"]) -> int | float:
+    return REST if given == "rest" else given
