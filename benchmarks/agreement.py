@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.lm_tasks import Harness, load_tasks
+from evals.lm_harness import Harness
+from evals.lm_tasks import load_tasks
 from evals.objectives import task_scores
 from evals.outcomes import SUITES
 from optimizer.run import open_run

@@ -27,7 +27,8 @@ from typing import Any
 import yaml
 from agreement import suite_alone
 
-from evals.lm_tasks import Harness, load_tasks
+from evals.lm_harness import Harness
+from evals.lm_tasks import load_tasks
 from evals.outcomes import SEARCH
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.run_study import worker_spec

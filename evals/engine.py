@@ -18,7 +18,7 @@ import torch
 
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
-from evals.packing import Pass, Row, Trie, passes, plant, rows
+from evals.packing import Pass, Row, Trie, build_trie, passes, rows
 from evals.tokens import Encoder, Pair, Prompt
 from evals.trie_attention import Plan, Reading, reads_tries
 
@@ -76,7 +76,7 @@ class Engine:
         self.encoder = Encoder(tokenizer)
         self.token_budget = token_budget
         self.max_length = _max_length(model.config, tokenizer)
-        self._plans: dict[int, tuple[object, Sequence[Batch]]] = {}
+        self._planned: dict[tuple[Pair, ...], list[Batch]] = {}
         self.packs = self.gathers = False
         expected = self._probe_plainly()
         self.gathers = self._agrees(expected, packs=False, gathers=True)
@@ -93,9 +93,7 @@ class Engine:
         Raises:
             ScoreError: one is not finite.
         """
-        if id(pairs) not in self._plans:  # planned once for these very requests, which are kept: their id stays theirs
-            self._plans[id(pairs)] = (pairs, self._batches(pairs))
-        batches = self._plans[id(pairs)][1]
+        batches = self.batches(pairs)
         if any(batch.plan is None for batch in batches):
             self.check_finite()
         return self._scored(batches, len(pairs))
@@ -121,6 +119,13 @@ class Engine:
             logits = self.model(input_ids=self._some_tokens(20)[None], use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise ScoreError("the candidate's logits are not finite: its weights are not a usable model")
+
+    def batches(self, pairs: Sequence[Pair]) -> list[Batch]:
+        """The forward passes that read these pairs, planned once for all candidates."""
+        asked = tuple(pairs)
+        if asked not in self._planned:
+            self._planned[asked] = self._batches(asked)
+        return self._planned[asked]
 
     def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
         cut = {request: pair.cut(self.max_length) for request, pair in enumerate(pairs)}
@@ -231,7 +236,7 @@ def _plain_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.d
 
 
 def _packed_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
-    trie = plant(pairs)
+    trie = build_trie(pairs)
     planned = [*passes(trie, token_budget), None]
     return [_batch_of_trie(trie, this, following, pairs, device) for this, following in pairwise(planned) if this]
 

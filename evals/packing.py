@@ -79,7 +79,7 @@ class Row:
     predictions: list[tuple[int, int, int]]
 
 
-def plant(pairs: Mapping[int, Pair]) -> Trie:
+def build_trie(pairs: Mapping[int, Pair]) -> Trie:
     """The trie of what the model reads to predict every request's continuation: all but its last token."""
     trie = Trie()
     path: list[int] = []

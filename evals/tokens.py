@@ -33,6 +33,21 @@ class Pair:
         room = max_length + 1 - len(self.continuation)
         return replace(self, context=self.context[-room:])
 
+    def fits(self, max_length: int) -> bool:
+        """Whether a model of that length reads all of the context."""
+        return len(self.context) + len(self.continuation) <= max_length + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text of which every token is scored; one that is longer than the model reads is scored in windows."""
+
+    tokens: tuple[int, ...]
+
+    def fits(self, max_length: int) -> bool:
+        """Windows leave nothing out, whatever the length."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -47,6 +62,10 @@ class Prompt:
     tokens: tuple[int, ...]
     stop: tuple[str, ...]
     max_new_tokens: int
+
+    def fits(self, max_length: int) -> bool:
+        """Whether a model of that length reads the whole prompt and has room for the longest answer."""
+        return len(self.tokens) + self.max_new_tokens <= max_length
 
 
 class Encoder:

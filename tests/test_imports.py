@@ -16,9 +16,9 @@ ROOMS = ("demo", "views", "search", "study", "export", "workers", "merging", "ch
 PROGRAMS = ("cli", "run_study", "run")  # these import all rooms; of rooms, only the demo and views take the run
 GROUND = ("errors", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
-    "lm_eval": {"evals.lm_tasks"},
+    "lm_eval": {"evals.lm_harness", "evals.lm_metric", "evals.lm_split", "evals.lm_tasks"},
     "datasets": {"evals.lm_tasks", "evals.rows"},
-    "jinja2": {"evals.lm_tasks", "evals.templates"},
+    "jinja2": {"evals.lm_harness", "evals.templates"},
     "yaml": {"optimizer.strict_yaml", "evals.task_files"},
     "pydantic": {"optimizer.study.schema"},
     "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},

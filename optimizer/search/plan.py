@@ -22,7 +22,7 @@ from optimizer.study.tasks import task_specs
 from search_spaces.errors import SpaceError
 
 if TYPE_CHECKING:
-    from evals.lm_tasks import Harness
+    from evals.lm_harness import Harness
     from optimizer.checkpoints.checkpoint import Checkpoint
     from search_spaces.choice import Choice
     from search_spaces.space import Space

@@ -16,7 +16,7 @@ from optimizer.words import count, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evals.lm_tasks import Harness
+    from evals.lm_harness import Harness
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.search.plan import Plan
     from search_spaces.choice import Choice

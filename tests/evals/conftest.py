@@ -13,7 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.engine import Engine
-from evals.lm_tasks import Harness, load_tasks
+from evals.lm_harness import Harness
+from evals.lm_tasks import load_tasks
 from evals.outcomes import REST, TaskSpec
 from tests.pico import pico_llama
 

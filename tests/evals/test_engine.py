@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evals.engine import Engine, budget_for
 from evals.errors import ScoreError, TaskError
-from evals.packing import Trie, passes, plant, rows
+from evals.packing import Trie, build_trie, passes, rows
 from evals.tokens import Encoder, Pair, Prompt
 from tests.pico import byte_tokenizer
 
@@ -105,8 +105,8 @@ def test_every_architecture_gives_the_plain_numbers(kind: str, packs: bool) -> N
         found = [score for score, _ in engine.loglikelihoods(asked)]
         assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
     assert engine.packs == packs
-    read = sum(batch.tokens.numel() for batch in engine._plans[id(asked)][1])
-    assert (read == len(plant(dict(enumerate(asked))))) == packs  # after the same shots: each token once
+    read = sum(batch.tokens.numel() for batch in engine.batches(asked))
+    assert (read == len(build_trie(dict(enumerate(asked))))) == packs  # after the same shots: each token once
 
 
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
@@ -125,7 +125,7 @@ def test_only_what_is_longer_than_a_window_is_read_plainly(kind: str, options: d
     asked = pairs(longest=60)
     found = [score for score, _ in engine.loglikelihoods(asked)]
     assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
-    plans = [batch.plan for _, batches in engine._plans.values() for batch in batches]
+    plans = [batch.plan for batch in engine.batches(asked)]
     assert None in plans
     assert any(plan is not None for plan in plans)
 
@@ -230,7 +230,7 @@ def past(trie: Trie, node: int) -> list[int]:
 @settings(max_examples=100, deadline=None)
 @given(REQUESTS)
 def test_each_token_is_predicted_after_exactly_its_own_past(asked: list[Pair]) -> None:
-    trie = plant(dict(enumerate(asked)))
+    trie = build_trie(dict(enumerate(asked)))
     for node, request, i in trie.predictions:
         before = past(trie, node)
         assert [trie.tokens[j] for j in before] == [*asked[request].context, *asked[request].continuation[:i]]
@@ -249,7 +249,7 @@ def lengths(pair: Pair) -> range:
 @settings(max_examples=100, deadline=None)
 @given(REQUESTS, st.integers(1, 60))
 def test_passes_hold_every_node_once_and_carry_what_they_read(asked: list[Pair], budget: int) -> None:
-    trie = plant(dict(enumerate(asked)))
+    trie = build_trie(dict(enumerate(asked)))
     read: list[int] = []
     kept: set[int] = set()
     for this in passes(trie, budget):

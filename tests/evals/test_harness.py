@@ -54,10 +54,10 @@ def test_shots_come_from_no_suite(tmp_path: Path, engine: Engine) -> None:
     harness.prepare(engine.tokenizer, SEARCH)
     scored = {item.doc["question"] for suite in (SEARCH, HOLDOUT) for item in harness.tasks[0].items[suite]}
     assert len(scored) == 17
-    for _, item, asked in harness._prepared[SEARCH].items:
-        used = [row["question"] for row in questions(20) if row["question"] in asked[0].args[0]]
+    for asked in harness.requests(SEARCH):
+        used = [row["question"] for row in questions(20) if row["question"] in asked.args[0]]
         assert len(used) == 3
-        assert [q for q in used if q in scored] == [item.doc["question"]]
+        assert [q for q in used if q in scored] == [asked.doc["question"]]
     refused("task shots has 2 such items, 3 needed", folder, search=9, holdout=9, shots=3)
     write_task(tmp_path / "shots", questions(20), doc_to_text="{{question}}", fewshot_split="test")
     refused("task shots has 2 such items, 3 needed", folder, search=9, holdout=9, shots=2)
@@ -70,8 +70,8 @@ def test_shots_of_an_item_do_not_depend_on_its_neighbours(tmp_path: Path, engine
         harness = load(folder, search=search, holdout=4, shots=1)
         harness.tasks[0].members[0].sampler.replace_df([dict(doc) for doc in questions(5)])
         harness.prepare(engine.tokenizer, SEARCH)
-        prompts.append([asked[0].args[0] for _, _, asked in harness._prepared[SEARCH].items])
-    assert prompts[1][:2] == prompts[0]
+        prompts.append([asked.args[0] for asked in harness.requests(SEARCH)])
+    assert prompts[1][: len(prompts[0])] == prompts[0]
 
 
 def test_too_few_items(tmp_path: Path) -> None:

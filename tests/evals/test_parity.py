@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evals.engine import Engine
-from evals.lm_tasks import Harness
+from evals.lm_harness import Harness
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, score_of
 from tests.evals.conftest import load, questions, words, write_task
 

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.engine import Engine
-from evals.lm_tasks import Harness
+from evals.lm_harness import Harness
 from evals.outcomes import SEARCH
 from evals.tokens import Pair
 from optimizer.demo.models import build_base

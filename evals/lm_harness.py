@@ -1,0 +1,363 @@
+"""From a model to outcomes: builds the requests of a study's tasks, and turns the engine's answers into outcomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from evals.errors import ScoreError, TaskError, error_text
+from evals.lm_split import Item, content_hash
+from evals.outcomes import SUITES, Outcome, TaskInfo
+from evals.packing import build_trie
+from evals.tokens import Encoder, Pair, Prompt, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from evals.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTask:
+    """A task, or a group of tasks that count as one, with its items split."""
+
+    info: TaskInfo
+    members: tuple[ConfigurableTask, ...]
+    filter: str
+    shots: tuple[int, ...]  # of each member
+    shots_from: str  # study, task or "": nobody asks for any
+    items: Mapping[str, tuple[Item, ...]]  # by suite
+    notes: tuple[str, ...] = ()  # what a person might not expect
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One of lm-eval's instances with its tokens; the type of `encoded` says what is asked.
+
+    Args:
+        instance: lm-eval's own, which takes the answer.
+        encoded: a pair or a text to be scored, or a prompt to be answered.
+        length: tokens that are predicted; of an answer not known before it is written.
+    """
+
+    instance: Instance
+    encoded: Pair | Text | Prompt
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _AskedItem:
+    """An item of a task and the requests that lm-eval makes of it."""
+
+    task: LoadedTask
+    item: Item
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """A request's answer as lm-eval takes it, the number of tokens, and whether the limit of tokens broke it off."""
+
+    response: object
+    length: int
+    broken_off: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What a model of one length is given of a suite.
+
+    Args:
+        pairs: the suite's pairs, then the windows of its texts.
+        windows: how many windows each text has.
+    """
+
+    pairs: tuple[Pair, ...]
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Suite:
+    """A suite's items in the order they are scored, with all their requests."""
+
+    items: tuple[_AskedItem, ...]
+    prefix: int
+    readings: dict[int, _Reading] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All requests, in the order of the items."""
+        return (request for asked in self.items for request in asked.requests)
+
+    def of(self, task: LoadedTask) -> list[Request]:
+        """The requests of one task."""
+        return [request for asked in self.items if asked.task is task for request in asked.requests]
+
+    def reading(self, max_length: int) -> _Reading:
+        """What a model of that length reads, made once for all candidates."""
+        if max_length not in self.readings:
+            pairs, texts, _ = _by_kind(self.requests)
+            windows = [_windows(text, self.prefix, max_length) for text in texts]
+            self.readings[max_length] = _Reading((*pairs, *chain.from_iterable(windows)), tuple(map(len, windows)))
+        return self.readings[max_length]
+
+
+class Harness:
+    """The tasks of a study, their items in two disjoint suites, and the way from a model to outcomes."""
+
+    def __init__(self, tasks: Sequence[LoadedTask], *, seed: int, chat_template: bool) -> None:
+        self.tasks = tuple(tasks)
+        self._seed = seed
+        self._chat_template = chat_template
+        self._suites: dict[str, _Suite] = {}
+
+    @property
+    def infos(self) -> tuple[TaskInfo, ...]:
+        """What was found, in the order the tasks were asked for."""
+        return tuple(task.info for task in self.tasks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person might not expect of the tasks, a sentence each."""
+        return tuple(note for task in self.tasks for note in task.notes)
+
+    def suite_hash(self, suite: str) -> dict[str, list[str]]:
+        """Item hashes of a suite by task, in the order they are scored."""
+        return {task.info.name: [item.hash for item in task.items[suite]] for task in self.tasks}
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> None:
+        """Build and tokenise a suite's requests, once for all candidates."""
+        encoder = Encoder(tokenizer)
+        items = [
+            _AskedItem(task, item, self._requests(task, item, encoder))
+            for task in self.tasks
+            for item in task.items[suite]
+        ]
+        self._suites[suite] = _Suite(tuple(items), encoder.prefix)
+
+    def score(self, engine: Engine, suite: str) -> list[Outcome]:
+        """One outcome per item of a suite, from the model as it is now.
+
+        Raises:
+            ScoreError: the model gives numbers that are not finite.
+        """
+        if suite not in self._suites:
+            self.prepare(engine.tokenizer, suite)
+        prepared = self._suites[suite]
+        answers = iter(_answers(prepared, engine))
+        return [
+            _outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
+            for asked in prepared.items
+        ]
+
+    def request_hashes(self) -> dict[str, dict[str, str]]:
+        """For each prepared suite and task, 16 hex digits of all that is asked: items, shots, templates, limits."""
+        return {
+            suite: {
+                task.info.name: content_hash(repr([request.instance.args for request in prepared.of(task)]))
+                for task in self.tasks
+            }
+            for suite, prepared in sorted(self._suites.items())
+        }
+
+    def requests(self, suite: str) -> list[Instance]:
+        """What a prepared suite asks, as lm-eval's own instances in the order of the items."""
+        return [request.instance for request in self._suites[suite].requests]
+
+    def pairs(self, suite: str, max_length: int) -> tuple[Pair, ...]:
+        """What a prepared suite reads in order to score it: all but the prompts of answers that are written."""
+        return self._suites[suite].reading(max_length).pairs
+
+    def describe(self) -> list[dict[str, Any]]:
+        """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
+        return [
+            {
+                "task": task.info.name,
+                "role": task.info.role,
+                "expert": task.info.expert,
+                "kind": task.info.output_type,
+                "metric": task.info.metric,
+                "chance": task.info.chance,
+                "shots": _range(task.shots),
+                "shots_from": task.shots_from,
+                **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
+                **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},
+            }
+            for task in self.tasks
+        ]
+
+    def _requests(self, task: LoadedTask, item: Item, encoder: Encoder) -> tuple[Request, ...]:
+        try:
+            return tuple(_request(instance, encoder) for instance in self._instances(task, item, encoder.tokenizer))
+        except Exception as error:  # templates, examples and task code raise whatever they like
+            raise TaskError(f"task {task.info.name}, item {item.hash}: {error_text(error)}") from error
+
+    def _instances(self, task: LoadedTask, item: Item, tokenizer: PreTrainedTokenizerBase) -> list[Instance]:
+        member = task.members[item.member]
+        member.set_fewshot_seed(
+            int(content_hash(f"{self._seed}:{item.hash}"), 16)
+        )  # an item's shots do not depend on its neighbours
+        context = member.fewshot_context(
+            doc=item.doc,
+            num_fewshot=task.shots[item.member],
+            apply_chat_template=self._chat_template,
+            fewshot_as_multiturn=self._chat_template,
+            chat_template=partial(_chat, tokenizer) if self._chat_template else None,
+            gen_prefix=member.doc_to_prefix(item.doc),
+        )
+        asked = member.construct_requests(
+            doc=item.doc,
+            ctx=context,
+            metadata=(task.info.name, 0, 1),
+            apply_chat_template=self._chat_template,
+        )
+        return asked if isinstance(asked, list) else [asked]
+
+    def _tokens(self, task: LoadedTask, suite: str) -> int | None:
+        """About how many tokens a candidate reads; exact but for texts longer than the model's context."""
+        if suite not in self._suites:
+            return None
+        pairs, texts, prompts = _by_kind(self._suites[suite].of(task))
+        return (
+            len(build_trie(dict(enumerate(pairs))))
+            + sum(len(text.tokens) for text in texts)
+            + sum(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
+        )
+
+
+def _range(numbers: Sequence[int]) -> int | str:
+    """One number, or the least and the largest of several."""
+    low, high = min(numbers), max(numbers)
+    return low if low == high else f"{low} to {high}"
+
+
+def _request(instance: Instance, encoder: Encoder) -> Request:
+    if instance.request_type == "loglikelihood":
+        pair = encoder.pair(*instance.args)
+        return Request(instance, pair, len(pair.continuation))
+    if instance.request_type == "loglikelihood_rolling":
+        tokens = encoder.text(*instance.args)
+        if not tokens:
+            raise TaskError("a text must have a token")
+        return Request(instance, Text(tokens), len(tokens))
+    text, given = instance.args
+    options = normalize_gen_kwargs(given)
+    return Request(instance, Prompt(encoder.text(text), tuple(options["until"]), options["max_gen_toks"]), 0)
+
+
+def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[Prompt]]:
+    """What the requests ask, the kinds apart, each in the order of the requests."""
+    asked = [request.encoded for request in requests]
+    return (
+        [pair for pair in asked if isinstance(pair, Pair)],
+        [text for text in asked if isinstance(text, Text)],
+        [prompt for prompt in asked if isinstance(prompt, Prompt)],
+    )
+
+
+def _windows(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
+    """The pieces in which lm-eval predicts every token of a text once, each after as much context as fits."""
+    windows = get_rolling_token_windows(list(text.tokens), prefix_token=prefix, max_seq_len=length, context_len=1)
+    pieces = map(make_disjoint_window, windows)
+    return tuple(Pair(tuple(context), tuple(tokens), asks_greedy=False) for context, tokens in pieces)
+
+
+def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
+    """The engine's answer to every request, in their order."""
+    reading = suite.reading(engine.max_length)
+    pairs, _, prompts = _by_kind(suite.requests)
+    scores = engine.loglikelihoods(reading.pairs)
+    of_pairs, of_windows = iter(scores[: len(pairs)]), iter(scores[len(pairs) :])
+    of_texts = (math.fsum(score for score, _ in islice(of_windows, count)) for count in reading.windows)
+    written = iter(engine.generate(prompts))
+
+    def answer(request: Request) -> _Answered:
+        if isinstance(request.encoded, Pair):
+            return _Answered(next(of_pairs), request.length)
+        if isinstance(request.encoded, Text):
+            return _Answered(next(of_texts), request.length)
+        made = next(written)
+        return _Answered(made.text, made.tokens, broken_off=not made.ended)
+
+    return [answer(request) for request in suite.requests]
+
+
+def _outcome(asked: _AskedItem, answered: Sequence[_Answered], suite: str, max_length: int) -> Outcome:
+    task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
+    answers = _filtered(asked, answered)
+    try:
+        metrics = member.process_results(item.doc, answers)
+    except Exception as error:  # metrics and task code raise whatever they like
+        raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {error_text(error)}") from error
+    if task.info.output_type == "loglikelihood_rolling":
+        loglikelihood, size = _bytes(member, item, metrics, answers[0])
+        value, weight = -loglikelihood / math.log(2), float(size)
+        loglikelihoods: tuple[float, ...] = (float(answers[0]),)
+    else:
+        if task.info.metric not in metrics:
+            raise TaskError(
+                f"task {task.info.name}, item {item.hash}: there is no {task.info.metric} among its metrics"
+            )
+        value, weight = float(metrics[task.info.metric]), 1.0
+        loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
+    if not math.isfinite(value):
+        raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
+    return Outcome(
+        task.info.name,
+        suite,
+        item.hash,
+        value,
+        weight,
+        loglikelihoods,
+        truncated=not all(request.encoded.fits(max_length) for request in asked.requests),
+        lengths=tuple(answer.length for answer in answered),
+        broken_off=any(answer.broken_off for answer in answered),
+    )
+
+
+def _filtered(asked: _AskedItem, answered: Sequence[_Answered]) -> list[Any]:
+    """An item's answers behind the task's filter, which reads them from lm-eval's instances."""
+    member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
+    for instance, answer in zip(instances, answered, strict=True):
+        instance.resps = [answer.response]
+    next(ensemble for ensemble in member._filters if ensemble.name == asked.task.filter).apply(instances)
+    return [instance.filtered_resps[asked.task.filter] for instance in instances]
+
+
+def _bytes(member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float) -> tuple[float, int]:
+    """A text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
+    for name in ("bits_per_byte", "byte_perplexity"):
+        if name in metrics:
+            return metrics[name]
+    return loglikelihood, member.count_bytes(member.doc_to_target(item.doc))
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """A conversation as lm-eval renders it: without the system message where a template refuses one."""
+
+    def render(kept: list[dict[str, str]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                kept,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    try:
+        return render(messages)
+    except jinja2.TemplateError:
+        return render([message for message in messages if message["role"] != "system"])

@@ -1,0 +1,181 @@
+"""The items of a task: their content and the chance of guessing, in two disjoint suites, and what shots are left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.api.samplers import FirstNSampler
+from lm_eval.api.task import ConfigurableTask
+
+from evals.errors import TaskError, error_text, shortened
+from evals.outcomes import HOLDOUT, REST, SEARCH, TaskSpec
+from evals.rows import Rows
+
+Chances = dict[tuple[int, str], float]  # of guessing right, by member of a group and item hash
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a task: its content hash, the member of the group it is from, and lm-eval's document."""
+
+    hash: str
+    member: int
+    doc: Mapping[str, Any]
+
+
+def read_items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, list[Item]], Chances]:
+    """Items by content (one for each member that has it), and the chance of guessing each right."""
+    items: dict[str, list[Item]] = {}
+    chances: Chances = {}
+    for m, member in enumerate(members):
+        for n, doc in enumerate(member.task_docs):
+            try:
+                content, chance = content_of(member, doc)
+            except TaskError as error:
+                raise TaskError(f"task {name}, {error_of_item(member, n, error)}") from error
+            item = Item(content if len(members) == 1 else content_hash(f"{member.task_name}:{content}"), m, doc)
+            if (m, item.hash) not in chances:
+                chances[m, item.hash] = chance
+                items.setdefault(content, []).append(item)
+    return items, chances
+
+
+def content_of(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, float]:
+    """The hash of what a model sees and is asked, whatever the item's other columns, and the chance of guessing."""
+    text, target = _field(member.doc_to_text, doc), _field(member.doc_to_target, doc)
+    choices = _field(member.doc_to_choice, doc) if member.config.doc_to_choice is not None else None
+    content = content_hash(json.dumps([text, choices, target], ensure_ascii=False, default=str))
+    if member.OUTPUT_TYPE != "multiple_choice":
+        return content, 0.0
+    gold = text if member.multiple_input else target
+    right = {_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}
+    return content, len(right) / len(choices or [])
+
+
+def _field(read: Callable[[Mapping[str, Any]], Any], doc: Mapping[str, Any]) -> Any:
+    try:
+        return read(doc)
+    except Exception as error:  # templates and task code raise whatever they like
+        raise TaskError(f"{read.__name__}: {error_text(error)}") from error
+
+
+def _index(answer: object, choices: object) -> int:
+    """Which choice an answer is; lm-eval would score a wrong index as never right."""
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise TaskError(
+            "doc_to_choice: an item needs two or more choices that are texts and not empty: "
+            f"{shortened(repr(choices))} given; put numbers in quotes, and leave the item out where a choice is empty"
+        )
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return answer
+    raise TaskError(
+        f"doc_to_target: the right answer must be one of the {len(choices)} choices: {shortened(repr(answer))} given; "
+        f"name a choice, or give its place, 0 to {len(choices) - 1}"
+    )
+
+
+def error_of_item(member: ConfigurableTask, n: int, error: TaskError) -> TaskError:
+    """The error of an item with its line, or that of the item which made this one wrong."""
+    rows, split = member.config.custom_dataset, member.config.test_split or member.config.validation_split
+    if not isinstance(rows, Rows) or member.config.process_docs is not None:
+        return TaskError(f"item {n + 1}: {error}")
+    place = rows.splits[split][n].place
+    if _problem(member, rows.as_written(split, n)) is not None:
+        return TaskError(f"item {n + 1}: {error}; {place}")
+    for k, row in enumerate(rows.splits[split]):  # one number with a point makes all numbers of its column such
+        own = _problem(member, rows.as_written(split, k)) if float in map(type, row.values.values()) else None
+        if own is not None:
+            return TaskError(f"item {k + 1}: {own}; {row.place}")
+    return TaskError(f"item {n + 1}: {error}; {place}")
+
+
+def _problem(member: ConfigurableTask, doc: Mapping[str, Any]) -> TaskError | None:
+    try:
+        content_of(member, doc)
+    except TaskError as error:
+        return error
+    return None
+
+
+def split_items(
+    name: str,
+    items: Mapping[str, list[Item]],
+    members: Sequence[ConfigurableTask],
+    spec: TaskSpec,
+    shots: Sequence[int],
+    seed: int,
+) -> dict[str, tuple[Item, ...]]:
+    """Search items from one end of a seeded order of contents, holdout items from the other, shots from between."""
+    order = sorted(items, key=lambda content: content_hash(f"{seed}:{content}"))
+    left = len(order) - spec.search_items
+    if spec.holdout_items == REST:
+        holdout = left - max(_reserved(*needed, items) for needed in zip(members, shots, strict=True))
+    elif isinstance(spec.holdout_items, float):
+        holdout = round(spec.holdout_items * len(order))
+    else:
+        holdout = spec.holdout_items
+    if holdout < 1 or holdout > left:
+        asked = "the rest" if spec.holdout_items == REST else str(holdout)
+        raise TaskError(
+            f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
+            "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"
+        )
+    chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :]}
+    used = {content for contents in chosen.values() for content in contents}
+    for member, number in zip(members, shots, strict=True):
+        if number:
+            _keep_shots(name, member, used, number)
+    return {suite: tuple(i for content in contents for i in items[content]) for suite, contents in chosen.items()}
+
+
+def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int) -> None:
+    """Leave a task only worked examples that no suite scores."""
+    pool = [doc for doc in member.sampler.df if _content_of_shot(member, doc) not in used]
+    needed = _examples(member, shots)
+    if len(pool) < needed:
+        raise TaskError(
+            f"shots come from items that no suite scores: task {name} has {len(pool)} such items, {needed} needed; "
+            "ask for fewer shots, or for fewer items"
+        )
+    member.sampler.replace_df(pool)
+
+
+def _reserved(member: ConfigurableTask, shots: int, items: Mapping[str, list[Item]]) -> int:
+    """How many of the items must be left to the shots, where there are too few examples elsewhere."""
+    if not shots:
+        return 0
+    outside = {_content_of_shot(member, doc) for doc in member.sampler.df} - set(items)
+    return shots + 1 if len(outside) < _examples(member, shots) else 0
+
+
+def _examples(member: ConfigurableTask, shots: int) -> int:
+    """How many examples so many shots need: lm-eval draws one more where an item might be among its own examples."""
+    draws_one_more = member.fewshot_cfg.split == member.config.test_split
+    return shots + (draws_one_more and not isinstance(member.sampler, FirstNSampler))
+
+
+def shots_of(member: ConfigurableTask, spec: TaskSpec) -> int:
+    """The study's number of worked examples, or else the task's own; lm-eval puts none before a whole text."""
+    if spec.shots is not None:
+        return spec.shots
+    own = member.config.num_fewshot or 0
+    if type(own) is not int or own < 0:
+        raise TaskError(f"task {spec.name}: num_fewshot must be a whole number, 0 or more; given {shortened(own)}")
+    return 0 if member.OUTPUT_TYPE == "loglikelihood_rolling" else own
+
+
+def _content_of_shot(member: ConfigurableTask, doc: Mapping[str, Any]) -> str:
+    try:
+        return content_of(member, doc)[0]
+    except Exception:  # an example of another shape than the items is none of them
+        return ""
+
+
+def content_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
