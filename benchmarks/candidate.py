@@ -30,7 +30,7 @@ from agreement import suite_alone
 from evals.lm_harness import Harness
 from evals.lm_tasks import load_tasks
 from evals.outcomes import SEARCH
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.run_study import worker_spec
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
@@ -93,7 +93,7 @@ def _peer(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    base = Checkpoint.open(study.models.base)
+    base = open_checkpoint(study.models.base)
     document = to_mergekit(recipe(study, 0.5), base.names, out_dtype="bfloat16")
     written = folder.with_suffix(".yaml")
     written.write_text(yaml.safe_dump(document, sort_keys=False))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimizer.checkpoints.checkpoint import INDEX_FILE
+from optimizer.checkpoints.tensor_file import INDEX_FILE
 from optimizer.errors import MergefrontError
 from optimizer.merging.merge import Kept, Sources, merge_into
 from search_spaces import METHODS, Recipe, Setting, SpaceError

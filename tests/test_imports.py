@@ -24,7 +24,7 @@ DOORS = {
     "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},
-    "huggingface_hub": {"optimizer.checkpoints.checkpoint"},
+    "huggingface_hub": {"optimizer.checkpoints.opening"},
     "pyarrow": {"optimizer.runs.outcome_files"},
     "plotly": {"optimizer.views.plots"},
     "matplotlib": {"optimizer.views.pictures"},

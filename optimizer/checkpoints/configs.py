@@ -1,6 +1,6 @@
 """A folder's config and tokenizer as transformers makes them, where whatever it objects to becomes our error.
 
-Their files are read by our own guarded reader first: small, regular, JSON. Asked by `checkpoints` when two models are
+Their files are read by our own guarded reader first: small, regular, JSON. Asked by `compare` when two models are
 compared, by `resident` for the model itself, and for the tokenizer by `check` and by each worker.
 """
 
@@ -25,6 +25,8 @@ SETTINGS = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", "spe
 READ_AS_TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # of what a tokenizer may read
 MOST_OF_A_KIND = 100_000  # layers, heads, experts or labels: transformers makes an object of each before it looks
 MOST_KEYS = 300  # of a config that is searched for the key at fault
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
+SHOWN = 5  # names listed in one message
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 
 
@@ -141,6 +143,12 @@ def shown(value: object) -> str:
     """A value for a message: its beginning where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def listed(names: list[str]) -> str:
+    """Names in a message: the first few, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more
 
 
 def _key_at_fault(document: Mapping[str, Any], attempt: Callable[[dict[str, Any]], object]) -> str | None:

@@ -13,18 +13,17 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.headers import read_json
 from optimizer.checkpoints.lora import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE, read_weights
+from optimizer.checkpoints.resident import resident_model
 from optimizer.checkpoints.tensor_file import WEIGHTS_FILE as FOLDED_FILE
 from optimizer.checkpoints.tensor_file import write_tensors
 from optimizer.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from optimizer.checkpoints.checkpoint import Checkpoint
 
 SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors", "n_frequency")  # of tensors peft makes
 FORBIDDEN = ("megatron_config", "layer_replication", "loftq_config")  # import a module, change the depth, the base
@@ -72,8 +71,6 @@ def fold_by_peft(folder: Path, base: Checkpoint, *, key: str) -> Path:
 def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
     """Give all of the base's tensors, those that peft changed in float32."""
     import peft
-
-    from optimizer.checkpoints.resident import resident_model
 
     config = read_json(folder / CONFIG_FILE, unique=True)
     _require_known(folder, config)

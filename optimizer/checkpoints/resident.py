@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.configs import CONFIG_FILE, model_config, refused
 from optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from optimizer.checkpoints.checkpoint import Checkpoint
 
 
 def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:

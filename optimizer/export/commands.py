@@ -51,7 +51,7 @@ def merge_recipe(path: Path, out: Path) -> Path:
         SpaceError, StudyFileError: the file holds something no recipe can hold.
         CheckpointError, MergeError: as `export_model`.
     """
-    from optimizer.checkpoints.checkpoint import Checkpoint
+    from optimizer.checkpoints.opening import open_checkpoint
 
     if path.suffix == ".json":
         written = read_json(path, limit=LARGEST_FILE, unique=True, finite=True, error=StudyFileError)
@@ -60,10 +60,10 @@ def merge_recipe(path: Path, out: Path) -> Path:
         return _write_merge(Recipe.from_document(written), out)
     document = read_yaml(path)
     if is_stack(document):
-        models = {source: Checkpoint.open(source) for source in dict.fromkeys(stack_sources(document))}
+        models = {source: open_checkpoint(source) for source in dict.fromkeys(stack_sources(document))}
         first, names = next(iter(models.values())), {source: model.names for source, model in models.items()}
         return _write_stack(stack_of(document, names, base_dtype=float_dtype(first)), out)
-    base = Checkpoint.open(_base_of(document, path))
+    base = open_checkpoint(_base_of(document, path))
     return _write_merge(from_mergekit(document, base.names, base_dtype=float_dtype(base)), out)
 
 
@@ -74,10 +74,10 @@ def _write_merge(recipe: Recipe, out: Path) -> Path:
 
 
 def _write_stack(stack: Stack, out: Path) -> Path:
-    from optimizer.checkpoints.checkpoint import Checkpoint
+    from optimizer.checkpoints.opening import open_checkpoint
     from optimizer.export.stack_folder import write_stack
 
-    return write_stack(stack, {name: Checkpoint.open(source) for name, source in stack.models}, out)
+    return write_stack(stack, {name: open_checkpoint(source) for name, source in stack.models}, out)
 
 
 def _base_of(document: Mapping[str, Any], path: Path) -> str:

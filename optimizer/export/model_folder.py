@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from optimizer.checkpoints.checkpoint import HUB_ID, Checkpoint
+from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.new_folder import new_folder
+from optimizer.checkpoints.opening import HUB_ID
 from optimizer.merging.merge import Sources, write_shards
 from search_spaces import METHODS, Recipe, SpaceError, group_tensors
 from search_spaces.mergekit.reader import to_mergekit

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from optimizer.checkpoints.checkpoint import LAYER_COUNT_KEYS, Checkpoint, count_nonfinite, require_compatible
-from optimizer.checkpoints.configs import full_config
+from optimizer.checkpoints.checkpoint import Checkpoint, count_nonfinite
+from optimizer.checkpoints.compare import require_compatible
+from optimizer.checkpoints.configs import LAYER_COUNT_KEYS, full_config
 from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import write_sharded
 from optimizer.errors import CheckpointError, MergeError

@@ -14,14 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optimizer.checkpoints.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    count_nonfinite,
-    require_compatible,
-    sum_is_finite,
-)
+from optimizer.checkpoints.checkpoint import DTYPES, Checkpoint, count_nonfinite, sum_is_finite
+from optimizer.checkpoints.compare import require_compatible
 from optimizer.checkpoints.new_folder import new_folder
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.tensor_file import write_sharded
 from optimizer.errors import MergeError
 from optimizer.merging.methods import (
@@ -57,8 +53,8 @@ class Sources:
         Raises:
             CheckpointError: one cannot be read, or does not fit the base.
         """
-        opened = Checkpoint.open(base)
-        sources = cls(opened, {name: Checkpoint.open(source, base=opened) for name, source in experts.items()})
+        opened = open_checkpoint(base)
+        sources = cls(opened, {name: open_checkpoint(source, base=opened) for name, source in experts.items()})
         for expert in sources.experts.values():
             require_compatible(opened, expert)
         return sources

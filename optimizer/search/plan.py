@@ -143,11 +143,12 @@ def require_sound(plan: Plan) -> Ready:
 
 
 def _open_models(plan: Plan) -> None:
-    from optimizer.checkpoints.checkpoint import Checkpoint, compare
+    from optimizer.checkpoints.compare import compare
+    from optimizer.checkpoints.opening import open_checkpoint
     from optimizer.checkpoints.resident import require_loadable
 
     models = plan.study.models
-    base = plan.base = plan.attempt("models.base", partial(Checkpoint.open, models.base))
+    base = plan.base = plan.attempt("models.base", partial(open_checkpoint, models.base))
     if base is not None:
         plan.attempt("models.base", partial(require_loadable, base))
     is_sound = not plan.problems
@@ -155,7 +156,7 @@ def _open_models(plan: Plan) -> None:
         key = f"models.experts.{name}"
         if base is None and (Path(source) / ADAPTER).is_file():
             continue  # an adapter can only be read on its base
-        expert = plan.attempt(key, partial(Checkpoint.open, source, base=base))
+        expert = plan.attempt(key, partial(open_checkpoint, source, base=base))
         if expert is not None:
             plan.experts[name] = expert
         if expert is not None and base is not None and is_sound:

@@ -130,7 +130,7 @@ class _Conversion:
         return "layers" if step == 1 else {"blocks": blocks}
 
     def _layers(self) -> int:
-        from optimizer.checkpoints.checkpoint import LAYER_COUNT_KEYS
+        from optimizer.checkpoints.configs import LAYER_COUNT_KEYS
 
         file = (self.out.resolve().parent / self.base).resolve() / "config.json"
         try:

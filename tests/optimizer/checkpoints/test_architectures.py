@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.resident import merge_target, resident_model, tensor_places
 from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
@@ -110,7 +110,7 @@ def test_names_without_the_models_prefix_and_old_masks(tmp_path: Path) -> None:
 
 def test_what_transformers_makes_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
     base, _ = model_and_expert(CONFIGS["mixtral"], tmp_path)
-    resident = resident_model(Checkpoint.open(base), dtype="auto", device="cpu")
+    resident = resident_model(open_checkpoint(base), dtype="auto", device="cpu")
     resident.model.layers[1].mlp.experts.down_proj.data.mul_(2)
     with pytest.raises(CheckpointError, match=r"makes model.layers.*cannot be searched; `mergefront merge`"):
-        tensor_places(resident, Checkpoint.open(base))
+        tensor_places(resident, open_checkpoint(base))

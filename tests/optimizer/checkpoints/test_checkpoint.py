@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimizer.checkpoints.checkpoint import Checkpoint, compare, require_compatible, require_finite
+from optimizer.checkpoints.checkpoint import require_finite
+from optimizer.checkpoints.compare import compare, require_compatible
 from optimizer.checkpoints.configs import load_tokenizer
 from optimizer.checkpoints.headers import read_header
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.resident import require_loadable
 from optimizer.errors import CheckpointError
 from tests.pico import pico_expert, pico_llama
@@ -69,7 +71,7 @@ def safetensors(file: Path, header: object, payload: bytes = b"\0" * 8, *, lengt
 
 
 def test_a_checkpoint_is_described_by_its_headers(base: Path) -> None:
-    checkpoint = Checkpoint.open(base)
+    checkpoint = open_checkpoint(base)
     tensors = load_file(base / "model.safetensors")
     assert checkpoint.names == tuple(sorted(tensors))
     assert checkpoint.bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -81,36 +83,36 @@ def test_a_checkpoint_is_described_by_its_headers(base: Path) -> None:
 
 
 def test_shards_read_as_one(base: Path, tmp_path: Path) -> None:
-    whole = Checkpoint.open(pico_llama(tmp_path / "whole"))
+    whole = open_checkpoint(pico_llama(tmp_path / "whole"))
     shard(base)
-    sharded = Checkpoint.open(base)
+    sharded = open_checkpoint(base)
     assert sharded.names == whole.names
     assert all(torch.equal(sharded.tensor(name), whole.tensor(name)) for name in whole.names)
 
 
 def test_a_fingerprint_is_of_the_content_and_not_of_times_or_places(base: Path, expert: Path, tmp_path: Path) -> None:
-    one = Checkpoint.open(base).fingerprint
-    assert one == Checkpoint.open(base).fingerprint
+    one = open_checkpoint(base).fingerprint
+    assert one == open_checkpoint(base).fingerprint
     os.utime(base / "model.safetensors", ns=(1, 1))
-    assert one == Checkpoint.open(shutil.copytree(base, tmp_path / "copy")).fingerprint
-    on_base = Checkpoint.open(adapter(tmp_path / "lora"), base=Checkpoint.open(base))
-    on_copy = Checkpoint.open(
-        shutil.copytree(tmp_path / "lora", tmp_path / "l"), base=Checkpoint.open(tmp_path / "copy")
+    assert one == open_checkpoint(shutil.copytree(base, tmp_path / "copy")).fingerprint
+    on_base = open_checkpoint(adapter(tmp_path / "lora"), base=open_checkpoint(base))
+    on_copy = open_checkpoint(
+        shutil.copytree(tmp_path / "lora", tmp_path / "l"), base=open_checkpoint(tmp_path / "copy")
     )
     assert on_base.fingerprint == on_copy.fingerprint
     edit_json(base / "config.json", use_cache=False)
-    assert len({one, Checkpoint.open(base).fingerprint, Checkpoint.open(expert).fingerprint, on_base.fingerprint}) == 4
+    assert len({one, open_checkpoint(base).fingerprint, open_checkpoint(expert).fingerprint, on_base.fingerprint}) == 4
 
 
 @pytest.mark.parametrize("name", [UP, EMBEDDINGS, "model.norm.weight"])
 def test_a_fingerprint_changes_with_any_tensor(name: str, base: Path) -> None:
-    before = Checkpoint.open(base).fingerprint
+    before = open_checkpoint(base).fingerprint
     edit_tensors(base, lambda tensors: tensors[name].add_(1))
-    assert Checkpoint.open(base).fingerprint != before
+    assert open_checkpoint(base).fingerprint != before
 
 
 def test_a_file_touched_or_copied_back_in_use_is_as_good(base: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(base)
+    checkpoint = open_checkpoint(base)
     os.utime(base / "model.safetensors", ns=(1, 1))
     os.utime(base / "config.json", ns=(1, 1))
     checkpoint.require_unchanged()
@@ -120,7 +122,7 @@ def test_a_file_touched_or_copied_back_in_use_is_as_good(base: Path, tmp_path: P
 
 
 def test_a_file_replaced_while_in_use_is_noticed(base: Path, expert: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(base)
+    checkpoint = open_checkpoint(base)
     checkpoint.require_unchanged()
     before = checkpoint.tensor(UP).clone()
     kept = shutil.copyfile(base / "model.safetensors", tmp_path / "kept")
@@ -147,12 +149,12 @@ def test_a_full_look_gives_what_sha256sum_gives_and_finds_a_damaged_blob(base: P
     blob = weights.resolve()
     weights.unlink()
     weights.symlink_to(f"../../blobs/{blob.rename(blob.with_name(digest)).name}")
-    assert Checkpoint.open(snapshot).full_digests()[weights] == digest
+    assert open_checkpoint(snapshot).full_digests()[weights] == digest
     with weights.resolve().open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\x01")
     with pytest.raises(CheckpointError, match=rf"model\.safetensors is damaged: the hub gave it sha256 {digest}"):
-        Checkpoint.open(snapshot).full_digests()
+        open_checkpoint(snapshot).full_digests()
 
 
 # Where a checkpoint may be
@@ -182,7 +184,7 @@ def test_a_full_look_gives_what_sha256sum_gives_and_finds_a_damaged_blob(base: P
 def test_a_source_is_a_folder_or_a_hub_id(source: str, words: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(source)
+        open_checkpoint(source)
 
 
 def test_a_hub_id_is_looked_for_in_the_cache_only(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +192,9 @@ def test_a_hub_id_is_looked_for_in_the_cache_only(base: Path, tmp_path: Path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(CheckpointError, match=r"hf download org/pico"):
-        Checkpoint.open("org/pico")
+        open_checkpoint("org/pico")
     cached(base, tmp_path / "hub/models--org--pico")
-    assert len(Checkpoint.open("org/pico").names) == 20
+    assert len(open_checkpoint("org/pico").names) == 20
 
 
 def cached(base: Path, repository: Path) -> Path:
@@ -210,11 +212,11 @@ def cached(base: Path, repository: Path) -> Path:
 
 def test_links_may_lead_to_the_blobs_of_the_same_snapshot_only(base: Path, expert: Path, tmp_path: Path) -> None:
     snapshot = cached(base, tmp_path / "models--org--pico")
-    assert len(Checkpoint.open(snapshot).names) == 20
+    assert len(open_checkpoint(snapshot).names) == 20
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(expert / "model.safetensors")
     with pytest.raises(CheckpointError, match="is not a safetensors file inside the folder"):
-        Checkpoint.open(snapshot)
+        open_checkpoint(snapshot)
 
 
 @pytest.mark.parametrize("name", ["../expert/model.safetensors", "/etc/passwd", "..", "sub/a.safetensors", "a.bin"])
@@ -224,7 +226,7 @@ def test_an_index_stays_in_its_folder(name: str, base: Path, expert: Path) -> No
     with pytest.raises(
         CheckpointError, match=rf"index\.json, key {UP}: .* is not a safetensors file inside the folder"
     ):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_shard_is_a_regular_file_with_a_name_that_can_be(name: str, words: str
     os.mkfifo(base / "pipe.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**weight_map, UP: name}}))
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 def test_an_index_and_its_shards_must_agree(base: Path) -> None:
@@ -264,10 +266,10 @@ def test_an_index_and_its_shards_must_agree(base: Path) -> None:
     ]:
         index.write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=words):
-            Checkpoint.open(base)
+            open_checkpoint(base)
     index.write_text("{")
     with pytest.raises(CheckpointError, match=r"index\.json: not JSON"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 # Torn and hostile files
@@ -278,28 +280,28 @@ def test_a_file_cut_short_says_so(cut: int, base: Path) -> None:
     file = base / "model.safetensors"
     os.truncate(file, file.stat().st_size - cut)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not .* cut short: .* download or copy it again"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100])
 def test_a_file_cut_within_its_header_says_so(size: int, base: Path) -> None:
     os.truncate(base / "model.safetensors", size)
     with pytest.raises(CheckpointError, match="cut short"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 def test_bytes_after_the_last_tensor_are_refused(base: Path) -> None:
     with (base / "model.safetensors").open("ab") as stream:
         stream.write(b"more")
     with pytest.raises(CheckpointError, match="4 bytes follow its last tensor"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 def test_a_git_lfs_pointer_is_recognised(base: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
     (base / "model.safetensors").write_text(pointer)
     with pytest.raises(CheckpointError, match="git lfs pull"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 def tensor(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
@@ -370,7 +372,7 @@ def test_an_honest_header_is_read(tmp_path: Path) -> None:
 def test_pickles_are_not_read(name: str, base: Path) -> None:
     (base / "model.safetensors").rename(base / name)
     with pytest.raises(CheckpointError, match=f"{name} is a pickle"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 # Configs
@@ -390,13 +392,13 @@ def test_a_config_that_asks_for_code_or_contradicts_the_tensors_is_refused(
 ) -> None:
     edit_json(base / "config.json", **changes)
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 def test_a_config_must_be_there(base: Path) -> None:
     (base / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +431,7 @@ def test_a_config_is_a_small_regular_file_of_plain_json(content: str | Path | No
     else:
         file.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +455,7 @@ def test_a_config_is_a_small_regular_file_of_plain_json(content: str | Path | No
 def test_whatever_transformers_objects_to_names_the_key(changes: dict[str, object], words: str, base: Path) -> None:
     edit_json(base / "config.json", **changes)
     with pytest.raises(CheckpointError, match=words):
-        require_loadable(Checkpoint.open(base))
+        require_loadable(open_checkpoint(base))
 
 
 @pytest.mark.parametrize(
@@ -489,16 +491,16 @@ def test_a_tokenizer_with_odd_ids_is_refused_when_two_are_compared(
 ) -> None:
     edit_json(expert / "tokenizer.json", **changes)
     with pytest.raises(CheckpointError, match=r"expert/tokenizer\.json: "):
-        compare(Checkpoint.open(base), Checkpoint.open(expert, base=Checkpoint.open(base)))
+        compare(open_checkpoint(base), open_checkpoint(expert, base=open_checkpoint(base)))
 
 
 def test_a_stored_copy_of_a_tied_head_is_left_out_and_a_head_of_its_own_is_refused(base: Path) -> None:
-    names = Checkpoint.open(base).names
+    names = open_checkpoint(base).names
     edit_tensors(base, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDINGS].clone()}))
-    assert Checkpoint.open(base).names == names
+    assert open_checkpoint(base).names == names
     edit_tensors(base, lambda tensors: tensors["lm_head.weight"].mul_(2))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        Checkpoint.open(base)
+        open_checkpoint(base)
 
 
 # Finiteness
@@ -506,18 +508,18 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_and_a_head_of_its_own_is_refus
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_found(value: float, base: Path) -> None:
-    require_finite(Checkpoint.open(base))
+    require_finite(open_checkpoint(base))
     edit_tensors(base, lambda tensors: tensors[Q].view(-1)[5:8].fill_(value))
     with pytest.raises(CheckpointError, match=rf"model\.safetensors, tensor {Q} has 3 of 1024 values"):
-        require_finite(Checkpoint.open(base))
+        require_finite(open_checkpoint(base))
 
 
 # Comparing
 
 
 def test_an_expert_made_from_the_base_fits(base: Path, expert: Path) -> None:
-    assert compare(Checkpoint.open(base), Checkpoint.open(expert)) == []
-    require_compatible(Checkpoint.open(base), Checkpoint.open(expert))
+    assert compare(open_checkpoint(base), open_checkpoint(expert)) == []
+    require_compatible(open_checkpoint(base), open_checkpoint(expert))
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(base: Path, expert: Path) -> None:
@@ -528,7 +530,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(base: Path, expert: Pat
         tensors[EMBEDDINGS] = torch.zeros(260, 32)
 
     edit_tensors(expert, change)
-    one, other = Checkpoint.open(base), Checkpoint.open(expert)
+    one, other = open_checkpoint(base), open_checkpoint(expert)
     text = "\n".join(compare(one, other))
     assert f"the expert lacks '{UP}'" in text
     assert "the expert has 'model.layers.0.mlp.extra.weight', unknown to the base" in text
@@ -546,7 +548,7 @@ def test_config_keys_that_change_the_model_are_named(key: str, value: object, ba
     content = json.loads((expert / "config.json").read_text())
     content.pop("rope_parameters" if key == "rope_theta" else "none", None)
     (expert / "config.json").write_text(json.dumps({**content, key: value}))
-    found = compare(Checkpoint.open(base), Checkpoint.open(expert))
+    found = compare(open_checkpoint(base), open_checkpoint(expert))
     assert len(found) == 1
     assert ("rope_parameters" if key == "rope_theta" else key) in found[0]
 
@@ -557,13 +559,13 @@ def test_configs_that_say_the_same_in_other_words_fit(base: Path, expert: Path) 
     del content["attention_bias"]  # false by default
     content |= {"rope_theta": theta, "rope_scaling": None, "torch_dtype": "bfloat16", "transformers_version": "4.40.0"}
     (expert / "config.json").write_text(json.dumps(content))
-    assert compare(Checkpoint.open(base), Checkpoint.open(expert)) == []
+    assert compare(open_checkpoint(base), open_checkpoint(expert)) == []
 
 
 def test_a_model_type_that_is_not_known_is_refused(base: Path, expert: Path) -> None:
     edit_json(expert / "config.json", model_type="marvel")
     with pytest.raises(CheckpointError, match=r"expert/config\.json is not a model that transformers knows"):
-        compare(Checkpoint.open(base), Checkpoint.open(expert))
+        compare(open_checkpoint(base), open_checkpoint(expert))
 
 
 def test_tokenizers_that_differ_are_named_by_their_first_tokens(base: Path, expert: Path) -> None:
@@ -573,7 +575,7 @@ def test_tokenizers_that_differ_are_named_by_their_first_tokens(base: Path, expe
     content["model"]["merges"] = [["a", "b"]]
     (expert / "tokenizer.json").write_text(json.dumps(content))
     edit_json(expert / "tokenizer_config.json", eos_token="<s>")
-    text = "\n".join(compare(Checkpoint.open(base), Checkpoint.open(expert)))
+    text = "\n".join(compare(open_checkpoint(base), open_checkpoint(expert)))
     assert "2 tokens have other ids (base / expert): 'A' is" in text
     assert "the merges differ" in text
     assert "eos_token is '</s>' in the base and '<s>' in the expert" in text
@@ -582,9 +584,9 @@ def test_tokenizers_that_differ_are_named_by_their_first_tokens(base: Path, expe
 def test_a_tokenizer_written_in_another_way_or_not_at_all_fits(base: Path, expert: Path) -> None:
     content = json.loads((expert / "tokenizer.json").read_text())
     (expert / "tokenizer.json").write_text(json.dumps(content, indent=7))
-    assert compare(Checkpoint.open(base), Checkpoint.open(expert)) == []
+    assert compare(open_checkpoint(base), open_checkpoint(expert)) == []
     (expert / "tokenizer.json").unlink()
-    assert compare(Checkpoint.open(base), Checkpoint.open(expert)) == []
+    assert compare(open_checkpoint(base), open_checkpoint(expert)) == []
 
 
 # Adapters
@@ -606,8 +608,8 @@ def adapter(folder: Path, *, rank: int = 4, **config: object) -> Path:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
 def test_an_adapter_is_the_base_plus_its_delta(rslora: bool, scale: float, base: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "lora", use_rslora=rslora)
-    opened = Checkpoint.open(base)
-    expert = Checkpoint.open(folder, base=opened)
+    opened = open_checkpoint(base)
+    expert = open_checkpoint(folder, base=opened)
     down, up = load_file(folder / "adapter_model.safetensors").values()
     wanted = (opened.tensor(Q).double() + scale * up.double() @ down.double()).bfloat16()
     assert torch.allclose(expert.tensor(Q).float(), wanted.float(), rtol=2**-7)
@@ -621,7 +623,7 @@ def test_an_adapter_is_the_base_plus_its_delta(rslora: bool, scale: float, base:
 
 def test_an_adapter_needs_its_base(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="can be an expert, not a base"):
-        Checkpoint.open(adapter(tmp_path / "lora"))
+        open_checkpoint(adapter(tmp_path / "lora"))
 
 
 @pytest.mark.parametrize(
@@ -649,14 +651,14 @@ def test_an_adapter_that_does_not_fit_itself_is_refused(
     folder = adapter(tmp_path / "lora")
     edit_json(folder / "adapter_config.json", **config)
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(folder, base=Checkpoint.open(base))
+        open_checkpoint(folder, base=open_checkpoint(base))
 
 
 def test_a_module_may_have_a_rank_and_an_alpha_of_its_own(base: Path, tmp_path: Path) -> None:
-    opened, own = Checkpoint.open(base), {r"layers\.1\..*q_proj": 12, "proj": 1}
+    opened, own = open_checkpoint(base), {r"layers\.1\..*q_proj": 12, "proj": 1}
     patterned = adapter(tmp_path / "own", rank=4, r=64, lora_alpha=7, rank_pattern={"q_proj": 4}, alpha_pattern=own)
     plain = adapter(tmp_path / "plain", rank=4, lora_alpha=12)
-    one, other = (Checkpoint.open(folder, base=opened) for folder in (patterned, plain))
+    one, other = (open_checkpoint(folder, base=opened) for folder in (patterned, plain))
     assert one.tensor(Q).equal(other.tensor(Q))
     assert not one.tensor(Q).equal(opened.tensor(Q))
 
@@ -667,7 +669,7 @@ def test_an_adapter_for_peft_says_what_to_install(base: Path, tmp_path: Path, mo
 
     monkeypatch.setattr("optimizer.checkpoints.peft_fold.version", missing)
     with pytest.raises(CheckpointError, match=r"not plain LoRA, .* pip install 'mergefront\[adapters\]'"):
-        Checkpoint.open(adapter(tmp_path / "lora", use_dora=True), base=Checkpoint.open(base))
+        open_checkpoint(adapter(tmp_path / "lora", use_dora=True), base=open_checkpoint(base))
 
 
 @pytest.mark.parametrize(
@@ -684,7 +686,7 @@ def test_an_adapter_whose_tensors_do_not_pair_is_refused(
     file = adapter(tmp_path / "lora") / "adapter_model.safetensors"
     save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
     with pytest.raises(CheckpointError, match=words):
-        Checkpoint.open(file.parent, base=Checkpoint.open(base))
+        open_checkpoint(file.parent, base=open_checkpoint(base))
     file.unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
-        Checkpoint.open(file.parent, base=Checkpoint.open(base))
+        open_checkpoint(file.parent, base=open_checkpoint(base))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimizer.checkpoints.checkpoint import Checkpoint, compare
+from optimizer.checkpoints.compare import compare
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
 from optimizer.merging.merge import Sources
@@ -42,7 +43,7 @@ def write_adapter(
 
 def merged_by_peft(adapted: Any, folder: Path) -> Mapping[str, torch.Tensor]:
     adapted.merge_and_unload().save_pretrained(folder)
-    opened = Checkpoint.open(folder)
+    opened = open_checkpoint(folder)
     return {name: opened.tensor(name) for name in opened.names}
 
 
@@ -61,8 +62,8 @@ def test_a_folded_adapter_is_what_peft_merges(
     family: str, targets: tuple[str, ...], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     expected = merged_by_peft(write_adapter(tmp_path, targets, family, **settings), tmp_path / "merged")
-    base = Checkpoint.open(tmp_path / "base")
-    expert = Checkpoint.open(tmp_path / "adapter", base=base)
+    base = open_checkpoint(tmp_path / "base")
+    expert = open_checkpoint(tmp_path / "adapter", base=base)
     assert expert.is_adapter
     changed = {name for name in base.names if not expert.tensor(name).equal(base.tensor(name))}
     assert changed == {name for name in base.names if not expected[name].equal(base.tensor(name))} != set()
@@ -104,8 +105,8 @@ def test_what_peft_folds_is_folded_once(
     family: str, targets: tuple[str, ...], settings: dict[str, Any], tmp_path: Path, cache: Path
 ) -> None:
     expected = merged_by_peft(write_adapter(tmp_path, targets, family, **settings), tmp_path / "merged")
-    base = Checkpoint.open(tmp_path / "base")
-    expert = Checkpoint.open(tmp_path / "adapter", base=base)
+    base = open_checkpoint(tmp_path / "base")
+    expert = open_checkpoint(tmp_path / "adapter", base=base)
     assert expert.is_adapter
     assert compare(base, expert) == []
     assert any(not expert.tensor(name).equal(base.tensor(name)) for name in base.names)
@@ -113,7 +114,7 @@ def test_what_peft_folds_is_folded_once(
         torch.testing.assert_close(expert.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
     (folder,) = cache.iterdir()
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    again = Checkpoint.open(tmp_path / "adapter", base=base)
+    again = open_checkpoint(tmp_path / "adapter", base=base)
     assert (again.fingerprint, again.own_bytes) == (expert.fingerprint, base.bytes)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
@@ -121,19 +122,19 @@ def test_what_peft_folds_is_folded_once(
 def test_adapters_of_other_kinds_are_folded_or_refused(tmp_path: Path) -> None:
     scales = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     expected = merged_by_peft(write_adapter(tmp_path, (), config=scales), tmp_path / "merged")
-    base = Checkpoint.open(tmp_path / "base")
-    expert = Checkpoint.open(tmp_path / "adapter", base=base)
+    base = open_checkpoint(tmp_path / "base")
+    expert = open_checkpoint(tmp_path / "adapter", base=base)
     assert all(expert.tensor(name).equal(expected[name]) for name in base.names)
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     write_adapter(tmp_path / "prompt", (), config=prompt)
     with pytest.raises(CheckpointError, match="'PROMPT_TUNING' adds to a model's input and cannot be merged"):
-        Checkpoint.open(tmp_path / "prompt/adapter", base=base)
+        open_checkpoint(tmp_path / "prompt/adapter", base=base)
 
 
 @pytest.mark.parametrize("settings", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {r"0\..*up_proj": 2}}])
 def test_ranks_and_alphas_by_module_need_no_peft(settings: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     expected = merged_by_peft(write_adapter(tmp_path, LLAMA, **settings), tmp_path / "merged")
-    expert = Checkpoint.open(tmp_path / "adapter", base=Checkpoint.open(tmp_path / "base"))
+    expert = open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "base"))
     for name in expert.names:
         torch.testing.assert_close(expert.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
     assert not cache.exists()
@@ -141,12 +142,12 @@ def test_ranks_and_alphas_by_module_need_no_peft(settings: dict[str, Any], tmp_p
 
 def test_the_folded_are_stored_in_the_base_s_dtype(tmp_path: Path) -> None:
     write_adapter(tmp_path, LLAMA, use_dora=True)
-    exact = Checkpoint.open(tmp_path / "adapter", base=Checkpoint.open(tmp_path / "base"))
+    exact = open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "base"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "base")
-    half = Checkpoint.open(tmp_path / "adapter", base=Checkpoint.open(tmp_path / "half"))
-    wide = Checkpoint.open(tmp_path / "adapter", base=Checkpoint.open(tmp_path / "base"))
+    half = open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "half"))
+    wide = open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "base"))
     assert len({exact.fingerprint, half.fingerprint, wide.fingerprint}) == 3
     for name in half.names:
         assert half.tensor(name).equal(wide.tensor(name).bfloat16())
@@ -172,4 +173,4 @@ def test_what_cannot_be_folded_is_refused_by_name(
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=named):
-        Checkpoint.open(tmp_path / "adapter", base=Checkpoint.open(tmp_path / "base"))
+        open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "base"))

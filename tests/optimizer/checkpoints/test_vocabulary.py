@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.checkpoints.checkpoint import Checkpoint, compare
+from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.compare import compare
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.vocabulary import match_rows
 from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
@@ -75,8 +77,8 @@ def reverse(folder: Path) -> None:
 
 
 def opened(base: Path, expert: Path) -> tuple[Checkpoint, Checkpoint]:
-    one = Checkpoint.open(base)
-    other = Checkpoint.open(expert, base=one)
+    one = open_checkpoint(base)
+    other = open_checkpoint(expert, base=one)
     assert compare(one, other) == []
     return one, other
 
@@ -95,7 +97,7 @@ def test_rows_of_new_tokens_and_padding_are_left_out_without_a_copy(base: Path, 
 
 
 def test_rows_are_found_by_token_wherever_they_lie(base: Path, expert: Path) -> None:
-    straight = Checkpoint.open(expert, base=Checkpoint.open(base))
+    straight = open_checkpoint(expert, base=open_checkpoint(base))
     wanted = {name: straight.tensor(name).clone() for name in straight.names}
     reverse(expert)
     _, other = opened(base, expert)
@@ -167,8 +169,8 @@ def test_tokens_that_cannot_be_matched_are_named(
 
 def test_without_a_tokenizer_nothing_is_matched(base: Path, expert: Path) -> None:
     (expert / "tokenizer.json").unlink()
-    one = Checkpoint.open(base)
-    found = "\n".join(compare(one, Checkpoint.open(expert, base=one)))
+    one = open_checkpoint(base)
+    found = "\n".join(compare(one, open_checkpoint(expert, base=one)))
     assert "matched by tokenizer.json, which both folders must hold" in found
     assert "vocab_size is 259 in the base and 264 in the expert" in found
 
@@ -182,8 +184,8 @@ def test_merges_may_lead_to_new_tokens_only(base: Path, expert: Path) -> None:
     ours = json.loads((base / "tokenizer.json").read_text())
     ours["model"]["vocab"]["ab"] = 259  # known to both, merged by one
     (base / "tokenizer.json").write_text(json.dumps(ours))
-    one = Checkpoint.open(base)
-    assert "the merges differ" in "\n".join(compare(one, Checkpoint.open(expert, base=one)))
+    one = open_checkpoint(base)
+    assert "the merges differ" in "\n".join(compare(one, open_checkpoint(expert, base=one)))
 
 
 def recipe_of(base: Path, expert: Path, weight: float = 0.5) -> Recipe:
@@ -213,7 +215,7 @@ def test_every_method_sees_the_matched_rows(method: str, base: Path, expert: Pat
         "nearswap": {}, "linear": {"weight": 0.5},
     }[method]  # fmt: skip
     shared = {"t": 0.3} if method in ("slerp", "nearswap") else {}
-    names = Checkpoint.open(base).names
+    names = open_checkpoint(base).names
 
     def merged(source: Path) -> dict[str, torch.Tensor]:
         model = {"model": str(source), "parameters": parameters}

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.errors import MergeError
 from optimizer.export.commands import merge_recipe
 from search_spaces import SpaceError
@@ -151,7 +151,7 @@ def test_a_stack_is_a_model_of_its_own_depth(models: Path, tmp_path: Path) -> No
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.num_hidden_layers == len(model.model.layers) == 5
-    base, stacked = Checkpoint.open(models / "base"), Checkpoint.open(out)
+    base, stacked = open_checkpoint(models / "base"), open_checkpoint(out)
     for i, layer in enumerate((0, 1, 1, 2, 3)):
         name = "model.layers.{}.self_attn.q_proj.weight"
         assert stacked.tensor(name.format(i)).equal(base.tensor(name.format(layer)))

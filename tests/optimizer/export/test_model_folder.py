@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.errors import MergeError
 from optimizer.export import model_folder as export
 from optimizer.export.commands import merge_recipe
@@ -76,7 +76,7 @@ def test_an_export_says_how_to_make_it_again(models: tuple[Path, dict[str, str]]
     recipe = weighted("ties", experts, base, ("weight", "a", "", 0.25), ("density", "b", "", 0.5))
     out = export_model(recipe, Sources.open(base, experts), tmp_path / "out")
     assert Recipe.from_json((out / "recipe.json").read_text()) == recipe
-    names = Checkpoint.open(base).names
+    names = open_checkpoint(base).names
     again = from_mergekit(yaml.safe_load((out / "mergekit.yaml").read_text()), names, base_dtype="bfloat16")
     for expert in experts:
         assert again.value("weight", expert=expert, group="embed") == recipe.value("weight", expert=expert)
@@ -121,7 +121,7 @@ def test_a_base_of_two_dtypes_keeps_both_when_it_is_made_again(tmp_path: Path) -
     first = export_model(recipe, Sources.open(base, {"law": str(expert)}), tmp_path / "1")
     again = merge_recipe(first / "mergekit.yaml", tmp_path / "2")
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
-    assert Checkpoint.open(again).dtype("model.norm.weight") == torch.float32
+    assert open_checkpoint(again).dtype("model.norm.weight") == torch.float32
 
 
 def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(
@@ -142,7 +142,7 @@ def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(
 
 
 def test_a_hub_id_is_named_in_full_and_a_folder_by_its_last_part(models: tuple[Path, dict[str, str]]) -> None:
-    checkpoint = Checkpoint.open(models[0])
+    checkpoint = open_checkpoint(models[0])
     assert public_name(checkpoint) == "Base-model"
     object.__setattr__(checkpoint, "source", "org/model-1.0")
     assert public_name(checkpoint) == "org/model-1.0"
@@ -203,7 +203,7 @@ def test_mergekit_makes_the_same_model_from_our_yaml(case: str, tied: bool, tmp_
     document = yaml.safe_load((out / "mergekit.yaml").read_text())
     (tmp_path / "bf16.yaml").write_text(yaml.safe_dump({**document, "out_dtype": "bfloat16"}))
     subprocess.run([command, str(tmp_path / "bf16.yaml"), str(tmp_path / "theirs"), "--quiet"], check=True, timeout=300)
-    ours, theirs = Checkpoint.open(out), Checkpoint.open(tmp_path / "theirs")
+    ours, theirs = open_checkpoint(out), open_checkpoint(tmp_path / "theirs")
     assert ours.names == theirs.names
     for name in ours.names:
         one, other = ours.tensor(name).bfloat16().double(), theirs.tensor(name).double()

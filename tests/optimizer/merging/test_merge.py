@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimizer.checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
+from optimizer.checkpoints.tensor_file import INDEX_FILE
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.merging import merge
 from optimizer.merging.merge import (
@@ -333,7 +335,7 @@ def test_a_written_folder_holds_the_merge(shard_bytes: int, sources: Sources, tm
     merge_to_folder(sources, mixed, tmp_path / "out", shard_bytes=shard_bytes)
     (tmp_path / "out/config.json").write_bytes((sources.base.folder / "config.json").read_bytes())
     assert (tmp_path / "out" / INDEX_FILE).exists() == (shard_bytes < 5_000_000_000)
-    written = Checkpoint.open(tmp_path / "out")
+    written = open_checkpoint(tmp_path / "out")
     assert_same(all_merged(sources, mixed), written)
     _, parameters = resident(written)
     assert_same({n: p.detach() for n, p in parameters.items()}, written)

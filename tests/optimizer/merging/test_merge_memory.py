@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.merge_memory import write_model
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.merging.merge import Sources, merge_to_folder
 from search_spaces import Recipe, Setting
 
@@ -46,7 +46,7 @@ def test_a_merge_to_disk_takes_less_than_two_shards(method: str, tmp_path: Path)
 
 def test_what_is_read_anew_is_what_is_mapped(tmp_path: Path) -> None:
     write_model(tmp_path / "model", shards=2, shard_bytes=SHARD, seed=0, hidden=256)
-    model = Checkpoint.open(tmp_path / "model")
+    model = open_checkpoint(tmp_path / "model")
     files = (tmp_path / "model").glob("*.safetensors")
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert stored.keys() == set(model.names)

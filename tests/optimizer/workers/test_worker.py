@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import TaskSpec
-from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.resident import resident_model
 from optimizer.errors import CheckpointError, MergeError, WorkerError
 from optimizer.merging.merge import merge_to_folder
@@ -105,7 +105,7 @@ def test_a_merge_is_rounded_to_the_bases_dtype_whatever_it_is_scored_in(spec: Wo
 
 
 def test_the_resident_model_is_loaded_without_a_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    base = Checkpoint.open(pico_llama(tmp_path / "base"))
+    base = open_checkpoint(pico_llama(tmp_path / "base"))
     logging.enable_progress_bar()
     capfd.readouterr()
     resident_model(base, dtype="auto", device="cpu")
@@ -116,19 +116,19 @@ def test_the_resident_model_is_loaded_without_a_bar(tmp_path: Path, capfd: pytes
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_resident_model_owns_its_memory_and_keeps_its_ties(tmp_path: Path, tied: bool) -> None:
     folder = pico_llama(tmp_path / "model", tied=tied)
-    base = Checkpoint.open(folder)
+    base = open_checkpoint(folder)
     model = resident_model(base, dtype="auto", device="cpu")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
     for parameter in model.parameters():
         parameter.fill_(7.0)
-    again = Checkpoint.open(folder)
+    again = open_checkpoint(folder)
     assert not any(bool((again.tensor(name) == 7.0).all()) for name in again.names)
     assert not any(bool((base.tensor(name) == 7.0).all()) for name in base.names)
 
 
 def test_a_config_that_asks_for_other_tensors_is_refused(tmp_path: Path) -> None:
-    base = Checkpoint.open(pico_llama(tmp_path / "model"))
+    base = open_checkpoint(pico_llama(tmp_path / "model"))
     config = json.loads((base.folder / "config.json").read_text())
     (base.folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"do not fit: .*layers\.2"):
