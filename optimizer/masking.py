@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-SECRETS = re.compile(TOKEN.pattern + r"|(?<=://)[^/\s:@]*:[^/\s@]*(?=@)")
+SECRETS = re.compile(TOKEN.pattern + r"|(?<=://)[^/\s:@]*:[^\s@]*(?=@)")  # a password may hold a slash
 IN_QUERY = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
-    """The text without access tokens and without user and password in URLs."""
+    """Return the text without access tokens and without user and password in URLs."""
     return IN_QUERY.sub(r"\1***", SECRETS.sub("***", text))
-
-
-def masked_url(url: str) -> str:
-    """A storage URL without its password."""
-    return IN_QUERY.sub(r"\1***", re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", url))

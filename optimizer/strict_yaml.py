@@ -16,7 +16,7 @@ import yaml
 
 from evals.documents import DEEPEST, MOST_DIGITS, read_text
 from optimizer.errors import StudyFileError
-from optimizer.masking import masked_url
+from optimizer.masking import redacted
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
 MOST_VALUES = 100_000  # of a YAML document, keys among them: seconds of reading
@@ -145,8 +145,8 @@ def dump_scalar(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: short, and without a password."""
-    return shortened(masked_url(repr(value)))
+    """A value as an error shows it: short, and without secrets."""
+    return shortened(redacted(repr(value)))
 
 
 def shortened(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 from evals.documents import DocumentError, read_json
 from evals.outcomes import TaskInfo
 from optimizer.errors import DamagedError, RunError, StudyFileError
+from optimizer.masking import redacted
 from optimizer.runs.study_url import storage_label
 from optimizer.strict_yaml import read_yaml
 
@@ -50,7 +51,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, kinds in (("study", (str,)), ("storage", (str, type(None)))):
         if not isinstance(manifest.get(key), kinds):
             _refuse(path, key, "must be a text", manifest.get(key))
-    return manifest
+    # An earlier version kept a password that has a slash.
+    return manifest | {"storage": manifest["storage"] and redacted(manifest["storage"])}
 
 
 def stored_study(folder: Path) -> dict[str, Any]:

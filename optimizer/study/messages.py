@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 
-from optimizer.masking import TOKEN, masked_url
+from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
 from optimizer.study.schema import Finding, SpaceSection, Study, keys_at
 from optimizer.workers.ray_address import address_problem
@@ -104,7 +104,7 @@ def contradictions(study: Study) -> Iterator[tuple[str, str]]:
         yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
     yield from _task_problems(study, experts)
     if study.search.storage is not None and (problem := _storage_problem(study.search.storage)):
-        yield "search.storage", f"{problem}; given {masked_url(study.search.storage)!r}"
+        yield "search.storage", f"{problem}; given {redacted(study.search.storage)!r}"
     if study.name.endswith("."):
         yield "name", f"must not end with a dot; given {study.name!r}"
     if study.workers.ray_address is not None and study.workers.count == 0:

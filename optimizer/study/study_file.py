@@ -12,7 +12,7 @@ from typing import Any
 
 from evals.documents import resolved_path
 from optimizer.errors import StudyFileError
-from optimizer.masking import masked_url, redacted
+from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.study.messages import contradictions, odd_texts, schema_problems
 from optimizer.study.schema import Study, validate
@@ -39,11 +39,11 @@ def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
 
 
 def dump_study(study: Study) -> str:
-    """The resolved study file, every default written out; a password in the storage's URL is masked."""
-    document = study.model_dump(mode="json", by_alias=True) | {"search": _masked_search(study)}
+    """Write the resolved study file, every default in it; user and password of the storage's URL are left out."""
+    document = study.model_dump(mode="json", by_alias=True)
     if study.space.from_ is not None:  # what the recipe decides stays open
         document["space"] = study.space.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return dump_yaml(document)
+    return redacted(dump_yaml(document))
 
 
 def stored_storage(run: Path) -> str | None:
@@ -61,11 +61,6 @@ def stored_storage(run: Path) -> str | None:
             f"{run}: the study is at {storage}; give its whole URL in MERGEFRONT_STORAGE or by --storage"
         )
     return storage or None
-
-
-def _masked_search(study: Study) -> dict[str, Any]:
-    storage = study.search.storage
-    return study.search.model_dump(mode="json") | {"storage": storage and masked_url(storage)}
 
 
 def _set(document: dict[str, Any], override: str) -> None:

@@ -73,6 +73,11 @@ def test_a_crafted_manifest_is_refused_by_key(tmp_path: Path, content: Any, mess
     assert isinstance(caught.value, DamagedError) == ("is not a run folder" not in said and "has format" not in said)
 
 
+def test_a_password_that_an_earlier_version_kept_is_masked(tmp_path: Path) -> None:
+    run = crafted(tmp_path / "run", manifest(study="a", storage="postgresql://me:s3/cret@host/db"))
+    assert read_manifest(run)["storage"] == "postgresql://***@host/db"
+
+
 def test_a_manifest_that_is_no_file_is_no_wait(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run/tasks.json")

@@ -265,8 +265,9 @@ def test_a_torn_database_names_its_backup(tmp_path: Path) -> None:
         run.storage()
 
 
-def test_secrets_do_not_reach_the_folder(tmp_path: Path) -> None:
-    token, password = "hf_" + "a" * 30, "s3cret"
+@pytest.mark.parametrize("password", ["s3cret", "s3/cret"])
+def test_secrets_do_not_reach_the_folder(tmp_path: Path, password: str) -> None:
+    token = "hf_" + "a" * 30
     url = f"postgresql://me:{password}@host/db"
     run = RunFolder.create_or_resume(tmp_path / "toy", f"storage: {url}\n", FINGERPRINT, tasks=TASKS)
     run.log(f"using {token} and {url}")
