@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from optimizer.checkpoints.tensor_file import INDEX_FILE
 from optimizer.errors import MergefrontError
-from optimizer.merging.merge import Kept, Sources, merge_into
+from optimizer.merging.merge import MergeCache, Sources, merge_into
 from search_spaces import METHODS, Recipe, Setting, SpaceError
 from search_spaces.mergekit.reader import to_mergekit
 
@@ -129,15 +129,15 @@ def measure(sources: Sources, methods: list[str], arguments: argparse.Namespace)
     print(f"density and select_topk {arguments.density:g}\n")
     print("| method           | experts |    ms | GB/s | of triad | first ms | facts MB | mergekit s | times |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    total = Kept()
+    total = MergeCache()
     for method in methods:
         spec = METHODS[method]
         for count in range(max(1, spec.min_experts), min(2, spec.max_experts or 2) + 1):
             chosen = recipe(
                 method, {n: sources.experts[n].source for n in NAMES[:count]}, base.source, arguments.density
             )
-            kept = Kept()
-            candidate = partial(merge_into, resident, sources, chosen, kept)
+            cache = MergeCache()
+            candidate = partial(merge_into, resident, sources, chosen, cache)
             first = best_seconds(candidate, 1)
             seconds = best_seconds(candidate, arguments.repeats)
             merge_into(resident, sources, chosen, total)
@@ -152,7 +152,7 @@ def measure(sources: Sources, methods: list[str], arguments: argparse.Namespace)
                     print(f"{method}: {error}", file=sys.stderr)
             print(
                 f"| {method:16s} | {count:7d} | {seconds * 1e3:5.0f} | {read / 1e9:4.1f} | {read / reach:8.2f} "
-                f"| {first * 1e3:8.0f} | {kept.facts.bytes / 1e6:8.1f} | {peer} |",
+                f"| {first * 1e3:8.0f} | {cache.facts.bytes / 1e6:8.1f} | {peer} |",
                 flush=True,
             )
     share = total.facts.bytes / base.bytes

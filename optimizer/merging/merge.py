@@ -23,7 +23,7 @@ from optimizer.errors import MergeError
 from optimizer.merging.methods import (
     METHODS,
     Blend,
-    Facts,
+    FactCache,
     Line,
     Tensors,
     Values,
@@ -65,7 +65,7 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class MergeCache:
     """What one worker's merges of the same sources share, so that only the first of them makes it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Kept:
         copies: base ("") and experts on a device other than the CPU, by (checkpoint, tensor), where they fit.
     """
 
-    facts: Facts = field(default_factory=Facts)
+    facts: FactCache = field(default_factory=FactCache)
     copies: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def tensor(self, sources: Sources, expert: str, name: str, device: torch.device) -> Tensor:
@@ -109,7 +109,9 @@ def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
     return _Merger(sources, recipe).tensor(name)
 
 
-def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recipe, kept: Kept | None = None) -> None:
+def merge_into(
+    parameters: Mapping[str, Tensor], sources: Sources, recipe: Recipe, cache: MergeCache | None = None
+) -> None:
     """Overwrite every parameter of a resident model with the merge, made on the parameters' device.
 
     Args:
@@ -117,14 +119,14 @@ def merge_into(parameters: Mapping[str, Tensor], sources: Sources, recipe: Recip
             allowed where it shares its memory with another (a tied head).
         sources: the opened checkpoints.
         recipe: what to merge.
-        kept: what earlier merges of the same sources left to be used again; without it all is made anew.
+        cache: what earlier merges of the same sources left to be used again; without it all is made anew.
 
     Raises:
         MergeError: names, shapes or dtypes do not fit, or a merged tensor has NaN or infinite values. The parameters
             are then partly written; the next merge writes them all.
     """
     assert not recipe.dtype, "a resident model keeps the base's dtypes"
-    merger = _Merger(sources, recipe, kept)
+    merger = _Merger(sources, recipe, cache)
     _require_same_tensors(parameters, sources.base)
     with torch.no_grad():
         for name in sources.base.names:
@@ -167,7 +169,7 @@ def code_of(dtype: torch.dtype) -> str:
 class _Merger:
     """A recipe applied to its sources, tensor by tensor."""
 
-    def __init__(self, sources: Sources, recipe: Recipe, kept: Kept | None = None) -> None:
+    def __init__(self, sources: Sources, recipe: Recipe, cache: MergeCache | None = None) -> None:
         missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
         if missing:
             raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
@@ -178,7 +180,7 @@ class _Merger:
         self._sources = sources
         self._recipe, self._seed = recipe, recipe.mask_seed
         self._own_numbers = recipe.tensors
-        self._kept = Kept() if kept is None else kept
+        self._cache = MergeCache() if cache is None else cache
         self._numbers: dict[str, tuple[tuple[str, ...], Values | None]] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -195,19 +197,21 @@ class _Merger:
             out.copy_(whole)
             return
         sources, device = self._sources, out.device
-        base = self._kept.tensor(sources, "", name, device)
+        base = self._cache.tensor(sources, "", name, device)
         experts, values = self._numbers_at(name) if base.is_floating_point() else ((), None)
         if values is None:
             out.copy_(base)
-            proven = out.dtype == base.dtype and self._kept.facts.once((name, "finite"), lambda: sum_is_finite(base))
+            proven = out.dtype == base.dtype and self._cache.facts.get_or_compute(
+                (name, "finite"), lambda: sum_is_finite(base)
+            )
             self._require_finite(name, out, proven)
             return
         if base.dtype not in MERGED_DTYPES:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
         if self._random:
             values = replace(values, seeds=tuple(_seed(self._seed, name, expert) for expert in experts))
-        pairs = [(expert, self._kept.tensor(sources, expert, name, device)) for expert in experts]
-        tensors = Tensors(name, base, pairs, self._kept.facts)
+        pairs = [(expert, self._cache.tensor(sources, expert, name, device)) for expert in experts]
+        tensors = Tensors(name, base, pairs, self._cache.facts)
         blend = METHODS[self._recipe.method](tensors, values)
         self._require_finite(name, out, _apply(blend, tensors, out))
 
@@ -259,7 +263,9 @@ def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
     if isinstance(blend, Line) and blend.weight in (0.0, 1.0):
         end = experts[0] if blend.weight else base
         out.copy_(end)
-        return end.dtype == out.dtype and tensors.once(f"finite at {blend.weight}", lambda: sum_is_finite(end))
+        return end.dtype == out.dtype and tensors.get_or_compute(
+            f"finite at {blend.weight}", lambda: sum_is_finite(end)
+        )
     if blend_in_one_pass(blend, tensors, out):
         return True
     if isinstance(blend, Line) and out.device.type != "cpu" and all(x.dtype == out.dtype for x in (base, *experts)):

@@ -67,13 +67,13 @@ class Worker:
         from evals.lm_tasks import load_tasks
         from optimizer.checkpoints.configs import load_tokenizer
         from optimizer.checkpoints.resident import merge_target, resident_model, tensor_places
-        from optimizer.merging.merge import DEVICE_ROOM, Kept, Sources, free_bytes
+        from optimizer.merging.merge import DEVICE_ROOM, MergeCache, Sources, free_bytes
 
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
         logging.disable_progress_bar()
         self._sources = Sources.open(spec.base, dict(spec.experts))
-        self._kept = Kept()
+        self._cache = MergeCache()
         base = self._sources.base
         self._tokenizer = load_tokenizer(base.folder)
         with lack_of_memory_in_words(base.bytes):
@@ -112,7 +112,7 @@ class Worker:
         start = time.perf_counter()
         for checkpoint in (self._sources.base, *self._sources.experts.values()):
             checkpoint.require_unchanged()
-        merge_into(self._merged, self._sources, Recipe.from_json(recipe), self._kept)
+        merge_into(self._merged, self._sources, Recipe.from_json(recipe), self._cache)
         if self._merged is not self._parameters:
             for name, tensor in self._merged.items():
                 self._parameters[name].copy_(tensor)

@@ -18,7 +18,7 @@ from optimizer.merging.methods.blocks import (
     row_blocks,
     row_width,
 )
-from optimizer.merging.methods.facts import Facts
+from optimizer.merging.methods.facts import FactCache
 from optimizer.merging.methods.fusion import arcee_fusion, nearswap, passthrough, ram, ramplus_tl, sce
 from optimizer.merging.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
 from optimizer.merging.methods.task_vectors import (
@@ -38,7 +38,7 @@ __all__ = [
     "METHODS",
     "Blend",
     "Deltas",
-    "Facts",
+    "FactCache",
     "Line",
     "Mixture",
     "Tensors",

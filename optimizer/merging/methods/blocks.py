@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optimizer.merging.methods import kernels
-from optimizer.merging.methods.facts import Facts
+from optimizer.merging.methods.facts import FactCache
 
 BLOCK = 1 << 16  # elements on a CPU: a handful of float32 blocks stay in a core's cache
 DEVICE_BLOCK = 1 << 26  # elements on other devices, where a kernel's start is what costs
@@ -64,7 +64,7 @@ class Tensors:
     name: str
     base: Tensor
     experts: Sequence[tuple[str, Tensor]]
-    facts: Facts
+    facts: FactCache
 
     @property
     def others(self) -> list[Tensor]:
@@ -74,9 +74,9 @@ class Tensors:
         """The base and one of the experts."""
         return Tensors(self.name, self.base, [pair for pair in self.experts if pair[0] == expert], self.facts)
 
-    def once(self, what: str, compute: Callable[[], T]) -> T:
+    def get_or_compute(self, what: str, compute: Callable[[], T]) -> T:
         """Compute a fact of base and experts, or take it from an earlier candidate."""
-        return self.facts.once((self.name, *(name for name, _ in self.experts), what), compute)
+        return self.facts.get_or_compute((self.name, *(name for name, _ in self.experts), what), compute)
 
     def arrays(self, out: Tensor | None = None) -> Arrays | None:
         """The numbers as compiled passes take them; None where they are not on a CPU.

@@ -21,23 +21,23 @@ SMALL = 1024  # this many entries
 T = TypeVar("T")
 
 
-class Facts:
-    """Facts by what they are about. Not shared between threads."""
+class FactCache:
+    """Facts by a key that says what they are about. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Any] = {}
+        self._facts: dict[Hashable, Any] = {}
 
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+    def get_or_compute(self, key: Hashable, compute: Callable[[], T]) -> T:
         """Give the fact with this key, computing it the first time."""
-        if key not in self._kept:
-            self._kept[key] = compute()
-        found: T = self._kept[key]
+        if key not in self._facts:
+            self._facts[key] = compute()
+        found: T = self._facts[key]
         return found
 
     @property
     def bytes(self) -> int:
         """Memory of all that is kept, small numbers aside."""
-        facts = [part for fact in self._kept.values() for part in (fact if isinstance(fact, tuple) else (fact,))]
+        facts = [part for fact in self._facts.values() for part in (fact if isinstance(fact, tuple) else (fact,))]
         return sum(getattr(part, "nbytes", 0) for part in facts)
 
 

@@ -13,7 +13,8 @@ from torch.nn.functional import hardshrink
 from optimizer.merging.methods import kernels
 from optimizer.merging.methods.blocks import Arrays, Blend, Line, Mixture, Tensors, Values, Walk
 from optimizer.merging.methods.facts import Cut, RankTable, exact_sum
-from optimizer.merging.methods.task_vectors import NOTHING, agreeing, sum_of
+from optimizer.merging.methods.pruning import NOTHING
+from optimizer.merging.methods.task_vectors import agreeing, sum_of
 
 
 def sce(tensors: Tensors, values: Values) -> Blend:
@@ -30,7 +31,7 @@ def sce(tensors: Tensors, values: Values) -> Blend:
     cut = _selection(tensors, topk)
     if cut is not None and cut.equal == 0:
         return Line(0.0)
-    energies = _energies(tensors, cut) if cut else tensors.once("energies", lambda: _energies(tensors, None))
+    energies = _energies(tensors, cut) if cut else tensors.get_or_compute("energies", lambda: _energies(tensors, None))
     total = sum(energies)
     shares = [energy / total for energy in energies] if total >= 1e-6 else [1 / len(energies)] * len(energies)
     return SelectedSum(cut, values.weights, shares)
@@ -50,7 +51,7 @@ def ramplus_tl(tensors: Tensors, values: Values) -> Blend:
     Source: arXiv 2601.13572, the tensor-local variant.
     """
     epsilon, r, alpha = (values.shared[name] for name in ("epsilon", "r", "alpha"))
-    counts = tensors.once(f"overlap {epsilon}", lambda: _overlaps(tensors, epsilon))
+    counts = tensors.get_or_compute(f"overlap {epsilon}", lambda: _overlaps(tensors, epsilon))
     ratios = [shared / max(unique, epsilon) if shared else 0.0 for shared, unique in counts]
     return _shared_and_unique(values, [1 + r * min(max(ratio, 0.0), alpha) for ratio in ratios])
 
@@ -71,7 +72,7 @@ def arcee_fusion(tensors: Tensors, values: Values) -> Blend:
 
     Source: Arcee Fusion as mergekit has it.
     """
-    divergences, threshold = tensors.once("importance", lambda: _importance(tensors))
+    divergences, threshold = tensors.get_or_compute("importance", lambda: _importance(tensors))
     return Important(divergences, threshold, values.weights[0])
 
 
@@ -168,7 +169,7 @@ def _selection(tensors: Tensors, topk: float) -> Cut | None:
     """The cut of variances for a share of those that are not 0; None for all, a cut of nothing where none is."""
     if topk >= 1:
         return None
-    table = tensors.once("variance table", lambda: RankTable.of(_variances(tensors), tensors.base.numel()))
+    table = tensors.get_or_compute("variance table", lambda: RankTable.of(_variances(tensors), tensors.base.numel()))
     kept = int(np.float32(table.size - table.zeros) * np.float32(topk))
     return table.cut(kept, lambda: _variances(tensors)) if kept else NOTHING
 

@@ -407,7 +407,7 @@ def magnitudes(base: Array, expert: Array, out: Array) -> None:
 
 @_kernel
 def rank_mask(magnitude: Array, ranked: Array, seed: Any, place: int, scale: Any, shift: Any, mask: Array) -> None:
-    """1.0 where a number between 0 and 1 asks for a rank that the magnitude reaches in its row, as in `task_vectors`.
+    """1.0 where a number between 0 and 1 asks for a rank that the magnitude reaches in its row, as in `pruning`.
 
     Args:
         magnitude: (rows, width) of int32.

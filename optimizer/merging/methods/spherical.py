@@ -203,7 +203,7 @@ def _dots(tensors: Tensors, axis: Axis, *, deltas: bool) -> Array:
     """Dot products of base and experts, or of the deltas: (k, k, vectors), a vector being the whole tensor, a row, …"""
     if tensors.base.dim() < 2:
         axis = "whole"
-    return tensors.once(f"dots {axis} {deltas}", lambda: _measured_dots(tensors, axis, deltas))
+    return tensors.get_or_compute(f"dots {axis} {deltas}", lambda: _measured_dots(tensors, axis, deltas))
 
 
 def _measured_dots(tensors: Tensors, axis: Axis, deltas: bool) -> Array:

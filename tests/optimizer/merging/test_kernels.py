@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizer.merging.methods import METHODS, Deltas, Facts, Line, Mixture, Tensors, Values, blend_in_one_pass, kernels
+from optimizer.merging.methods import (
+    METHODS,
+    Deltas,
+    FactCache,
+    Line,
+    Mixture,
+    Tensors,
+    Values,
+    blend_in_one_pass,
+    kernels,
+)
+from optimizer.merging.methods.pruning import RankChance
 from optimizer.merging.methods.randomness import STEPS, random_steps
-from optimizer.merging.methods.task_vectors import RankChance
 from search_spaces import METHODS as SPECS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -52,7 +62,7 @@ def test_what_is_not_finite_is_noticed(dtype: torch.dtype) -> None:
         for place in (0, 40, 2_500):
             (numbers,) = noise(1, 3_000, dtype=dtype)
             numbers[place] = bad
-            tensors = Tensors("w", numbers, [("a", noise(1, 3_000, dtype=dtype)[0])], Facts())
+            tensors = Tensors("w", numbers, [("a", noise(1, 3_000, dtype=dtype)[0])], FactCache())
             assert not blend_in_one_pass(Line(0.3), tensors, torch.empty_like(numbers))
             assert not blend_in_one_pass(Deltas([0.3]), tensors, torch.empty_like(numbers))
 
@@ -63,7 +73,7 @@ def test_what_is_not_finite_is_noticed(dtype: torch.dtype) -> None:
 def test_a_line_is_float32_arithmetic_rounded_once(size: int, dtype: torch.dtype, weight: float) -> None:
     base, expert = noise(2, size, dtype=dtype)
     out = torch.empty_like(base)
-    assert blend_in_one_pass(Line(weight), Tensors("w", base, [("a", expert)], Facts()), out)
+    assert blend_in_one_pass(Line(weight), Tensors("w", base, [("a", expert)], FactCache()), out)
     b, x, w = base.float(), expert.float(), np.float32(weight).item()
     exact = b + (x - b) * w if weight < 0.5 else x - (x - b) * np.float32(np.float32(1) - np.float32(w)).item()
     assert torch.equal(out, exact.to(dtype))
@@ -73,7 +83,7 @@ def test_a_line_is_float32_arithmetic_rounded_once(size: int, dtype: torch.dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_sums_of_several_experts(count: int, size: int) -> None:
     base, *experts = noise(1 + count, size, dtype=torch.bfloat16)
-    tensors = Tensors("w", base, list(zip("abc", experts, strict=False)), Facts())
+    tensors = Tensors("w", base, list(zip("abc", experts, strict=False)), FactCache())
     factors = [0.5, -0.25, 0.125][:count]
     wide = base.double() + sum(f * (x.double() - base.double()) for f, x in zip(factors, experts, strict=True))
     out = torch.empty_like(base)
@@ -98,9 +108,9 @@ def test_types_may_be_mixed(method: str, dtypes: list[torch.dtype]) -> None:
         (1, 2)[:count],
     )
     out, wide = torch.empty_like(base), torch.empty(base.shape)
-    given_ = Tensors("w", base, list(zip("ab", experts, strict=False)), Facts())
+    given_ = Tensors("w", base, list(zip("ab", experts, strict=False)), FactCache())
     assert blend_in_one_pass(METHODS[method](given_, values), given_, out)
-    floats = Tensors("w", base.float(), [(name, x.float()) for name, x in given_.experts], Facts())
+    floats = Tensors("w", base.float(), [(name, x.float()) for name, x in given_.experts], FactCache())
     assert blend_in_one_pass(METHODS[method](floats, values), floats, wide)
     assert torch.equal(out, wide.to(base.dtype))
 

@@ -20,7 +20,7 @@ from optimizer.errors import CheckpointError, MergeError
 from optimizer.merging import merge
 from optimizer.merging.merge import (
     DEVICE_ROOM,
-    Kept,
+    MergeCache,
     Sources,
     fits,
     free_bytes,
@@ -167,14 +167,14 @@ def test_a_parameter_that_blocks_cannot_be_written_to_is_copied_into(pico: Sourc
 
 def test_after_a_thousand_merges_a_model_has_no_memory_of_them(pico: Sources) -> None:
     _, parameters = resident(pico.base)
-    peaks, kept = [], Kept()
+    peaks, cache = [], MergeCache()
     for i in range(1000):
         method = list(METHODS)[i % len(METHODS)]
-        merge_into(parameters, pico, recipe(method, (METHODS[method].scale, "", i / 999), experts=few(method)), kept)
+        merge_into(parameters, pico, recipe(method, (METHODS[method].scale, "", i / 999), experts=few(method)), cache)
         if i in (200, 999):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     last = recipe("dare_ties", ("weight", "", 0.7), ("density", "", 0.5))
-    merge_into(parameters, pico, last, kept)
+    merge_into(parameters, pico, last, cache)
     fresh = Sources.open(pico.base.folder, {name: pico.experts[name].source for name in NAMES})
     assert_same({n: p.detach() for n, p in parameters.items()}, all_merged(fresh, last))
     assert peaks[1] - peaks[0] <= 1024  # KiB
@@ -208,10 +208,10 @@ def pruned(method: str, number: float = 0.5) -> Recipe:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_facts_and_the_order_of_candidates_change_nothing(method: str, sources: Sources) -> None:
-    kept = Kept()
+    cache = MergeCache()
     _, parameters = resident(sources.base)
     for number in (0.5, 0.2, 0.5):
-        merge_into(parameters, sources, pruned(method, number), kept)
+        merge_into(parameters, sources, pruned(method, number), cache)
         assert_same({n: p.detach() for n, p in parameters.items()}, all_merged(sources, pruned(method, number)))
 
 
@@ -279,13 +279,13 @@ def test_a_source_that_is_not_finite_does_not_pass_the_merge_at_any_weight(
     tensors = load_file(folders[spoilt] / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, folders[spoilt] / "model.safetensors", metadata={"format": "pt"})
-    sources, kept = Sources.open(folders["base"], {"law": str(folders["law"])}), Kept()
+    sources, cache = Sources.open(folders["base"], {"law": str(folders["law"])}), MergeCache()
     _, parameters = resident(pico.base)
     for weight in (*weights, *weights):  # again, with what the first merges left
         with pytest.raises(MergeError, match=r"1 NaN or infinite values in model\.norm\.weight"):
-            merge_into(parameters, sources, recipe("linear", ("weight", "", weight)), kept)
+            merge_into(parameters, sources, recipe("linear", ("weight", "", weight)), cache)
     other = 1.0 - weights[1]
-    merge_into(parameters, sources, recipe("linear", ("weight", "", other)), kept)  # takes nothing of the spoilt one
+    merge_into(parameters, sources, recipe("linear", ("weight", "", other)), cache)  # takes nothing of the spoilt one
 
 
 def test_a_large_finite_sum_is_not_taken_for_an_infinity() -> None:
@@ -380,23 +380,23 @@ def test_a_device_keeps_what_leaves_it_room() -> None:
 @pytest.mark.parametrize("free", [0, 1 << 50])
 def test_sources_stay_on_a_device_where_they_fit(free: int, pico: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "free_bytes", lambda device: free)
-    kept, device = Kept(), torch.device("meta")
+    cache, device = MergeCache(), torch.device("meta")
     for expert in ("", NAMES[0]):
         for name in pico.base.names:
-            first = kept.tensor(pico, expert, name, device)
+            first = cache.tensor(pico, expert, name, device)
             assert (first.device, first.shape) == (device, pico.base.shape(name))
-            assert (kept.tensor(pico, expert, name, device) is first) == (free > 0)
-    assert len(kept.copies) == (2 * len(pico.base.names) if free else 0)
-    assert kept.tensor(pico, "", pico.base.names[0], torch.device("cpu")).device.type == "cpu"
+            assert (cache.tensor(pico, expert, name, device) is first) == (free > 0)
+    assert len(cache.copies) == (2 * len(pico.base.names) if free else 0)
+    assert cache.tensor(pico, "", pico.base.names[0], torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cuda_device_merges_as_the_cpu_does(method: str, sources: Sources) -> None:
     parameters = {name: sources.base.tensor(name).cuda() for name in sources.base.names}
-    kept = Kept()
+    cache = MergeCache()
     for number in (0.5, 0.2):
-        merge_into(parameters, sources, pruned(method, number), kept)
+        merge_into(parameters, sources, pruned(method, number), cache)
         for name, wanted in all_merged(sources, pruned(method, number)).items():
             ours, theirs = parameters[name].cpu().float(), wanted.float()
             step = 2**-7 if wanted.dtype == torch.bfloat16 else 1e-5

@@ -16,7 +16,7 @@ from optimizer.merging.methods import (
     BLOCK,
     METHODS,
     Blend,
-    Facts,
+    FactCache,
     Line,
     Tensors,
     Values,
@@ -25,9 +25,9 @@ from optimizer.merging.methods import (
 )
 from optimizer.merging.methods.blocks import Mixture
 from optimizer.merging.methods.facts import SPARSE, RankTable
+from optimizer.merging.methods.pruning import RankChance
 from optimizer.merging.methods.randomness import STEPS, random_mask, random_steps
 from optimizer.merging.methods.spherical import _sum_along
-from optimizer.merging.methods.task_vectors import RankChance
 from search_spaces import METHODS as SPECS
 
 SIZES = [1, 7, 1024, BLOCK + 3]
@@ -51,7 +51,7 @@ def values(
 
 
 def given_tensors(base: Tensor, experts: list[Tensor]) -> Tensors:
-    return Tensors("w", base, [(chr(97 + i), x) for i, x in enumerate(experts)], Facts())
+    return Tensors("w", base, [(chr(97 + i), x) for i, x in enumerate(experts)], FactCache())
 
 
 def merged(method: str, base: Tensor, experts: list[Tensor], numbers: Values, *, apart: float = 1e-6) -> Tensor:
