@@ -37,7 +37,7 @@ from optimizer.study.study_file import read_study
 from optimizer.study.tasks import task_specs
 from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces import Recipe, Setting
-from search_spaces.mergekit.reader import to_mergekit
+from search_spaces.mergekit.writer import to_mergekit
 
 DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
 DTYPES = ("bfloat16", "float32")

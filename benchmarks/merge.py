@@ -26,7 +26,7 @@ from optimizer.checkpoints.tensor_file import INDEX_FILE
 from optimizer.errors import MergefrontError
 from optimizer.merging.merge import MergeCache, Sources, merge_into
 from search_spaces import METHODS, Recipe, Setting, SpaceError
-from search_spaces.mergekit.reader import to_mergekit
+from search_spaces.mergekit.writer import to_mergekit
 
 TRIAD_NUMBERS = 1 << 26  # 256 MiB an array, beyond any cache that matters
 DEMO = Path(__file__).parents[1] / "runs/demo-inputs"

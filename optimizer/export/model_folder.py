@@ -17,7 +17,7 @@ from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.opening import HUB_ID
 from optimizer.merging.merge import Sources, write_shards
 from search_spaces import METHODS, Recipe, SpaceError, group_tensors
-from search_spaces.mergekit.reader import to_mergekit
+from search_spaces.mergekit.writer import to_mergekit
 
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",

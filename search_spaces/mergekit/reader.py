@@ -1,7 +1,5 @@
-"""Recipes to and from mergekit's YAML documents, as plain dicts; reading and writing the YAML is the caller's.
+"""Recipes from mergekit's YAML documents, as plain dicts; reading the YAML is the caller's.
 
-What is exported gives the same model in mergekit 0.1.5, up to float32 rounding (DARE and DELLA: up to randomness), and
-the same bytes here: experts' names and the seed of random masks stand under keys that mergekit passes over.
 Read in: `models:` or `slices:` that are the whole model, with scalars, gradients over the layers and substring filters.
 Anything else is refused by name.
 """
@@ -9,16 +7,25 @@ Anything else is refused by name.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 
 from search_spaces.dtypes import stored_dtype
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
-from search_spaces.mergekit.slices import flattened, mapping
+from search_spaces.groups import group_tensors, layer_count, split_name
+from search_spaces.mergekit.settings import (
+    OWN_KEY,
+    Document,
+    folder_name,
+    interpolate,
+    mapping,
+    matching,
+    only,
+    present_mapping,
+    text,
+)
+from search_spaces.mergekit.slices import flattened
 from search_spaces.parameters import MethodSpec, Parameter, to_float
 from search_spaces.recipe import Recipe, Setting, method_spec
 
@@ -30,57 +37,9 @@ _FIXED: dict[str, dict[str, float]] = {
 _BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
 _MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
            "breadcrumbs_ties", "sce")  # fmt: skip
-_DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
-OWN_KEY = "mergefront"  # of a document: what only we read
 _TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
              OWN_KEY)  # fmt: skip
 _ROUNDING = 1e-12  # how far weights that sum to 1 may miss it in float64
-
-
-def to_mergekit(
-    recipe: Recipe, tensor_names: Iterable[str], *, out_dtype: str, adapters: Collection[str] = ()
-) -> dict[str, object]:
-    """Write a recipe as a mergekit document.
-
-    Args:
-        recipe: any recipe.
-        tensor_names: the base checkpoint's tensor names; they decide the filters.
-        out_dtype: dtype the merge is stored in, such as `bfloat16`, while mergekit computes in float32; empty where
-            tensors differ: mergekit then computes and stores each in the dtype it comes in.
-        adapters: names of experts whose source is a LoRA adapter on the base.
-
-    Returns:
-        A dict of plain types, ready for YAML.
-
-    Raises:
-        SpaceError: no substring of their names tells two groups apart.
-    """
-    groups = group_tensors(tensor_names)
-    shared: dict[str, object] = {}
-    for parameter in _parameters_written(recipe):
-        if parameter.scope == "group":
-            shared[parameter.name] = _written(
-                {p: recipe.value(parameter.name, group=p) for p in _places(recipe, groups)}, groups
-            )
-        elif parameter.scope == "recipe":
-            value = recipe.value(parameter.name)
-            shared[parameter.name] = bool(value) if parameter.domain == "switch" else value
-    _require_words(recipe, groups)
-    models = [_model_written(recipe, name, source, groups, name in adapters) for name, source in recipe.experts]
-    document: dict[str, object] = {"merge_method": recipe.method, "base_model": _reference(recipe.base)}
-    if _base_is_a_model(recipe):
-        models.insert(0, _base_written(recipe, groups))
-        if recipe.method == "linear":
-            shared = {"normalize": False}
-        else:
-            del document["base_model"]
-    if recipe.method == "passthrough":
-        del document["base_model"]
-        models = models or [{"model": _reference(recipe.base)}]
-    document["models"] = models
-    document |= {"parameters": shared} if shared else {}
-    document |= {"dtype": "float32", "out_dtype": out_dtype} if out_dtype else {}
-    return document | ({OWN_KEY: {"seed": recipe.mask_seed}} if method_spec(recipe.method).random else {})
 
 
 def from_mergekit(
@@ -108,135 +67,6 @@ def from_mergekit(
     return replace(_Reader(flattened(document, groups), groups, expert_names or {}).recipe(), dtype=dtype)
 
 
-# --- writing ---
-
-
-def _parameters_written(recipe: Recipe) -> list[Parameter]:
-    """Give what the recipe sets, and what has no default in mergekit; other defaults are the same there."""
-    spec, named = method_spec(recipe.method), {setting.parameter for setting in recipe.settings}
-    return [p for p in spec.parameters if not p.ours and (p.required or p.name in named)]
-
-
-def _require_words(recipe: Recipe, groups: Iterable[str]) -> None:
-    """Refuse numbers for which mergekit has no word."""
-    spec = method_spec(recipe.method)
-    equal = 1 / (1 + len(recipe.experts))
-    for parameter in spec.parameters:
-        for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:
-            for group in _places(recipe, groups) if parameter.scope != "recipe" else [""]:
-                value = recipe.value(parameter.name, expert=expert, group=group)
-                where = " of ".join(filter(None, [parameter.name, expert])) + (f" in {group}" if group else "")
-                if recipe.method == "karcher" and parameter.name == "weight":
-                    if abs(value - equal) > 1e-9:
-                        rule = f"mergekit's karcher gives base and experts equal shares, here {equal:g}"
-                        raise SpaceError(rule, given=value, where=where)
-                elif parameter.ours and value != parameter.default and (recipe.method, parameter.name) != _DELTAS:
-                    rule = f"mergekit's {recipe.method} has no {parameter.name}, which is {parameter.default:g} there"
-                    raise SpaceError(rule, given=value, where=where, mend="export the model, not its mergekit document")
-                if parameter.name == "epsilon" and parameter.scope == "expert":
-                    density = recipe.value("density", expert=expert, group=group)
-                    if density < 1 and not value < density < 1 - value:
-                        rule = (
-                            f"mergekit's {recipe.method} wants density - epsilon above 0 and density + epsilon below 1"
-                        )
-                        raise SpaceError(rule, given=f"density {density:g}, epsilon {value:g}", where=where)
-
-
-def _base_is_a_model(recipe: Recipe) -> bool:
-    """Tell whether the base has a weight of its own, which is what the experts leave of 1."""
-    if recipe.method == "multislerp":
-        return recipe.value("deltas") == 0.0
-    return recipe.method == "linear" or (recipe.method == "nuslerp" and len(recipe.experts) == 1)
-
-
-def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
-    names, places = [name for name, _ in recipe.experts], _places(recipe, groups)
-    left = {place: 1.0 - math.fsum(recipe.value("weight", expert=e, group=place) for e in names) for place in places}
-    return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
-
-
-def _model_written(
-    recipe: Recipe, name: str, source: str, groups: Mapping[str, tuple[str, ...]], adapter: bool
-) -> dict[str, object]:
-    reference = {"model": {"path": recipe.base}, "lora": {"path": source}} if adapter else _reference(source)
-    parameters = {
-        parameter.name: _written(
-            {p: recipe.value(parameter.name, expert=name, group=p) for p in _places(recipe, groups)}, groups
-        )
-        for parameter in _parameters_written(recipe)
-        if parameter.scope == "expert"
-    }
-    own_name = {"name": name} if name != _folder_name(source) else {}
-    return {"model": reference} | own_name | ({"parameters": parameters} if parameters else {})
-
-
-def _places(recipe: Recipe, groups: Iterable[str]) -> list[str]:
-    """Give all groups, and the tensors with numbers of their own."""
-    return [*groups, *sorted(recipe.tensors)]
-
-
-def _numbers(recipe: Recipe, parameter: str, groups: Iterable[str], expert: str = "") -> dict[str, float]:
-    return {place: recipe.value(parameter, expert=expert, group=place) for place in _places(recipe, groups)}
-
-
-def _reference(source: str) -> object:
-    """Write a source so that mergekit reads no revision (`@`) and no adapter (`+`) into it."""
-    return {"model": {"path": source}} if "@" in source or "+" in source else source
-
-
-def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> object:
-    """Write values as a number, or as filters (tensors, outer groups, attention) with a gradient over the layers."""
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    rules: list[dict[str, object]] = [{"filter": name, "value": values[name]} for name in values if name not in groups]
-    values = {group: value for group, value in values.items() if group in groups}
-    for group in ("embed", "head"):
-        others = [name for other, names in groups.items() if other != group for name in names]
-        for word in sorted({_outer_filter(name, others) for name in groups.get(group, ())}):
-            rules.append({"filter": word, "value": values[group]})
-    attn, mlp = _gradient(values, "attn"), _gradient(values, "mlp")
-    if attn is not None and mlp is not None and attn != mlp:
-        rules += [{"filter": word, "value": attn} for word in _attn_filters(groups)]
-    return [*rules, {"value": attn if mlp is None else mlp}]
-
-
-def _gradient(values: Mapping[str, float], kind: str) -> float | list[float] | None:
-    """Give a kind's values, first layer to last: a number where they are equal, None where no layer has the kind."""
-    by_layer = {layer_of(group): value for group, value in values.items() if kind_of(group) == kind}
-    if not by_layer:
-        return None
-    spare = next(iter(by_layer.values()))  # a layer without the kind has no tensor that would read it
-    line = [by_layer.get(layer, spare) for layer in range(layer_count(values))]
-    return line[0] if len(set(line)) == 1 else line
-
-
-def _outer_filter(name: str, others: Iterable[str]) -> str:
-    """Find the shortest end of a tensor's name that occurs in no other group: prefixes differ between checkpoints."""
-    parts = name.split(".")
-    ends = [".".join(parts[-n:]) for n in range(min(2, len(parts)), len(parts) + 1)]
-    return _apart(ends, list(others), name)
-
-
-def _attn_filters(groups: Mapping[str, tuple[str, ...]]) -> list[str]:
-    def modules(kind: str) -> list[str]:
-        return sorted(
-            {split_name(n)[2].split(".")[0] for g, names in groups.items() if kind_of(g) == kind for n in names}
-        )
-
-    feed_forward = [name for group, names in groups.items() if kind_of(group) == "mlp" for name in names]
-    return [_apart([f".{module}."], feed_forward, module) for module in modules("attn")]
-
-
-def _apart(words: Iterable[str], others: Collection[str], name: str) -> str:
-    for word in words:
-        if not any(word in other for other in others):
-            return word
-    raise SpaceError("mergekit tells groups apart by parts of their names, and here none is its own", given=name)
-
-
-# --- reading ---
-
-
 @dataclass(frozen=True, slots=True)
 class _Model:
     """An entry of `models:`: where it stands, its source, the name beside it and its parameters."""
@@ -256,7 +86,7 @@ class _Reader:
         groups: Mapping[str, tuple[str, ...]],
         expert_names: Mapping[str, str],
     ) -> None:
-        _only(_mapping(document, "the document"), _TOP_KEYS, "the document")
+        _only_of_recipe(present_mapping(document, "the document"), _TOP_KEYS, "the document")
         self.document, self.groups, self.expert_names = document, groups, expert_names
         self.layers = layer_count(groups)
         self.spec = _known_method(document.get("merge_method"))
@@ -286,9 +116,9 @@ class _Reader:
         return recipe if seed in ("", recipe.mask_seed) else replace(recipe, seed=seed)
 
     def _seed(self) -> str:
-        own = _mapping(self.document.get(OWN_KEY, {}), OWN_KEY)
-        _only(own, ("seed",), OWN_KEY)
-        return _text(own["seed"], f"{OWN_KEY}.seed") if own else ""
+        own = present_mapping(self.document.get(OWN_KEY, {}), OWN_KEY)
+        _only_of_recipe(own, ("seed",), OWN_KEY)
+        return text(own["seed"], f"{OWN_KEY}.seed") if own else ""
 
     def _read_models(self, entries: object) -> list[_Model]:
         if not isinstance(entries, list) or not entries:
@@ -296,9 +126,9 @@ class _Reader:
         models = []
         for i, entry in enumerate(entries):
             where = f"models[{i}]"
-            _only(_mapping(entry, where), ("model", "name", "parameters"), where)
+            _only_of_recipe(present_mapping(entry, where), ("model", "name", "parameters"), where)
             parameters = mapping(entry.get("parameters"), f"{where}.parameters")
-            name = _text(entry.get("name", ""), f"{where}.name")
+            name = text(entry.get("name", ""), f"{where}.name")
             models.append(_Model(where, self._source(entry.get("model"), f"{where}.model"), name, parameters))
         sources = [model.source for model in models]
         if len(set(sources)) != len(sources):
@@ -326,7 +156,7 @@ class _Reader:
         named: dict[str, _Model] = {}
         for model in self.models:
             if model.source != self.base:
-                name = self.expert_names.get(model.source) or model.name or _folder_name(model.source)
+                name = self.expert_names.get(model.source) or model.name or folder_name(model.source)
                 if name in named:
                     mend = "write a name of its own beside each model"
                     raise SpaceError("experts have different names", given=name, where=model.where, mend=mend)
@@ -351,12 +181,12 @@ class _Reader:
         scopes = {parameter.name: parameter.scope for parameter in self.spec.parameters if not parameter.ours}
         extras = {**_FIXED.get(self.spec.name, {}), **({"normalize": 1.0} if self.spec.name == "linear" else {})}
         masks = ("int8_mask",) if self.spec.name in _MASKED else ()  # saves memory, changes no number
-        _only(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
+        _only_of_recipe(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
         for model in self.models:
             own = [name for name, scope in scopes.items() if scope == "expert" or name == "scale"]
             if model.source == self.base and self.spec.name != "linear" and not self.baseless:
                 own = []  # mergekit reads no parameter of the base
-            _only(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
+            _only_of_recipe(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
         for name, value in _FIXED.get(self.spec.name, {}).items():
             fixed = Parameter(name, value, value, value, "recipe", "", "switch")
             if set(self._values(fixed, None).values()) != {value}:
@@ -413,19 +243,14 @@ class _Reader:
         return parameter.default
 
     def _setting(self, setting: object, parameter: Parameter, tensor: str, where: str) -> float | None:
-        """Evaluate a scalar, a gradient, a filter or a list of filters; None where no filter fits the tensor."""
-        if isinstance(setting, Mapping):
-            setting = [setting]
-        if not isinstance(setting, list):
-            return _number(setting, parameter, where)
-        if setting and all(isinstance(entry, Mapping) for entry in setting):
-            for i, entry in enumerate(setting):
-                _only(entry, ("filter", "value"), f"{where}[{i}]")
-                word = entry.get("filter")
-                if word is None or word == "*" or _text(word, f"{where}[{i}].filter") in tensor:
-                    return self._setting(entry.get("value"), parameter, tensor, f"{where}[{i}].value")
+        """Evaluate a setting at a tensor; None where no filter fits it."""
+        found = matching(setting, tensor, where)
+        if found is None:
             return None
-        return self._along([_number(entry, parameter, where) for entry in setting], tensor, where)
+        value, there = found
+        if isinstance(value, list):
+            return self._along([_number(entry, parameter, there) for entry in value], tensor, there)
+        return _number(value, parameter, there)
 
     def _along(self, gradient: list[float], tensor: str, where: str) -> float:
         """Read a gradient at a tensor's layer; tensors outside the layers read its first entry."""
@@ -438,10 +263,7 @@ class _Reader:
             return gradient[-1]
         if len(gradient) == self.layers:
             return gradient[layer]  # what mergekit's interpolation gives but for its rounding
-        place = layer / (self.layers - 1) * (len(gradient) - 1)
-        left = int(place)
-        right = min(left + 1, len(gradient) - 1)
-        return (1 - (place - left)) * gradient[left] + (place - left) * gradient[right]
+        return interpolate(gradient, layer / (self.layers - 1))
 
     def _compact(self, parameter: Parameter, expert: str, values: Mapping[str, float]) -> list[Setting]:
         """Turn values by group into settings: one for all groups where a parameter other than the scale allows it."""
@@ -455,39 +277,23 @@ class _Reader:
         return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
 
 
+def _only_of_recipe(value: Document, known: Collection[str], where: str, *, method: str = "") -> None:
+    only(value, known, where, rule=f"a recipe{f' of {method}' if method else ''} has no place for this")
+
+
 def _switch(name: str) -> Parameter:
     return Parameter(name, 1.0, 0.0, 1.0, "recipe", "", "switch")
 
 
 def _known_method(name: object) -> MethodSpec:
-    return method_spec(_text(name, "merge_method"))
-
-
-def _mapping(value: object, where: str) -> Mapping[str, object]:
-    if not isinstance(value, Mapping):
-        raise SpaceError("a mapping of keys stands here", given=value, where=where)
-    return value
-
-
-def _only(value: Mapping[str, object], known: Collection[str], where: str, *, method: str = "") -> None:
-    for key in value:
-        if key not in known:
-            rule = f"a recipe of {method} has no place for this" if method else "a recipe has no place for this"
-            mend = f"only {', '.join(known)} are read here" if known else "nothing is read here"
-            raise SpaceError(rule, given=repr(key), where=where, mend=mend)
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise SpaceError("a word stands here", given=value, where=where)
-    return value
+    return method_spec(text(name, "merge_method"))
 
 
 def _path(value: object, where: str) -> str:
     if isinstance(value, Mapping):
-        _only(value, ("path",), where)
+        _only_of_recipe(value, ("path",), where)
         value = value.get("path")
-    return _text(value, where)
+    return text(value, where)
 
 
 def _number(value: object, parameter: Parameter, where: str) -> float:
@@ -501,7 +307,3 @@ def _number(value: object, parameter: Parameter, where: str) -> float:
     if not parameter.allows(number):
         raise SpaceError(f"{parameter.name} takes no such value", given=number, where=where)
     return number
-
-
-def _folder_name(source: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(source).name).strip("-_") or "expert"

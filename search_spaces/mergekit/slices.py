@@ -1,6 +1,6 @@
 """mergekit documents made of slices, written as one made of whole models.
 
-Read before `mergekit` reads a document. Slices that together are the base's layers, each from the same layers of all
+Read before `reader` reads a document. Slices that together are the base's layers, each from the same layers of all
 models, say nothing but which numbers hold where: each number is resolved for each tensor and written as a filter that
 fits this tensor alone. Layers in another order or number are a `stack`.
 """
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_of, layer_count, split_name
-from search_spaces.parameters import to_float
+from search_spaces.mergekit.settings import Document, mapping, only, present_mapping, value_at
 
-Document = Mapping[str, object]
 _SLICE_KEYS, _SOURCE_KEYS = ("sources", "parameters"), ("model", "layer_range", "parameters")
 
 
@@ -110,7 +109,7 @@ def _of_model(name: str, places: Sequence[_Place]) -> dict[str, object]:
             given.setdefault("weight", []).append({"filter": place.tensor, "value": 0.0})
             continue
         for key, setting in source.parameters.items():
-            value = resolved(setting, place.tensor, place.along, f"{source.where}.parameters.{key}")
+            value = value_at(setting, place.tensor, place.along, f"{source.where}.parameters.{key}")
             if value is not None:
                 given.setdefault(key, []).append({"filter": place.tensor, "value": value})
     return dict(given)
@@ -123,43 +122,11 @@ def _filters(places: Sequence[_Place], name: str, shared: Document) -> object:
     found: list[object] = []
     for place in places:
         for scope, where in ((place.part.parameters, f"{place.part.where}.parameters"), (shared, "parameters")):
-            value = resolved(scope.get(name), place.tensor, place.along, f"{where}.{name}")
+            value = value_at(scope.get(name), place.tensor, place.along, f"{where}.{name}")
             if value is not None:
                 found.append({"filter": place.tensor, "value": value})
                 break
     return found
-
-
-def resolved(setting: object, tensor: str, along: float, where: str) -> object:
-    """Evaluate a scalar, a gradient, a filter or a list of filters at one tensor; None where no filter fits.
-
-    Args:
-        along: place in [0, 1] between a gradient's first number and its last.
-    """
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return setting
-    if setting and all(isinstance(entry, Mapping) for entry in setting):
-        for i, entry in enumerate(setting):
-            only(entry, ("filter", "value"), f"{where}[{i}]")
-            word = entry.get("filter")
-            if word is None or word == "*" or str(word) in tensor:
-                return resolved(entry.get("value"), tensor, along, f"{where}[{i}].value")
-        return None
-    if not setting or any(isinstance(entry, bool) or not isinstance(entry, int | float) for entry in setting):
-        raise SpaceError("a gradient is a list of numbers", given=setting, where=where)
-    place = along * (len(setting) - 1)
-    left = min(int(place), len(setting) - 1)
-    right = min(left + 1, len(setting) - 1)
-    return (1 - (place - left)) * to_float(setting[left]) + (place - left) * to_float(setting[right])
-
-
-def only(value: Document, known: Sequence[str], where: str) -> None:
-    """Refuse keys that are not known."""
-    for key in value:
-        if key not in known:
-            raise SpaceError("there is no such key here", given=repr(key), where=where, mend=f"only {', '.join(known)}")
 
 
 def _require_whole(slices: Sequence[Slice], layers: int) -> None:
@@ -183,7 +150,7 @@ def _require_whole(slices: Sequence[Slice], layers: int) -> None:
 
 
 def _slice(entry: object, where: str) -> Slice:
-    entry = _mapping(entry, where)
+    entry = present_mapping(entry, where)
     only(entry, _SLICE_KEYS, where)
     sources = entry.get("sources")
     if not isinstance(sources, list) or not sources:
@@ -199,7 +166,7 @@ def _slice(entry: object, where: str) -> Slice:
 
 
 def _source(entry: object, where: str) -> Source:
-    entry = _mapping(entry, where)
+    entry = present_mapping(entry, where)
     only(entry, _SOURCE_KEYS, where)
     span = entry.get("layer_range")
     if not isinstance(span, list) or len(span) != 2 or any(type(end) is not int for end in span):
@@ -208,14 +175,3 @@ def _source(entry: object, where: str) -> Source:
         raise SpaceError("a layer_range runs from 0 or more to more than that", given=span, where=where)
     parameters = mapping(entry.get("parameters"), f"{where}.parameters")
     return Source(where, entry.get("model"), span[0], span[1], parameters)
-
-
-def mapping(value: object, where: str) -> Document:
-    """Require a mapping; None is an empty one."""
-    return {} if value is None else _mapping(value, where)
-
-
-def _mapping(value: object, where: str) -> Document:
-    if not isinstance(value, Mapping):
-        raise SpaceError("a mapping of keys stands here", given=value, where=where)
-    return value

@@ -18,7 +18,8 @@ from typing import Any
 from search_spaces.dtypes import STORED_DTYPES, stored_dtype
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_of, split_name
-from search_spaces.mergekit.slices import Document, Slice, mapping, only, read_slices, resolved
+from search_spaces.mergekit.settings import Document, mapping, only, value_at
+from search_spaces.mergekit.slices import Slice, read_slices
 from search_spaces.parameters import to_float
 from search_spaces.recipe import EXPERT_NAME
 
@@ -246,7 +247,7 @@ def _scale(document: Document, part: Slice, tensor: str, along: float) -> float:
     scopes = ((source.parameters, source.where), (part.parameters, part.where), (shared, "the document"))
     for scope, where in scopes:
         only(scope, ("scale",), f"{where}, parameters")
-        value = resolved(scope.get("scale"), tensor, along, f"{where}, scale")
+        value = value_at(scope.get("scale"), tensor, along, f"{where}, scale")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import METHODS, Recipe, Setting, SpaceError, group_tensors
-from search_spaces.mergekit.reader import from_mergekit, to_mergekit
+from search_spaces.mergekit.reader import from_mergekit
 from search_spaces.mergekit.stack import is_stack, stack_of, stack_sources
+from search_spaces.mergekit.writer import to_mergekit
 from search_spaces.space import Space
 from tests.search_spaces.names import ALL, llama
 from tests.search_spaces.strategies import GROUPS, JUNK, TENSORS, recipes, spaces

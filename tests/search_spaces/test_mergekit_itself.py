@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from search_spaces import Recipe, Setting, group_of, group_tensors
-from search_spaces.mergekit.reader import to_mergekit
+from search_spaces.mergekit.writer import to_mergekit
 from tests.pico import pico_expert, pico_llama
 
 Tensors = dict[str, torch.Tensor]
