@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -17,13 +18,49 @@ def one_line(name: str) -> str:
     return printable(name).replace("\n", "\\n")
 
 
-def percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """A share in per cent, with its interval where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
-    digits = 0 if abs(value) >= 0.0995 else 1
-    said = f"{_number(value, digits)} %"
-    if math.isnan(low) or math.isnan(high) or low == value == high:
-        return said
-    return f"{said} [{_number(low, digits)}, {_number(high, digits)}]"
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A share and its 95 % interval; NaN where it was not measured, or has none.
+
+    Args:
+        value, low, high: shares: 0.06 is 6 %.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], name: str) -> Interval:
+        """Read a figure and its bounds from the columns of a row: `name`, `name_low`, `name_high`."""
+        return cls(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a value."""
+        return math.isfinite(self.value)
+
+    @property
+    def figure(self) -> str:
+        """The value in per cent: `92 %`; empty where there is none."""
+        return percent(self.value) if self.is_known else ""
+
+    @property
+    def bounds(self) -> str:
+        """The interval with as many digits as the value has: `[88, 96]`; empty where there is none."""
+        if not all(map(math.isfinite, (self.value, self.low, self.high))) or self.low == self.value == self.high:
+            return ""
+        digits = _digits(self.value)
+        return f"[{_number(self.low, digits)}, {_number(self.high, digits)}]"
+
+    def text(self, seam: str = " ") -> str:
+        """The value with its interval, where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
+        return seam.join(filter(None, (self.figure, self.bounds)))
+
+
+def percent(share: float) -> str:
+    """A share in per cent: `92 %`, below ten `6.1 %`."""
+    return f"{_number(share, _digits(share))} %"
 
 
 def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -46,6 +83,10 @@ def listed(sentences: Sequence[str], shown: int = 3) -> str:
     """The first few of many clauses, and how many more there are."""
     more = [f"and {len(sentences) - shown} more"] if len(sentences) > shown else []
     return "; ".join([*sentences[:shown], *more])
+
+
+def _digits(share: float) -> int:
+    return 0 if abs(share) >= 0.0995 else 1
 
 
 def _number(share: float, digits: int) -> str:

@@ -14,10 +14,12 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from evals.outcomes import HOLDOUT
+from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.scored import NO_TRIAL_YET
 from optimizer.runs.trial import Role, TrialKind, roles_of
-from optimizer.words import percent, tasks_said
+from optimizer.views.front_rows import share_of
+from optimizer.words import Interval, percent, tasks_said
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
@@ -36,37 +38,38 @@ BOTH = ("attention and feed-forward", BLUE, "circle")
 ENDS = {"embed": ("embeddings", GREEN, "diamond"), "head": ("head", PURPLE, "triangle-up")}
 
 
-def front(points: pd.DataFrame, *, knee: int | None, suite: str) -> go.Figure:
+def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -> go.Figure:
     """Forgetting against domain gain, in per cent: anchors, searched points, the front, the knee, holdout re-scores.
 
     Args:
-        points: `Run.points()`.
+        points: `Run.points(suite)` by suite.
         knee: the trial to mark.
         suite: the suite whose intervals are drawn: that which judges the front.
     """
     unseen = suite == HOLDOUT
     judge = "items the search never saw" if unseen else "the items the search used"
     figure = _figure("What each gain in the domain costs", f"one mark is one merge; bars are 95 % intervals on {judge}")
-    if points.empty:
+    if points[SEARCH].empty:
         return _nothing_yet(figure)
-    if points["method"].nunique() == 1:  # then it need not be said of each mark
-        points = points.drop(columns="method")
-    figure.add_traces(_front_traces(points, unseen=unseen))
+    hover = _hover_texts(points)
+    search, judged = (points[suite].assign(hover=hover) for suite in (SEARCH, HOLDOUT))
+    shown = _with_a_mark(search, judged if unseen else None)
+    figure.add_traces(_front_traces(search, judged if unseen else None))
     _axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
-    left, right = _span(_shown(points, "forgetting", unseen=unseen), below=0.04, above=0.12)
+    left, right = _span(shown["forgetting"], below=0.04, above=0.12)
     figure.update_xaxes(range=[left, right])
-    figure.update_yaxes(range=_span(_shown(points, "domain", unseen=unseen), below=0.08, above=0.16))
-    rows = rows_of(points)
+    figure.update_yaxes(range=_span(shown["domain"], below=0.08, above=0.16))
+    rows = rows_of(search)
     ends = [row for row in rows.values() if TrialKind(row["kind"]).is_reference]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
         label, y = _escaped(TrialKind(row["kind"]).label), -26 if place % 2 else 26
         is_left = 100 * row["forgetting"] - left < (right - left) / 2  # a label runs towards the middle
         _point_at(figure, row, label, x=12 if is_left else -12, y=y, anchor="left" if is_left else "right")
     if knee is not None:
-        figure.add_trace(_marks(points.loc[[knee]], "knee", "circle-open", INK, 20))
+        figure.add_trace(_marks(search.loc[[knee]], "knee", "circle-open", INK, 20))
         from_left = PLOT_WIDTH * (100 * rows[knee]["forgetting"] - left) / (right - left)
         # Above and left of the front there is nothing to cover; near the axis the label stays right of it.
-        _point_at(figure, rows[knee], _knee_label(knee, rows[knee]), x=max(-60, round(130 - from_left)), y=-52)
+        _point_at(figure, rows[knee], _knee_label(knee, points), x=max(-60, round(130 - from_left)), y=-52)
     return figure
 
 
@@ -172,7 +175,7 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
     )
     for place, row in rows.items():
         figure.add_annotation(
-            text=percent(row["share"], row["low"], row["high"]), x=1.01, xref="paper", y=place, yref="y",
+            text=share_of(row).text(), x=1.01, xref="paper", y=place, yref="y",
             xanchor="left", showarrow=False, font={"size": 15, "color": INK},
         )  # fmt: skip
     _axes(figure, "%, where 100 is the expert (domain) or the base (general)", "")
@@ -193,31 +196,39 @@ def library_script() -> str:
     return get_plotlyjs()
 
 
-def _front_traces(points: pd.DataFrame, *, unseen: bool) -> list[go.Scatter]:
-    roles = roles_of(points["kind"])
+def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.Scatter]:
+    """The marks and lines of the front's figure.
+
+    Args:
+        search: the points by the search items.
+        judged: the same by the holdout items, where these judge the front.
+    """
+    roles = roles_of(search["kind"])
     base, experts, uniform, start = (roles == role for role in (Role.BASE, Role.EXPERT, Role.UNIFORM, Role.START))
-    chosen = points[points["front"]].sort_values(["forgetting", "domain"])
+    chosen = search[search["front"]].sort_values(["forgetting", "domain"])
     found = chosen[roles[chosen.index] == Role.SEARCHED]
     several = experts.sum() > 1  # then the front is a surface and has no edge, and the uniform line meets no expert
-    line = points[uniform if several else uniform | base | experts].sort_values("forgetting")
+    line = search[uniform if several else uniform | base | experts].sort_values("forgetting")
     return [
-        _marks(points[(roles == Role.SEARCHED) & ~points["front"]], "searched", "circle", PALE, 8, rank=3),
+        _marks(search[(roles == Role.SEARCHED) & ~search["front"]], "searched", "circle", PALE, 8, rank=3),
         _curve(line, ORANGE, dash="dot"),
         *([] if several else [_curve(chosen, BLUE, shape="hv")]),
-        *([_links(found), _judged(found, "front, unseen items", rank=2)] if unseen else []),
-        _marks(points[uniform], "uniform line", "triangle-up", ORANGE, 12, rank=4),
-        _marks(points[roles == Role.SLOPE], "depth slope", "triangle-down", GREEN, 12, rank=5),
-        *([_marks(points[start], "the recipe it starts from", "star", PURPLE, 14, rank=6)] if start.any() else []),
-        _marks(found, "front", "circle", BLUE, 11, rank=1, bars=not unseen),
-        _marks(points[base], "base", "square", INK, 13),
-        _marks(points[experts], "expert", "diamond", RED, 14),
+        *([] if judged is None else _judgement(found, judged.loc[found.index])),
+        _marks(search[uniform], "uniform line", "triangle-up", ORANGE, 12, rank=4),
+        _marks(search[roles == Role.SLOPE], "depth slope", "triangle-down", GREEN, 12, rank=5),
+        *([_marks(search[start], "the recipe it starts from", "star", PURPLE, 14, rank=6)] if start.any() else []),
+        _marks(found, "front", "circle", BLUE, 11, rank=1, bars=judged is None),
+        _marks(search[base], "base", "square", INK, 13),
+        _marks(search[experts], "expert", "diamond", RED, 14),
     ]
 
 
-def _shown(points: pd.DataFrame, name: str, *, unseen: bool) -> pd.Series:
-    """The values of an objective that have a mark."""
-    again = points.loc[points["front"] & (roles_of(points["kind"]) == Role.SEARCHED), f"holdout_{name}"].dropna()
-    return pd.concat([points[name], again]) if unseen else points[name]
+def _with_a_mark(search: pd.DataFrame, judged: pd.DataFrame | None) -> pd.DataFrame:
+    """The figures of all marks: each point's, and where the holdout items judge, those of the front's searched ones."""
+    if judged is None:
+        return search
+    again = judged[judged["front"] & (roles_of(judged["kind"]) == Role.SEARCHED)]
+    return pd.concat([search, again])
 
 
 def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, float]:
@@ -226,37 +237,27 @@ def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, floa
     return low - below * (high - low), high + above * (high - low)
 
 
-def _knee_label(knee: int, row: Row) -> str:
-    prefix = "holdout_" if math.isfinite(row["holdout_domain"]) else ""
-    gain, loss = (percent(row[f"{prefix}{name}"]) for name in ("domain", "forgetting"))
-    method = f" ({row['method']})" if "method" in row else ""
+def _knee_label(knee: int, points: Mapping[str, pd.DataFrame]) -> str:
+    by_suite = [rows_of(points[suite])[knee] for suite in (HOLDOUT, SEARCH)]
+    row = next(row for row in by_suite if math.isfinite(row["domain"]))
+    gain, loss = percent(row["domain"]), percent(row["forgetting"])
+    method = f" ({row['method']})" if points[SEARCH]["method"].nunique() > 1 else ""
     return f"<b>trial {knee}, the knee{method}</b><br>keeps {gain}, forgets {loss}"
 
 
 def _figure(title: str, subtitle: str, *, height: float = HEIGHT) -> go.Figure:
-    under = {"text": subtitle, "font": {"size": 15, "color": GREY}}
-    return go.Figure(
-        layout={
-            "template": "none",
-            "title": {
-                "text": title,
-                "subtitle": under,
-                "x": 0.012,
-                "xanchor": "left",
-                "y": 1 - 26 / height,
-                "yanchor": "top",
-                "font": {"size": 21},
-            },
-            "font": {"family": FONT, "size": 16, "color": INK},
-            "width": WIDTH,
-            "height": round(height),
-            "margin": {"l": 90, "r": 30, "t": 125, "b": 65},
-            "paper_bgcolor": PAPER,
-            "plot_bgcolor": PAPER,
-            "hoverlabel": {"bgcolor": PAPER, "font": {"size": 15, "family": FONT}, "align": "left"},
-            "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
-        }
-    )
+    heading = {
+        "text": title, "subtitle": {"text": subtitle, "font": {"size": 15, "color": GREY}}, "font": {"size": 21},
+        "x": 0.012, "xanchor": "left", "y": 1 - 26 / height, "yanchor": "top",
+    }  # fmt: skip
+    layout = {
+        "template": "none", "title": heading, "font": {"family": FONT, "size": 16, "color": INK},
+        "width": WIDTH, "height": round(height), "margin": {"l": 90, "r": 30, "t": 125, "b": 65},
+        "paper_bgcolor": PAPER, "plot_bgcolor": PAPER,
+        "hoverlabel": {"bgcolor": PAPER, "font": {"size": 15, "family": FONT}, "align": "left"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
+    }  # fmt: skip
+    return go.Figure(layout=layout)
 
 
 def _axes(figure: go.Figure, x: str, y: str) -> None:
@@ -273,18 +274,19 @@ def _marks(
         showlegend=rank > 0 and len(rows) > 0, legendrank=rank or None,
         marker={"symbol": symbol, "color": color, "size": size,
                 "line": {"width": 2.2 if hollow else 1, "color": color if hollow else PAPER}},
-        **(_bars(rows, "") if bars else {}), **_hover(rows),
+        **(_bars(rows) if bars else {}), **_hover(rows),
     )  # fmt: skip
 
 
-def _judged(found: pd.DataFrame, name: str, *, rank: int) -> go.Scatter:
-    """The front scored again on holdout items, with its intervals."""
-    return go.Scatter(
-        x=100 * found["holdout_forgetting"], y=100 * found["holdout_domain"], name=name, mode="markers",
-        showlegend=len(found) > 0, legendrank=rank,
+def _judgement(found: pd.DataFrame, judged: pd.DataFrame) -> list[go.Scatter]:
+    """The front scored again on holdout items, with its intervals, and a line to each from its search figures."""
+    marks = go.Scatter(
+        x=100 * judged["forgetting"], y=100 * judged["domain"], name="front, unseen items", mode="markers",
+        showlegend=len(judged) > 0, legendrank=2,
         marker={"symbol": "circle-open", "color": BLUE, "size": 10, "line": {"width": 2.2, "color": BLUE}},
-        **_bars(found, "holdout_"), **_hover(found),
+        **_bars(judged), **_hover(judged),
     )  # fmt: skip
+    return [_links(found, judged), marks]
 
 
 def _task_bars(rows: pd.DataFrame, name: str, color: str) -> go.Bar:
@@ -298,11 +300,10 @@ def _task_bars(rows: pd.DataFrame, name: str, color: str) -> go.Bar:
     )  # fmt: skip
 
 
-def _bars(rows: pd.DataFrame, prefix: str) -> dict[str, object]:
+def _bars(rows: pd.DataFrame) -> dict[str, object]:
     bars: dict[str, object] = {}
     for axis, name in (("x", "forgetting"), ("y", "domain")):
-        middle, low, high = (rows[f"{prefix}{name}{end}"] for end in ("", "_low", "_high"))
-        bars[f"error_{axis}"] = _bar(middle, low, high, PALE_BLUE, 1.2)
+        bars[f"error_{axis}"] = _bar(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], PALE_BLUE, 1.2)
     return bars
 
 
@@ -321,10 +322,10 @@ def _curve(rows: pd.DataFrame, color: str, *, shape: str = "linear", dash: str =
     )  # fmt: skip
 
 
-def _links(judged: pd.DataFrame) -> go.Scatter:
+def _links(found: pd.DataFrame, judged: pd.DataFrame) -> go.Scatter:
     """From each point's search figures to its holdout figures, a gap between pairs."""
     pairs = {
-        name: [v for row in rows_of(judged).values() for v in (100 * row[name], 100 * row[f"holdout_{name}"], None)]
+        name: [v for pair in zip(found[name], judged[name], strict=True) for v in (*(100 * end for end in pair), None)]
         for name in ("forgetting", "domain")
     }
     return go.Scatter(
@@ -358,19 +359,23 @@ def _module_traces(rows: pd.DataFrame, *, legend: bool) -> list[go.Scatter]:
 
 
 def _hover(rows: pd.DataFrame) -> dict[str, object]:
-    text = [_told(trial, row) for trial, row in rows_of(rows).items()]
-    return {"text": text, "customdata": list(rows.index), "hovertemplate": "%{text}<extra></extra>"}
+    return {"text": list(rows["hover"]), "customdata": list(rows.index), "hovertemplate": "%{text}<extra></extra>"}
 
 
-def _told(trial: object, row: Row) -> str:
-    about = [_escaped(row["kind"])] if TrialKind(row["kind"]).is_anchor else []
-    lines = [" ".join([f"<b>trial {trial}</b>", *about, *([row["method"]] if "method" in row else [])])]
-    for prefix, items in (("", "search items"), ("holdout_", "unseen items")):
-        if math.isfinite(row[f"{prefix}domain"]):
-            gain, loss = (
-                percent(*(row[f"{prefix}{name}{end}"] for end in ("", "_low", "_high")))
-                for name in ("domain", "forgetting")
-            )
+def _hover_texts(points: Mapping[str, pd.DataFrame]) -> pd.Series[str]:
+    """What a mark says under the pointer, by trial: what it is, and its figures on both suites."""
+    search, holdout = rows_of(points[SEARCH]), rows_of(points[HOLDOUT])
+    several = points[SEARCH]["method"].nunique() > 1  # else it need not be said of each mark
+    texts = [_hover_text(trial, search[trial], holdout[trial], method=several) for trial in search]
+    return pd.Series(texts, index=points[SEARCH].index)
+
+
+def _hover_text(trial: object, search: Row, holdout: Row, *, method: bool) -> str:
+    about = [_escaped(search["kind"])] if TrialKind(search["kind"]).is_anchor else []
+    lines = [" ".join([f"<b>trial {trial}</b>", *about, *([search["method"]] if method else [])])]
+    for row, items in ((search, "search items"), (holdout, "unseen items")):
+        if math.isfinite(row["domain"]):
+            gain, loss = (Interval.of(row, name).text() for name in ("domain", "forgetting"))
             lines.append(f"{items}: gain {gain}, forgets {loss}")
     return "<br>".join(lines)
 
@@ -383,7 +388,7 @@ def _point_at(figure: go.Figure, row: Row, text: str, *, x: int, y: int, anchor:
 
 
 def _nothing_yet(figure: go.Figure) -> go.Figure:
-    figure.add_annotation(text="no finished trial yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+    figure.add_annotation(text=NO_TRIAL_YET.lower(), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     figure.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
     return figure
 

@@ -10,28 +10,25 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 from evals.documents import read_text
-from evals.outcomes import HOLDOUT
+from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
+from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
+from optimizer.views import figures, sentences
+from optimizer.views.front_rows import FrontRow, front_rows, limit_rows
 from optimizer.views.plots import DARK, library_script
-from optimizer.words import count, percent
-
-if TYPE_CHECKING:
-    from optimizer.run import Run
-
+from optimizer.words import Interval, count, percent
 
 WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
@@ -47,14 +44,14 @@ WORDS = {
 }
 
 
-def write_report(run: Run, path: Path | None = None) -> Path:
+def write_report(run: ScoredRun, path: Path | None = None) -> Path:
     """Write the report of a run, into its folder unless told otherwise, and return its path."""
     target = path or run.path / "report.html"
     write_atomically(target, report_html(run).encode("utf-8"))
     return target
 
 
-def report_html(run: Run) -> str:
+def report_html(run: ScoredRun) -> str:
     """The report as one page."""
     page = Template(_part("report_page.html"))
     library, script = library_script(), _part("report_page.js")
@@ -83,7 +80,7 @@ def _part(name: str) -> str:
     return files("optimizer.views").joinpath(name).read_text(encoding="utf-8")
 
 
-def _what_was_merged(run: Run) -> str:
+def _what_was_merged(run: ScoredRun) -> str:
     states = run.trials()["state"]
     done = f"{int((states == 'complete').sum())} of {count(len(states), 'trial')} finished"
     tasks = ", ".join(task.name for task in run.tasks)
@@ -93,42 +90,42 @@ def _what_was_merged(run: Run) -> str:
     return f"{experts} {', '.join(run.experts)} merged into the base. {done}. Tasks: {tasks}."
 
 
-def _lead(run: Run) -> list[str]:
-    return [run.describe(run.knee()), *run.verdict()] if not run.points().empty else [run.summary()]
+def _lead(run: ScoredRun) -> list[str]:
+    if run.points().empty:
+        return [sentences.summary(run)]
+    return [sentences.describe(run, run.knee()), *sentences.verdict(run)]
 
 
-def _cards(run: Run) -> str:
+def _cards(run: ScoredRun) -> str:
     knee = run.knee()
-    row, prefix = rows_of(run.points())[knee], "holdout_" if run.suite_of(knee) == HOLDOUT else ""
-    shown = [
-        (_interval(row, f"{prefix}domain"), f"of the domain gain kept by trial {knee}, the knee"),
-        (_interval(row, f"{prefix}forgetting"), "of the base's general ability forgotten by it"),
+    row = rows_of(run.points(run.suite_of(knee)))[knee]
+    gain, loss = (Interval.of(row, name) for name in ("domain", "forgetting"))
+    cards = [
+        _card(gain.figure, gain.bounds, f"of the domain gain kept by trial {knee}, the knee"),
+        _card(loss.figure, loss.bounds, "of the base's general ability forgotten by it"),
     ]
     for gap in rows_of(run.does_search_pay()).values():
-        points = "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * gap[name] for name in ("difference", "low", "high")))
+        difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
         line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
-        shown.append((points, f"points of domain gain over {line} at equal forgetting"))
-    return f'<div class="cards">{"".join(_card(figure, of) for figure, of in shown)}</div>'
+        cards.append(_card(difference, f"[{low}, {high}]", f"points of domain gain over {line} at equal forgetting"))
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _card(figure: str, of: str) -> str:
-    value, _, interval = figure.partition(" [")
-    small = f"<small>[{_text(interval)}</small>" if interval else ""
+def _card(value: str, interval: str, of: str) -> str:
+    small = f"<small>{_text(interval)}</small>" if interval else ""
     return f'<div class="card"><b>{_text(value)} {small}</b><span class="soft">{_text(of)}</span></div>'
 
 
-def _findings(run: Run) -> str:
-    findings = run.findings()
+def _findings(run: ScoredRun) -> str:
+    findings = sentences.findings(run)
     items = "".join(f"<li>{_text(finding)}</li>" for finding in findings)
     return f"<section><h2>Read with care</h2><ul>{items}</ul></section>" if findings else ""
 
 
-def _figures(run: Run) -> str:
-    knee = run.knee()
-    names = {trial: _named(run.named(trial), row["kind"]) for trial, row in rows_of(run.front()).items()}
+def _figures(run: ScoredRun) -> str:
     options = "".join(
-        f'<option value="{trial}"{" selected" if trial == knee else ""}>{_text(name)}</option>'
-        for trial, name in names.items()
+        f'<option value="{row.trial}"{" selected" if row.is_knee else ""}>{_text(_named(run, row))}</option>'
+        for row in front_rows(run)
     )
     choice = (
         f'<p class="screen"><label>Look at a point of the front: <select id="choice">{options}</select></label></p>'
@@ -148,20 +145,25 @@ def _figure(name: str) -> str:
     )
 
 
-def _limits(run: Run) -> str:
+def _limits(run: ScoredRun) -> str:
     """The best point for each of some limits on forgetting."""
-    answers = rows_of(run.by_limit())
+    answers = limit_rows(run)
     if not answers:
         return ""
-    items = "unseen items" if all(row["suite"] == HOLDOUT for row in answers.values()) else "search items"
-    figures = [f"{name}, {items}" for name in ("domain gain", "forgetting")]
-    titles = ("forgets at most", "trial", "what", *figures, "keeps to it in")
-    rows = []
-    for row in answers.values():
-        what, kept = _what(row["kind"]) or "searched", f"{percent(row['kept'])} of resamplings"
-        shares = [_interval(row, name) for name in ("domain", "forgetting")]
-        rows.append([percent(row["limit"]), row["trial"], what, *shares, kept])
-    export = f"mergefront export {run.path.name} --max-forgetting {answers[0]['limit']:g} --sure {SURE:g}"
+    items = "unseen items" if all(row.suite == HOLDOUT for row in answers) else "search items"
+    titles = ("forgets at most", "trial", "what", f"domain gain, {items}", f"forgetting, {items}", "keeps to it in")
+    rows = [
+        (
+            percent(row.limit),
+            row.trial,
+            _what(row.kind) or "searched",
+            row.domain,
+            row.forgetting,
+            f"{percent(row.kept)} of resamplings",
+        )
+        for row in answers
+    ]
+    export = f"mergefront export {run.path.name} --max-forgetting {answers[0].limit:g} --sure {SURE:g}"
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
         f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
@@ -169,19 +171,25 @@ def _limits(run: Run) -> str:
     )
 
 
-def _table(run: Run) -> str:
-    knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
-    titles = [f"{_title(name)}, {items}" for items in ("search items", "unseen items") for name in names]
+def _table(run: ScoredRun) -> str:
+    front, digests = front_rows(run), run.trials()["recipe"].to_dict()
+    figures = [(suite, name) for suite, named in front[0].figures.items() for name in named]
+    items = {SEARCH: "search items", HOLDOUT: "unseen items"}
     several = len(run.methods) > 1
+    titles = [f"{_title(name)}, {items[suite]}" for suite, name in figures]
     columns = ("trial", "what", *(["method"] if several else []), *titles, "recipe")
-    digests = run.trials()["recipe"].to_dict()
-    rows = []
-    for trial, row in rows_of(run.front()).items():
-        figures = [_interval(row, f"{prefix}{name}") for prefix in ("", "holdout_") for name in names]
-        method = [row["method"]] if several else []
-        rows.append([trial, _what(row["kind"]), *method, *figures, digests[trial]])
-    grid = _grid(columns, rows, marked=list(run.front().index).index(knee))
-    export = f"mergefront export {run.path.name} --trial {knee}"
+    rows = [
+        (
+            row.trial,
+            _what(row.kind),
+            *([row.method] if several else []),
+            *(row.figures[suite][name] for suite, name in figures),
+            digests[row.trial],
+        )
+        for row in front
+    ]
+    grid = _grid(columns, rows, marked=next(place for place, row in enumerate(front) if row.is_knee))
+    export = f"mergefront export {run.path.name} --trial {run.knee()}"
     return (
         f"<section><h2>The front, from least to most forgetting</h2>{grid}"
         f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
@@ -207,10 +215,10 @@ def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: in
 
 def _cell(value: object) -> str:
     """A cell; a figure may be broken from its interval only."""
-    figure, opening, interval = str(value).partition(" [")
-    if opening:
-        return f"<div><span>{_text(figure)}</span> <span>[{_text(interval)}</span></div>"
-    return f"<div>{_breakable(value)}</div>" if str(value) else ""
+    if isinstance(value, Interval) and value.bounds:
+        return f"<div><span>{_text(value.figure)}</span> <span>{_text(value.bounds)}</span></div>"
+    text = value.text() if isinstance(value, Interval) else str(value)
+    return f"<div>{_breakable(text)}</div>" if text else ""
 
 
 def _breakable(value: object) -> str:
@@ -222,26 +230,23 @@ def _title(name: str) -> str:
     return name.replace("domain_", "gain ").replace("domain", "domain gain")
 
 
-def _what(kind: str) -> str:
-    return TrialKind(kind).label if TrialKind(kind).is_anchor else ""
+def _what(kind: TrialKind) -> str:
+    return kind.label if kind.is_anchor else ""
 
 
-def _named(name: str, kind: str) -> str:
-    return f"{name} ({what})" if (what := _what(kind)) else name
+def _named(run: ScoredRun, row: FrontRow) -> str:
+    name = sentences.named(run, row.trial)
+    return f"{name} ({what})" if (what := _what(row.kind)) else name
 
 
-def _interval(row: Row, name: str) -> str:
-    return "" if math.isnan(row[name]) else percent(row[name], row[f"{name}_low"], row[f"{name}_high"])
-
-
-def _figure_data(run: Run) -> str:
-    trials: Sequence[int] = [int(trial) for trial in run.front().index]
+def _figure_data(run: ScoredRun) -> str:
+    trials = [row.trial for row in front_rows(run)]
     data = {
         "dark": DARK,
-        "front": run.plot_front().to_plotly_json(),
-        "hypervolume": run.plot_hypervolume().to_plotly_json(),
-        "weights": {trial: run.plot_weights(trial).to_plotly_json() for trial in trials},
-        "retention": {trial: run.plot_retention(trial).to_plotly_json() for trial in trials},
+        "front": figures.front(run).to_plotly_json(),
+        "hypervolume": figures.hypervolume(run).to_plotly_json(),
+        "weights": {trial: figures.weights(run, trial).to_plotly_json() for trial in trials},
+        "retention": {trial: figures.retention(run, trial).to_plotly_json() for trial in trials},
     }
     return json.dumps(data, default=_plain).replace("<", "\\u003c").replace("\u2028", "\\u2028")
 

@@ -15,17 +15,15 @@ from evals.outcomes import SUITES
 from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.run_folder import is_locked
+from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
-from optimizer.words import percent, printable, tasks_said
+from optimizer.views import sentences
+from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, share_of
+from optimizer.words import Interval, percent, printable, tasks_said
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
-
-    from optimizer.run import Run
-
-PREFIX = {"search": "", "holdout": "holdout_"}
-ENDS = ("", "_low", "_high")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
@@ -59,41 +57,40 @@ def _breaks(texts: Iterable[str]) -> bool:
 # --- the front -------------------------------------------------------------------------------------------------------
 
 
-def print_front(run: Run, console: Console) -> None:
+def print_front(run: ScoredRun, console: Console) -> None:
     """Print the front beside the anchors, the answer for some limits on forgetting, the tasks of the knee, whether the
     search was worth it, and what was cut."""
     if not len(run.front()):
-        console.print(run.summary(), highlight=False, markup=False)
+        console.print(sentences.summary(run), highlight=False, markup=False)
         return
+    knee = run.knee()
     console.print(front_table(run, width=console.width))
-    if len(answers := run.by_limit()):
+    if answers := limit_rows(run):
         console.print(limits_table(answers, width=console.width))
-    console.print(retention_table(run, run.knee(), width=console.width))
-    for line in (run.describe(run.knee()), *run.verdict(), *run.cut_short(), *run.lost()):
+    console.print(retention_table(run, knee, width=console.width))
+    words = (sentences.describe(run, knee), *sentences.verdict(run), *sentences.cut_short(run), *sentences.lost(run))
+    for line in words:
         console.print(line, highlight=False, markup=False)
 
 
-def front_table(run: Run, *, width: int) -> Table:
+def front_table(run: ScoredRun, *, width: int) -> Table:
     """Front and anchors from least to most forgetting, on both suites with 95 % intervals.
 
     Args:
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    front, knee = set(run.front().index), run.knee()
-    chosen = sorted(front | set(run.anchors().index))
-    shown = run.points().loc[chosen].sort_values(["forgetting", "domain"], kind="stable")
     figures = [(suite, name) for suite in SUITES for name in run.objectives]
     several = len(run.methods) > 1
-    seam = " [" if width >= 30 + 18 * len(figures) else "\n["
+    seam = _seam(width, 30 + 18 * len(figures))
     rows = (
         (
-            "*" if row["trial"] == knee else "+" if row["trial"] in front else "",
-            row["trial"],
-            TrialKind(row["kind"]).label,
-            *([row["method"]] if several else []),
-            *(_interval(row, *figure).replace(" [", seam) for figure in figures),
+            "*" if row.is_knee else "+" if row.on_front else "",
+            row.trial,
+            row.kind.label,
+            *([row.method] if several else []),
+            *(row.figures[suite][name].text(seam) for suite, name in figures),
         )
-        for row in _records(shown.reset_index())
+        for row in front_rows(run, anchors=True)
     )
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
     title = f"Front of {run.name} (+) with its knee (*), and the anchors"
@@ -102,71 +99,63 @@ def front_table(run: Run, *, width: int) -> Table:
     )
 
 
-def limits_table(answers: pd.DataFrame, *, width: int) -> Table:
+def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
     """The answer for each of some limits on forgetting.
 
     Args:
-        answers: `Run.by_limit()`, with a row.
+        answers: `limit_rows(run)`, with a row.
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    seam = " [" if width >= 78 else "\n["
+    seam = _seam(width, 78)
     rows = (
         (
-            percent(row["limit"]),
-            row["trial"],
-            TrialKind(row["kind"]).label,
-            *(_share(*(row[f"{name}{end}"] for end in ENDS)).replace(" [", seam) for name in ("domain", "forgetting")),
-            percent(row["kept"]),
+            percent(row.limit),
+            row.trial,
+            row.kind.label,
+            row.domain.text(seam),
+            row.forgetting.text(seam),
+            percent(row.kept),
         )
-        for row in _records(answers)
+        for row in answers
     )
-    suites = " or ".join(answers["suite"].unique())
+    suites = " or ".join(dict.fromkeys(row.suite for row in answers))
     title = f"For a limit on forgetting, {percent(SURE)} sure by search items; judged on {suites} items"
     columns = ["at most", "trial", "kind", "domain gain", "forgetting", "keeps to it in"]
     return table(title, columns, rows, right=["at most", "trial", *columns[3:]])
 
 
-def front_document(run: Run) -> dict[str, Any]:
+def _seam(width: int, needed: int) -> str:
+    """What stands between a value and its interval: they share a line where the console is wide enough."""
+    return " " if width >= needed else "\n"
+
+
+def front_document(run: ScoredRun) -> dict[str, Any]:
     """The front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
-    points, knee = _front(run)
+    rows = front_rows(run)
     return {
         "run": run.name,
         "objectives": list(run.objectives),
-        "reference": run.reference() if points else None,
+        "reference": run.reference() if rows else None,
         "points": [
             {
-                "trial": row["trial"],
-                "kind": row["kind"],
-                "method": row["method"],
-                "knee": row["trial"] == knee,
-                **{suite: _figures(run, row, suite) for suite in SUITES},
+                "trial": row.trial,
+                "kind": row.kind.stored,
+                "method": row.method,
+                "knee": row.is_knee,
+                **{suite: _plain_figures(figures) for suite, figures in row.figures.items()},
             }
-            for row in points
+            for row in rows
         ],
         "limits": _records(run.by_limit()),
-        "findings": run.findings(),
+        "findings": sentences.findings(run),
     }
 
 
-def _front(run: Run) -> tuple[list[dict[str, Any]], int | None]:
-    """The front's rows and the knee's trial."""
-    rows = _records(run.front().reset_index())
-    return rows, run.knee() if rows else None
-
-
-def _interval(row: Mapping[str, Any], suite: str, name: str) -> str:
-    return _share(*(row[f"{PREFIX[suite]}{name}{end}"] for end in ENDS))
-
-
-def _share(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return ""
-    return percent(value) if low is None or high is None else percent(value, low, high)
-
-
-def _figures(run: Run, row: Mapping[str, Any], suite: str) -> dict[str, float | None]:
-    names = dict.fromkeys(["domain", *run.objectives])
-    return {f"{name}{end}": row[f"{PREFIX[suite]}{name}{end}"] for name in names for end in ENDS}
+def _plain_figures(figures: Mapping[str, Interval]) -> dict[str, float | None]:
+    values: dict[str, float] = {}
+    for name, figure in figures.items():
+        values |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+    return {name: plain(value) for name, value in values.items()}
 
 
 def plain(value: Any) -> Any:
@@ -178,7 +167,7 @@ def plain(value: Any) -> Any:
 # --- one trial -------------------------------------------------------------------------------------------------------
 
 
-def weights_table(run: Run, trial: int) -> Table:
+def weights_table(run: ScoredRun, trial: int) -> Table:
     """One row per layer: the weight of each expert and module kind; embed and head on rows of their own."""
     rows: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
@@ -192,7 +181,7 @@ def weights_table(run: Run, trial: int) -> Table:
     return table(f"Weights of trial {trial}", ["layer", *columns], cells, right=columns)
 
 
-def retention_table(run: Run, trial: int, *, width: int) -> Table:
+def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
     """Each task's score of base, experts and trial, and what the trial won or kept of it, with 95 % intervals.
 
     Args:
@@ -202,8 +191,8 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
     suite = tasks["suite"].iloc[0]
     names = {number: TrialKind(row["kind"]).expert_name for number, row in rows_of(run.points()).items()}
     experts = {name: run.scores(number, suite) for number, name in names.items() if name and number != trial}
-    seam = " [" if width >= 78 + 12 * len(experts) else "\n["
-    records = _records(tasks)
+    seam = _seam(width, 78 + 12 * len(experts))
+    records = list(rows_of(tasks).values())
     rows = (
         (
             name,
@@ -211,8 +200,7 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
             f"{row['base_score']:.3f}",
             *(f"{scores[row['task']]:.3f}" for scores in experts.values()),
             f"{row['score']:.3f}",
-            ("won " if row["role"] == "domain" else "kept ")
-            + _share(row["share"], row["low"], row["high"]).replace(" [", seam),
+            f"{'won' if row['role'] == 'domain' else 'kept'} {share_of(row).text(seam)}",
         )
         for name, row in zip(tasks_said(records), records, strict=True)
     )
@@ -221,7 +209,7 @@ def retention_table(run: Run, trial: int, *, width: int) -> Table:
     return table(title, ["task", "metric", *numbers, "share"], rows, right=numbers)
 
 
-def trial_document(run: Run, trial: int) -> dict[str, Any]:
+def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:
     """One trial as plain values: recipe, weights, and tasks where it was scored."""
     scored = trial in run.points().index
     recipe, about = run.recipe(trial), run.trials().loc[trial]
@@ -243,7 +231,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def status_document(run: Run) -> dict[str, Any]:
+def status_document(run: ScoredRun) -> dict[str, Any]:
     """How far a run is, as plain values."""
     trials = run.trials()
     states, methods = trials["state"].value_counts(), trials["method"].value_counts(sort=False)
@@ -254,5 +242,5 @@ def status_document(run: Run) -> dict[str, Any]:
         "trials": {str(state): int(number) for state, number in states.items()},
         "methods": {name: int(methods[name]) for name in run.methods},
         "front": len(run.front()),
-        "findings": run.findings(),
+        "findings": sentences.findings(run),
     }

@@ -20,9 +20,10 @@ from rich.console import Console
 from evals.objectives import draw_objectives, objectives
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
-from optimizer.run import Run, _verdict, open_run
+from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html
+from optimizer.views.sentences import gap_sentence
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
 
@@ -149,7 +150,7 @@ def test_a_trial_that_forgets_less_than_any_line_is_held_against_its_least(run: 
     sentence = (
         "No point with one weight for all layers forgets so little; the nearest, at 0.0 %, keeps 0.0 % of the gain"
     )
-    assert _verdict(gap).startswith(sentence)
+    assert gap_sentence(gap).startswith(sentence)
 
 
 def test_how_sure_a_limit_is_kept(run: Run) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
+from evals.outcomes import SUITES
 from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views import plots
@@ -49,9 +50,9 @@ def test_front_shows_every_point_once(run: Run) -> None:
 
 
 def test_every_mark_is_inside_the_axes_also_where_holdout_items_say_otherwise(run: Run) -> None:
-    points = run.points()
-    far = points.index[points["front"]][-1]
-    points.loc[far, ["holdout_forgetting", "holdout_domain"]] = -0.5, 2.5
+    points = {suite: run.points(suite) for suite in SUITES}
+    far = points["holdout"].index[points["holdout"]["front"]][-1]
+    points["holdout"].loc[far, ["forgetting", "domain"]] = -0.5, 2.5
     figure = plots.front(points, knee=run.knee(), suite="holdout")
     for trace in (trace for trace in figure.data if trace.mode == "markers"):
         for values, axis in ((trace.x, figure.layout.xaxis), (trace.y, figure.layout.yaxis)):

@@ -1,0 +1,186 @@
+"""What a run folder holds: its trials, their recipes, and the outcomes of those that finished.
+
+Reading changes nothing and needs neither torch nor ray nor lm-eval. What is read is kept: open the run again to see it
+grow.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from optuna.trial import TrialState
+
+from evals.objectives import task_scores
+from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.errors import RunError
+from optimizer.runs.manifest import read_manifest, tasks_of
+from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
+from optimizer.runs.study_home import stored_trials
+from optimizer.runs.trial import BASE, TrialKind
+from search_spaces.errors import SpaceError
+from search_spaces.groups import flow_order, kind_of, layer_of
+from search_spaces.parameters import METHODS
+from search_spaces.recipe import Recipe
+
+TRIAL_COLUMNS = ("state", "kind", "method", "seconds", "reason", "recipe")
+
+
+class RecordedRun:
+    """A run as it was when it was opened: its trials by number."""
+
+    def __init__(self, path: Path, storage: str | None = None) -> None:
+        if not path.exists():
+            raise RunError(f"{path} does not exist; a run folder is made by `mergefront search`")
+        if not path.is_dir():
+            raise RunError(f"{path} is a file, not a run folder")
+        self.path = path
+        self.name = path.resolve().name
+        manifest = read_manifest(path)
+        self.tasks = tasks_of(manifest, path / "tasks.json")
+        self._frozen = {trial.number: trial for trial in stored_trials(path, manifest, storage)}
+
+    # --- trials --------------------------------------------------------------------------------------------------
+
+    def trials(self) -> pd.DataFrame:
+        """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), merge method, seconds,
+        reason of failure or of why a complete trial has no figures, and the recipe's digest."""
+        rows = {
+            number: (
+                trial.state.name.lower(),
+                self.kinds[number].stored,
+                self._methods.get(number, ""),
+                trial.user_attrs.get("seconds", np.nan),
+                self._reason(number),
+                self.recipe(number).digest if "recipe" in trial.user_attrs else "",
+            )
+            for number, trial in self._frozen.items()
+        }
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(TRIAL_COLUMNS))
+        return frame.rename_axis("trial")
+
+    @cached_property
+    def kinds(self) -> dict[int, TrialKind]:
+        """What each trial is."""
+        return {number: TrialKind.of(trial.user_attrs) for number, trial in self._frozen.items()}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The merge methods of its trials, in order of appearance."""
+        return tuple(dict.fromkeys(self._methods.values()))
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts' names."""
+        return tuple(name for name, _ in self._any_recipe.experts) if self._any_recipe else ()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives' column names: domain (one per expert where there are several), forgetting."""
+        names = self.experts
+        return (*(["domain"] if len(names) < 2 else [f"domain_{name}" for name in names]), "forgetting")
+
+    # --- one trial -----------------------------------------------------------------------------------------------
+
+    def recipe(self, trial: int) -> Recipe:
+        """The recipe of a trial."""
+        self.require_trial(trial)
+        if "recipe" not in self._frozen[trial].user_attrs:
+            raise RunError(f"trial {trial} of run {self.name} has no recipe: it is {self._ended(trial)}")
+        try:
+            return Recipe.from_json(self._frozen[trial].user_attrs["recipe"])
+        except SpaceError as error:
+            raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
+
+    def method(self, trial: int) -> str:
+        """The merge method of a trial; empty where it has no recipe."""
+        self.require_trial(trial)
+        return self._methods.get(trial, "")
+
+    def weights(self, trial: int) -> pd.DataFrame:
+        """How much of each expert a trial took in each group: group, kind, layer (-1 for embed and head), expert,
+        weight; groups in the order data flows through them."""
+        recipe = self.recipe(trial)
+        spec = METHODS[recipe.method]
+        parameter = spec.parameter(spec.scale)
+        assert parameter is not None, "the scale is one of the method's parameters"
+        groups = sorted({setting.group for setting in recipe.settings if setting.group}, key=flow_order)
+        rows = []
+        for name, _ in recipe.experts:
+            for group in groups:
+                layer = layer_of(group)
+                owner = name if parameter.scope == "expert" else ""
+                weight = recipe.value(parameter.name, expert=owner, group=group)
+                rows.append((group, kind_of(group), -1 if layer is None else layer, name, weight))
+        return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
+
+    def scores(self, trial: int, suite: str) -> dict[str, float]:
+        """A trial's score on each task of a suite, in the metric's own unit."""
+        outcomes = self.outcomes(suite)
+        scores = task_scores(outcomes[outcomes["trial"] == trial], suite)
+        return dict(zip(scores["task"], scores["score"], strict=True))
+
+    def require_trial(self, trial: int) -> None:
+        """Raise RunError where there is no such trial."""
+        if trial not in self._frozen:
+            there = f"trials 0 to {max(self._frozen)}" if self._frozen else "none yet"
+            raise RunError(f"run {self.name} has no trial {trial}; it has {there}")
+
+    # --- outcomes ------------------------------------------------------------------------------------------------
+
+    def outcomes(self, suite: str) -> pd.DataFrame:
+        """The stored outcomes of finished trials, but for those that are lost."""
+        return self._stored[suite][0]
+
+    def lost_outcomes(self, suite: str) -> dict[int, str]:
+        """What is wrong with the outcomes of finished trials that every figure of a suite leaves out, by trial."""
+        return self._stored[suite][1]
+
+    @cached_property
+    def references(self) -> tuple[int, dict[str, int]] | None:
+        """The trials that are the base and each expert, or None until all of them are scored on the search items."""
+        scored = set(self.outcomes(SEARCH)["trial"])
+        trials = {self.kinds[number]: number for number in sorted(scored, reverse=True)}
+        experts = {name: trials[kind] for name in self.experts if (kind := TrialKind.expert(name)) in trials}
+        if BASE not in trials or not experts or len(experts) < len(self.experts):
+            return None
+        return trials[BASE], experts
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[pd.DataFrame, dict[int, str]]]:
+        return {suite: self._read_outcomes(suite) for suite in (SEARCH, HOLDOUT)}
+
+    def _read_outcomes(self, suite: str) -> tuple[pd.DataFrame, dict[int, str]]:
+        """The stored outcomes of finished trials, and what is wrong with the files of others, by trial."""
+        frames, faults = [], {}
+        for number, trial in self._frozen.items():
+            path = outcomes_path(self.path, number, suite)
+            if trial.state != TrialState.COMPLETE or (suite == HOLDOUT and not os.path.lexists(path)):
+                continue  # a file of a trial that is still open is not a point yet
+            try:
+                digest = self.recipe(number).digest
+                rows = sound_outcomes(self.path, number, suite, digest=digest, tasks=self.tasks)
+                frames.append(outcomes_frame(rows, number))
+            except RunError as error:
+                faults[number] = str(error)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(FRAME_COLUMNS)), faults
+
+    @cached_property
+    def _any_recipe(self) -> Recipe | None:
+        return next((self.recipe(n) for n, trial in self._frozen.items() if "recipe" in trial.user_attrs), None)
+
+    @cached_property
+    def _methods(self) -> dict[int, str]:
+        """The merge method of every trial that has a recipe."""
+        return {n: self.recipe(n).method for n, trial in self._frozen.items() if "recipe" in trial.user_attrs}
+
+    def _ended(self, trial: int) -> str:
+        """The state of a trial, and why it has no figures."""
+        return ", ".join(filter(None, (self._frozen[trial].state.name.lower(), self._reason(trial))))
+
+    def _reason(self, trial: int) -> str:
+        """Why a trial failed, or why a complete one has no figures."""
+        return str(self._frozen[trial].user_attrs.get("reason", self.lost_outcomes(SEARCH).get(trial, "")))

@@ -1,0 +1,340 @@
+"""The numbers of a run, each recomputed from the outcomes that are stored: points, front, retention, limits.
+
+Points are trials by number; figures are shares (0.06 is 6 %).
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.errors import TaskError
+from evals.objectives import Draws, draw_objectives, objectives, task_retention
+from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.errors import NoPointError, RunError
+from optimizer.runs.comparison import Gap, gap_to_line
+from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
+from optimizer.runs.recorded import RecordedRun
+from optimizer.runs.trial import Role, roles_of
+from optimizer.words import listed, percent
+
+NO_TRIAL_YET = "No finished trial yet"
+LINES = {"uniform": Role.UNIFORM, "slope": Role.SLOPE}
+ENDS = ("", "_low", "_high")  # of a figure's column: its value, and the bounds of its 95 % interval
+
+
+class ScoredRun(RecordedRun):
+    """A recorded run and the figures of its points."""
+
+    # --- points --------------------------------------------------------------------------------------------------
+
+    def points(self, suite: str | None = None) -> pd.DataFrame:
+        """Every scored trial by number; empty until base and experts are in.
+
+        Args:
+            suite: whose figures; None gives those of both, the holdout suite's with `holdout_` before their names.
+
+        Returns:
+            kind, method, the objectives with `_low`, `_high`, `_stderr` (NaN where it was not scored), and `front`.
+        """
+        if suite is None:
+            return self._points.copy()
+        figures = self._points[[f"{_prefix(suite)}{name}" for name in self._objective_columns()]]
+        figures = figures.set_axis(self._objective_columns(), axis="columns")
+        return pd.concat([self._points[["kind", "method"]], figures, self._points[["front"]]], axis="columns")
+
+    def front(self, suite: str = SEARCH) -> pd.DataFrame:
+        """The points no other point beats by a suite's figures, from least to most forgetting; columns as `points`."""
+        losses = self._losses(suite).dropna()
+        front = self.points(suite).loc[losses.index[non_dominated(losses.to_numpy())]]
+        return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
+
+    def anchors(self) -> pd.DataFrame:
+        """The points every study scores first: base, experts, the uniform line, the slopes; columns as `points`."""
+        return self._points[self._roles != Role.SEARCHED].copy()
+
+    def columns(self, suite: str) -> list[str]:
+        """The names of a suite's objectives in the frames that hold those of both suites."""
+        return [f"{_prefix(suite)}{name}" for name in self.objectives]
+
+    def suite_of(self, trial: int) -> str:
+        """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
+        domain = self.points(HOLDOUT)["domain"]
+        return HOLDOUT if trial in domain.index and bool(domain.notna()[trial]) else SEARCH
+
+    @property
+    def judging_suite(self) -> str:
+        """The suite that judges the front: "holdout" where a trial was scored there, else "search"."""
+        return HOLDOUT if self.points(HOLDOUT)["domain"].notna().any() else SEARCH
+
+    @property
+    def holdout_fault(self) -> str:
+        """What keeps the stored holdout outcomes from being used; empty where nothing does."""
+        return self._holdout[1] if self.references else ""
+
+    @property
+    def why_empty(self) -> str:
+        """Why there is no point."""
+        faults = self.lost_outcomes(SEARCH).items()
+        if lost := [fault for number, fault in faults if self.kinds[number].is_reference]:
+            return f"No figure without base and experts: {listed(lost)}."
+        return f"{NO_TRIAL_YET}: the base and every expert must be scored first."
+
+    def require_scored(self, trial: int) -> None:
+        """Raise RunError where there is no such trial, or it has no figures."""
+        self.require_trial(trial)
+        if trial not in self._require_points().index:
+            raise RunError(f"trial {trial} of run {self.name} is not scored: {self._ended(trial)}")
+
+    # --- one trial's tasks ---------------------------------------------------------------------------------------
+
+    def retention(self, trial: int, suite: str | None = None) -> pd.DataFrame:
+        """What a trial won or lost on each task, on its holdout items where it has them.
+
+        Returns:
+            task, role, expert, metric, suite, base_score, score, share (domain: of the expert's gain; general: of the
+            base's ability kept), and the share's 95 % interval low, high.
+        """
+        self.require_scored(trial)
+        suite = suite or self.suite_of(trial)
+        everyone = self._retention(suite)
+        rows = everyone[everyone["trial"] == trial]
+        if rows.empty:
+            raise RunError(f"trial {trial} of run {self.name} has no {suite} scores")
+        kept = rows["role"] == "general"
+        frame = pd.DataFrame(
+            {
+                "task": rows["task"],
+                "role": rows["role"],
+                "expert": rows["expert"],
+                "metric": rows["task"].map({task.name: task.metric for task in self.tasks}),
+                "suite": suite,
+                "base_score": rows["task"].map(self.scores(self._measured_from[0], suite)),
+                "score": rows["score"],
+                "share": rows["gain_share"].where(~kept, 1 - rows["forgetting"]),
+                "low": rows["low"].where(~kept, 1 - rows["high"]),
+                "high": rows["high"].where(~kept, 1 - rows["low"]),
+            }
+        )
+        return frame.reset_index(drop=True)
+
+    # --- picking a point -----------------------------------------------------------------------------------------
+
+    def knee(self) -> int:
+        """The front's point farthest above the line from base to expert (search items choose, holdout items judge)."""
+        points = self._require_points()
+        return int(points.index[knee_of(self._losses(SEARCH), self._roles == Role.EXPERT)])
+
+    def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
+        """The front's point with the most domain gain that forgets at most so much, by the search items.
+
+        Args:
+            max_forgetting: a share: 0.05 is 5 %.
+            sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone.
+
+        Raises:
+            NoPointError: no point forgets so little.
+            RunError: one of the two is not a share.
+        """
+        if not -1 <= max_forgetting <= 1:  # below 0: better than the base at what it could do
+            raise RunError(f"a limit on forgetting is a share: 5 % is 0.05; given {max_forgetting:g}")
+        if not 0 <= sure <= 1:
+            raise RunError(f"how sure to be is a share: 90 % is 0.9; given {sure:g}")
+        self._require_points()
+        if (found := self._best(max_forgetting, sure)) is not None:
+            return found
+        front, asked = self.front(), percent(max_forgetting)
+        if sure and (front["forgetting"] <= max_forgetting).any():
+            raise NoPointError(
+                f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
+                "allow more forgetting, be less sure, or measure more items"
+            )
+        raise NoPointError(
+            f"no point of run {self.name} forgets at most {asked}; the least is {percent(front['forgetting'].min())}"
+        )
+
+    def within(self, max_forgetting: float, suite: str) -> pd.Series[float]:
+        """The share of resamplings of a suite's items in which each trial stays within a limit on forgetting."""
+        draws = self._draws(suite)
+        shares = (draws.samples["forgetting"] <= max_forgetting).mean(axis=0)
+        return pd.Series(shares, index=pd.Index(draws.trials, name="trial"))
+
+    def by_limit(self, sure: float = SURE) -> pd.DataFrame:
+        """The best point for each of some limits on forgetting, and what the items that judge it say.
+
+        Args:
+            sure: as of `best`.
+
+        Returns:
+            limit, trial, kind, suite (that judges), domain and forgetting with `_low` and `_high`, and kept: the share
+            of resamplings in which the limit is kept. Without a row for limits that no point keeps, or every expert.
+        """
+        names = [f"{name}{end}" for name in ("domain", "forgetting") for end in ENDS]
+        most = self.reference()["forgetting"] if len(self._points) else 0.0
+        rows = []
+        for limit in (limit for limit in LIMITS if limit < most):
+            if (trial := self._best(limit, sure)) is None:
+                continue
+            suite = self.suite_of(trial)
+            row = self.points(suite).loc[trial]
+            rows.append((limit, trial, row["kind"], suite, *row[names], self.within(limit, suite)[trial]))
+        return pd.DataFrame(rows, columns=["limit", "trial", "kind", "suite", *names, "kept"])
+
+    # --- the search as a whole -----------------------------------------------------------------------------------
+
+    def reference(self) -> dict[str, float]:
+        """The hypervolume's reference point: domain 0 (the base), forgetting of the expert that forgot most."""
+        experts = self._points[self._roles == Role.EXPERT]
+        return {**dict.fromkeys(self.objectives[:-1], 0.0), "forgetting": float(experts["forgetting"].max())}
+
+    def hypervolume(self) -> pd.DataFrame:
+        """What the points so far cover, after each scored trial: trial, hypervolume (search items, `reference`)."""
+        losses, corner = self._losses(SEARCH), self._corner()
+        covered, front, rows = 0.0, np.empty((0, losses.shape[1])), []
+        for trial, point in zip(losses.index, losses.to_numpy(), strict=True):
+            candidates = np.vstack([front, point])
+            mask = non_dominated(candidates)
+            if mask[-1]:
+                front = candidates[mask]
+                covered = hypervolume(front, corner)
+            rows.append((trial, covered))
+        return pd.DataFrame(rows, columns=["trial", "hypervolume"])
+
+    def anchors_hypervolume(self) -> float:
+        """What the anchors alone cover, with the same reference point."""
+        losses = self._losses(SEARCH)
+        return hypervolume(losses[self._roles != Role.SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
+
+    def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
+        """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
+
+        A line joins base, its own anchors and expert, without those another point of it beats. The difference is
+        paired by item, and its interval holds the uncertainty of what each of the points forgets (`gap_to_line`).
+
+        Returns:
+            line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_forgetting (the same, or the least
+            the line has), line_domain, difference and its 95 % interval low, high. Empty with several experts.
+        """
+        columns = ["line", "suite", "forgetting", "domain", *(gap.name for gap in fields(Gap))]
+        if len(self.experts) != 1 or self._points.empty or (trial is None and self.kinds[self.knee()].is_anchor):
+            return pd.DataFrame(columns=columns)
+        trial = self.knee() if trial is None else trial
+        self.require_scored(trial)
+        suite = self.suite_of(trial)
+        rows = [(line, suite, *found) for line, role in LINES.items() if (found := self._against(trial, role, suite))]
+        return pd.DataFrame(rows, columns=columns)
+
+    # --- recomputing ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _points(self) -> pd.DataFrame:
+        columns = self._objective_columns()
+        if self.references is None:
+            names = [f"{_prefix(suite)}{name}" for suite in (SEARCH, HOLDOUT) for name in columns]
+            empty = pd.DataFrame(columns=names, dtype=float)
+            for column in ("method", "kind"):
+                empty.insert(0, column, pd.Series(dtype=str))
+            return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
+        frame = objectives(self._draws(SEARCH))
+        on_front = non_dominated(_losses(frame, self.objectives).to_numpy())
+        frame = frame.join(self._holdout[0].add_prefix(_prefix(HOLDOUT)))
+        frame.insert(0, "kind", [self.kinds[number].stored for number in frame.index])
+        frame.insert(1, "method", [self.method(number) for number in frame.index])
+        frame["front"] = on_front
+        return frame
+
+    @cached_property
+    def _holdout(self) -> tuple[pd.DataFrame, str]:
+        """The objectives by the holdout items, and what keeps the outcomes that are there from being used."""
+        try:
+            return objectives(self._draws(HOLDOUT)), ""
+        except TaskError as error:
+            fault = "" if self.outcomes(HOLDOUT).empty else str(error)
+            return pd.DataFrame(columns=self._objective_columns(), dtype=float), fault
+
+    @cached_property
+    def _roles(self) -> pd.Series[Any]:
+        """The role of every point."""
+        return roles_of(self._points["kind"])
+
+    def _objective_columns(self) -> list[str]:
+        names = ["domain", *(name for name in self.objectives if name not in ("domain", "forgetting")), "forgetting"]
+        return [*names, *(f"{name}_{end}" for name in names for end in ("low", "high", "stderr"))]
+
+    def _losses(self, suite: str) -> pd.DataFrame:
+        return _losses(self.points(suite), self.objectives)
+
+    @property
+    def _measured_from(self) -> tuple[int, dict[str, int]]:
+        assert self.references is not None, "base and experts are scored"
+        return self.references
+
+    def _draws(self, suite: str) -> Draws:
+        if suite not in self._drawn:
+            base, experts = self._measured_from
+            self._drawn[suite] = draw_objectives(
+                self.outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
+            )
+        return self._drawn[suite]
+
+    @cached_property
+    def _drawn(self) -> dict[str, Draws]:
+        return {}
+
+    def _retention(self, suite: str) -> pd.DataFrame:
+        if suite not in self._retentions:
+            self._require_points()
+            base, experts = self._measured_from
+            self._retentions[suite] = task_retention(
+                self.outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
+            )
+        return self._retentions[suite]
+
+    @cached_property
+    def _retentions(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    def _require_points(self) -> pd.DataFrame:
+        if self._points.empty:
+            raise NoPointError(f"run {self.name}: {self.why_empty}")
+        return self._points
+
+    def _best(self, max_forgetting: float, sure: float) -> int | None:
+        front = self.front()
+        certain = front[self.within(max_forgetting, SEARCH)[front.index] >= sure]
+        at = best_under(certain["domain"], certain["forgetting"], max_forgetting=max_forgetting)
+        return None if at is None else int(certain.index[at])
+
+    def _corner(self) -> list[float]:
+        reference = self.reference()
+        return [*(-reference[name] for name in self.objectives[:-1]), reference["forgetting"]]
+
+    def _against(self, trial: int, line: Role, suite: str) -> tuple[float, ...] | None:
+        """A trial against one line of anchors: its forgetting and domain, and the gap's fields."""
+        points = self.points(suite)
+        domain, forgetting = points["domain"], points["forgetting"]
+        base, experts = self._measured_from
+        on_line = (self._roles == line) & domain.notna()
+        stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
+        if not on_line.any():
+            return None
+        gap = gap_to_line(self._draws(suite), trial, stops.to_list())
+        return forgetting[trial], domain[trial], *astuple(gap)
+
+
+def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """The objectives with those to be maximised negated: (n, m), all minimised, forgetting last."""
+    losses = points[list(names)].astype(float)
+    losses.iloc[:, :-1] *= -1
+    return losses
+
+
+def _prefix(suite: str) -> str:
+    """What stands before the names of a suite's figures in a frame that holds those of both."""
+    if suite not in (SEARCH, HOLDOUT):
+        raise RunError(f"a suite is {SEARCH} or {HOLDOUT}, not {suite}")
+    return "holdout_" if suite == HOLDOUT else ""

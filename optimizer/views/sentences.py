@@ -1,0 +1,110 @@
+"""A run in sentences: what a trial keeps and forgets, whether the search was worth it, what to know first."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from evals.objectives import carries
+from evals.outcomes import HOLDOUT, SEARCH
+from evals.truncation import cut_short as cut_short_tasks
+from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.scored import ScoredRun
+from optimizer.runs.trial import NOT_COUNTED
+from optimizer.words import Interval, count, listed, percent
+
+
+def named(run: ScoredRun, trial: int) -> str:
+    """A trial as people call it: its number, and its method where the run has several."""
+    method = run.method(trial) or "no recipe"
+    return f"trial {trial} ({method})" if len(run.methods) > 1 else f"trial {trial}"
+
+
+def titled(run: ScoredRun, trial: int) -> str:
+    """A trial as people call it, at the start of a sentence."""
+    return named(run, trial).replace("t", "T", 1)
+
+
+def describe(run: ScoredRun, trial: int) -> str:
+    """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
+    run.require_scored(trial)
+    suite = run.suite_of(trial)
+    row = rows_of(run.points(suite))[trial]
+    gain, loss = (Interval.of(row, name).text() for name in ("domain", "forgetting"))
+    items = "items the search never saw" if suite == HOLDOUT else "the items the search used"
+    return f"{titled(run, trial)} keeps {gain} of the domain gain and forgets {loss}, measured on {items}."
+
+
+def how_sure(run: ScoredRun, trial: int, max_forgetting: float) -> str:
+    """One sentence on how sure it is that a trial forgets at most so much, by the items that judge it."""
+    run.require_scored(trial)
+    suite = run.suite_of(trial)
+    share = run.within(max_forgetting, suite)[trial]
+    return f"In {percent(share)} of resamplings of the {suite} items it forgets at most {percent(max_forgetting)}."
+
+
+def verdict(run: ScoredRun) -> list[str]:
+    """Whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
+    if len(run.points()) and (kind := run.kinds[run.knee()]).is_anchor:
+        return [f"The knee needs no search: it is {kind.stored}. The search found no better one."]
+    return [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
+
+
+def gap_sentence(gap: Row) -> str:
+    """One sentence on a searched trial against a line of anchors, a row of `ScoredRun.does_search_pay`."""
+    line = {"uniform": "one weight for all layers", "slope": "a weight that rises with depth"}[gap["line"]]
+    middle, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
+    if low > 0:
+        meaning = f"the search keeps {middle:.0f} points more [{low:.0f}, {high:.0f}], so here it pays"
+    elif high < 0:
+        meaning = f"the search keeps {-middle:.0f} points less [{-high:.0f}, {-low:.0f}], so take that instead"
+    else:
+        meaning = f"the difference, {middle:+.0f} points [{low:+.0f}, {high:+.0f}], does not show that search pays"
+    kept = f"keeps {percent(gap['line_domain'])} of the gain; {meaning}."
+    if gap["line_forgetting"] > gap["forgetting"]:
+        return f"No point with {line} forgets so little; the nearest, at {percent(gap['line_forgetting'])}, {kept}"
+    return f"At the same forgetting, {line} {kept}"
+
+
+def cut_short(run: ScoredRun) -> list[str]:
+    """Tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence each,
+    over all finished trials and both suites."""
+    return cut_short_tasks(pd.concat([run.outcomes(suite) for suite in (SEARCH, HOLDOUT)], ignore_index=True))
+
+
+def lost(run: ScoredRun) -> list[str]:
+    """Finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence for
+    each suite, naming the files."""
+    found = [(suite, faults) for suite in (SEARCH, HOLDOUT) if (faults := run.lost_outcomes(suite))]
+    return [
+        f"Without the {suite} outcomes of {count(len(faults), 'trial')}, until `mergefront search` scores them "
+        f"again: {listed(list(faults.values()))}."
+        for suite, faults in found
+    ]
+
+
+def findings(run: ScoredRun) -> list[str]:
+    """What a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
+    lost outcomes, failed trials."""
+    notes = lost(run)
+    if run.references is None:
+        notes.append(run.why_empty)
+    else:
+        base, experts = run.references
+        notes += carries(run.outcomes(SEARCH), tasks=run.tasks, suite=SEARCH, base=base, experts=experts)
+    notes += cut_short(run)
+    notes += [f"The holdout scores cannot be used: {fault}"] if (fault := run.holdout_fault) else []
+    trials = run.trials()
+    failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_COUNTED)]
+    if len(failed):
+        notes.append(f"{count(len(failed), 'trial')} failed; most often: {failed['reason'].mode().iloc[0]}")
+    return notes
+
+
+def summary(run: ScoredRun) -> str:
+    """The run in a few plain sentences."""
+    states = run.trials()["state"]
+    done, total = int((states == "complete").sum()), len(states)
+    head = f"Run {run.name}: {done} of {count(total, 'trial')} finished"
+    if run.points().empty:
+        return f"{head}. {run.why_empty}"
+    return f"{head}, {count(len(run.front()), 'point')} on the front. {describe(run, run.knee())}"
