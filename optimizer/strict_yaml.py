@@ -108,7 +108,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
+    """Return the value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
     try:
         return yaml.load(text, Loader=_Loader)  # it is a SafeLoader
     except StudyFileError as error:
@@ -121,7 +121,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file of ours or of mergekit.
+    """Read the mapping in a YAML file of ours or of mergekit.
 
     Raises:
         StudyFileError: the file is missing, no regular file, too large, not UTF-8, not plain YAML, or not a mapping.
@@ -134,20 +134,21 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def dump_yaml(document: Mapping[str, Any]) -> str:
-    """YAML text that `read_yaml` and any other reader give back unchanged."""
+    """Write YAML text that `read_yaml` and any other reader give back unchanged."""
     return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, width=110)
 
 
 def dump_scalar(text: str) -> str:
-    """One text as YAML on one line, in quotes only where it needs them."""
+    """Write one text as YAML on one line, in quotes only where it needs them."""
     style = '"' if CONTROL.search(text) else None
     return yaml.dump(text, Dumper=_Dumper, width=10_000, default_style=style).removesuffix("\n").removesuffix("\n...")
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: short, and without secrets."""
+    """Return a value as an error message shows it: short, and without secrets."""
     return shortened(redacted(repr(value)))
 
 
 def shortened(text: str) -> str:
+    """Cut a text to 80 characters."""
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Before a search: open the checkpoints' headers and the tasks, find everything that does not fit, say what will run.
+"""Before a search: open the checkpoints' headers and the tasks, and find everything that does not fit.
 
 `search` goes on from the same plan that `check` prints.
 """
@@ -53,7 +53,7 @@ class Plan:
         return base | {f"models.experts.{name}": expert for name, expert in self.experts.items()}
 
     def attempt(self, key: str, action: Callable[[], T]) -> T | None:
-        """The action's result, or None and one more problem."""
+        """Return the action's result, or None and one more problem."""
         try:
             return action()
         except (MergefrontError, SpaceError, TaskError) as error:

@@ -33,7 +33,7 @@ MODULES = {
 
 
 def study_from_evolve(path: Path, out: Path, general: Sequence[str] = ()) -> str:
-    """The text of a study file at `out` for a mergekit-evolve configuration.
+    """Write the text of a study file at `out` for a mergekit-evolve configuration.
 
     Args:
         path: the configuration; paths of models in it start at the current folder, as mergekit reads them.
@@ -197,7 +197,7 @@ class _Conversion:
         return value
 
     def _flag(self, key: str, default: bool) -> bool:
-        """What stands under a key that is true or false, of the document or of its genome."""
+        """Return what stands under a key that is true or false, of the document or of its genome."""
         section = self.genome if key.startswith("genome.") else self.document
         given = section.get(key.removeprefix("genome."))
         if given is not None and not isinstance(given, bool):

@@ -1,7 +1,7 @@
 """What is wrong with a study file, in words: the key, the rule, what was given, and the mend.
 
-There are three kinds of problems, each told as (key path, problem): keys and values that break the schema; texts that
-are no name, path or URL; and what is well typed and cannot be meant.
+There are three kinds of problems: keys and values that break the schema; texts that are no name, path or URL; and
+what is well typed and cannot be meant.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from optimizer.study.schema import Finding, SpaceSection, Study, keys_at
 from optimizer.workers.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 
+Problem = tuple[str, str]  # the key's path, and what is wrong with its value
+
 LONGEST_TEXT = 4096  # characters of one value of a study
 EXPERT_RULE = "an expert's name must be letters, digits, dash or underscore, 32 at most"
-# what lm-eval calls some of our keys
+# What lm-eval calls some of our keys.
 LM_EVAL_WORDS = {
     "batch_size": "token_budget",
     "limit": "items",
@@ -27,13 +29,13 @@ LM_EVAL_WORDS = {
 }
 
 
-def schema_problems(found: Sequence[Finding]) -> list[tuple[str, str]]:
-    """Say each finding of the schema as (key path, problem)."""
+def schema_problems(found: Sequence[Finding]) -> list[Problem]:
+    """Say in words what breaks the schema."""
     return [_problem(entry) for entry in _own_findings(found)]
 
 
 def _own_findings(found: Sequence[Finding]) -> list[Finding]:
-    """The findings, without "too short" for a list that is short because its entries are wrong."""
+    """Leave out "too short" for a list that is short because its entries are wrong."""
     places = [entry["loc"] for entry in found]
 
     def follows(entry: Finding) -> bool:
@@ -43,8 +45,8 @@ def _own_findings(found: Sequence[Finding]) -> list[Finding]:
     return [entry for entry in found if not follows(entry)]
 
 
-def _problem(entry: Finding) -> tuple[str, str]:
-    """(key path, rule and what was given and the mend) of one finding."""
+def _problem(entry: Finding) -> Problem:
+    """Say one finding: the rule, what was given and the mend."""
     path = [part for part in entry["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in path)
     given = shown(entry["input"])
@@ -74,8 +76,8 @@ def _did_you_mean(path: Sequence[str | int]) -> str:
     return f"the keys here are {', '.join(here)}"
 
 
-def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Yield (key path, problem) of every text that is no name, path or URL: it would reach file system and terminal."""
+def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """Yield the problem of every text that is no name, path or URL: it would reach file system and terminal."""
     if isinstance(value, str):
         if len(value) > LONGEST_TEXT:
             yield ".".join(place), f"must have {LONGEST_TEXT:,} characters at most; given {shown(value)}"
@@ -88,29 +90,38 @@ def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[tuple[str,
             yield from odd_texts(entry, (*place, str(key)))
 
 
-def contradictions(study: Study) -> Iterator[tuple[str, str]]:
-    """Yield (key path, problem) of everything that is well typed and cannot be meant."""
-    if not study.space.method_is_the_recipes:  # else what does not fit is found with the recipe
-        yield from _range_problems(study.space)
-    experts = list(study.models.experts)
-    for spec in () if study.space.method_is_the_recipes else map(METHODS.__getitem__, study.space.methods):
-        if spec.unsearchable:
-            yield "space.method", f"{spec.name} cannot be searched: {spec.unsearchable}"
-        if spec.max_experts is not None and len(experts) > spec.max_experts:
-            yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {len(experts)}"
-        if len(experts) < spec.min_experts:
-            yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {len(experts)}"
-    if len(set(study.space.modules)) < len(study.space.modules):
-        yield "space.modules", f"must not name a module twice; given {list(study.space.modules)}"
+def contradictions(study: Study) -> Iterator[Problem]:
+    """Yield the problem of everything that is well typed and cannot be meant."""
+    space, experts, storage = study.space, list(study.models.experts), study.search.storage
+    if not space.method_is_the_recipes:  # else what does not fit is found with the recipe
+        yield from _range_problems(space)
+        yield from _method_problems(space, len(experts))
+    if len(set(space.modules)) < len(space.modules):
+        yield "space.modules", f"must not name a module twice; given {list(space.modules)}"
     yield from _task_problems(study, experts)
-    if study.search.storage is not None and (problem := _storage_problem(study.search.storage)):
-        yield "search.storage", f"{problem}; given {redacted(study.search.storage)!r}"
+    if storage is not None and (problem := _storage_problem(storage)):
+        yield "search.storage", f"{problem}; given {redacted(storage)!r}"
     if study.name.endswith("."):
         yield "name", f"must not end with a dot; given {study.name!r}"
-    if study.workers.ray_address is not None and study.workers.count == 0:
+    if study.workers.ray_address is not None:
+        yield from _address_problems(study.workers.ray_address, study.workers.count)
+
+
+def _method_problems(space: SpaceSection, experts: int) -> Iterator[Problem]:
+    for spec in map(METHODS.__getitem__, space.methods):
+        if spec.unsearchable:
+            yield "space.method", f"{spec.name} cannot be searched: {spec.unsearchable}"
+        if spec.max_experts is not None and experts > spec.max_experts:
+            yield "space.method", f"{spec.name} takes at most {spec.max_experts} expert(s); given {experts}"
+        if experts < spec.min_experts:
+            yield "space.method", f"{spec.name} needs {spec.min_experts} experts; given {experts}"
+
+
+def _address_problems(address: str, workers: int) -> Iterator[Problem]:
+    if workers == 0:
         yield "workers.ray_address", "needs workers: workers.count is 0, which means in this process"
-    if study.workers.ray_address is not None and (problem := address_problem(study.workers.ray_address)):
-        yield "workers.ray_address", f"must be HOST:PORT, or auto: {problem}; given {study.workers.ray_address!r}"
+    if problem := address_problem(address):
+        yield "workers.ray_address", f"must be HOST:PORT, or auto: {problem}; given {address!r}"
 
 
 def _storage_problem(url: str) -> str:
@@ -119,7 +130,7 @@ def _storage_problem(url: str) -> str:
     return storage_problem(url)
 
 
-def _range_problems(space: SpaceSection) -> Iterator[tuple[str, str]]:
+def _range_problems(space: SpaceSection) -> Iterator[Problem]:
     specs = [METHODS[name] for name in space.methods]
     for name, (low, high) in space.ranges.items():
         key, given = f"space.{name}", f"given [{low:g}, {high:g}]"
@@ -147,21 +158,22 @@ def _range_problem(spec: MethodSpec, name: str, low: float, high: float) -> str:
     return "" if parameter.allows(low) and parameter.allows(high) else f"must hold {DOMAINS[parameter.domain]} only"
 
 
-def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for i, entry in enumerate(study.evals.domain):
+def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
+    domain, general = study.evals.domain, study.evals.general
+    for i, entry in enumerate(domain):
         if entry.expert and entry.expert not in experts:
             close = difflib.get_close_matches(entry.expert, experts, n=1, cutoff=0.5)
             mend = f'did you mean "{close[0]}"?' if close else f"the experts are {', '.join(experts)}"
             yield f"evals.domain.{i}.expert", f"must be an expert of this study; given {entry.expert!r}; {mend}"
-    measured = {entry.expert for entry in study.evals.domain}
+    measured = {entry.expert for entry in domain}
     if "" not in measured and (unmeasured := [name for name in experts if name not in measured]):
         yield "evals.domain", f"must measure every expert; no task is for {', '.join(unmeasured)}"
-    for i, entry in enumerate(study.evals.general):
+    for i, entry in enumerate(general):
         if entry.expert:
             yield f"evals.general.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
     seen: set[str] = set()
-    for role in ("domain", "general"):
-        for i, entry in enumerate(getattr(study.evals, role)):
+    for role, entries in (("domain", domain), ("general", general)):
+        for i, entry in enumerate(entries):
             if entry.task in seen:
                 yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
             seen.add(entry.task)

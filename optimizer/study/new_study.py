@@ -19,7 +19,7 @@ GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 def new_study(
     out: Path, base: str, experts: Sequence[str], *, domain: Sequence[str] = (), general: Sequence[str] = ()
 ) -> str:
-    """The text of a study file at `out`, from a command line's words; paths that exist are written from its folder.
+    """Write the text of a study file at `out` from a command line's words; existing paths are written from its folder.
 
     Args:
         experts: each a checkpoint, or NAME=checkpoint.
@@ -37,7 +37,7 @@ def new_study(
 
 
 def run_name(out: Path, experts: Sequence[str]) -> str:
-    """A name for the run, after the study's file or, where that says nothing or is no name, after the experts."""
+    """Name the run after the study's file or, where that says nothing or is no name, after the experts."""
     says = out.stem != "study" and re.fullmatch(NAME, out.stem) and not out.stem.endswith(".")
     return out.stem if says else "-".join(experts)[:64]
 
@@ -52,7 +52,7 @@ def _named(given: str) -> tuple[str, str]:
 
 
 def expert_name(source: str) -> str:
-    """A name for an expert, after its folder."""
+    """Name an expert after its folder."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).name).strip("-_")[:32]
     if not stem:
         raise StudyFileError(f"an expert without a name of its own needs one: write NAME=PATH; given {shown(source)}")
@@ -60,7 +60,7 @@ def expert_name(source: str) -> str:
 
 
 def source_from(source: str, folder: Path, where: str = "") -> str:
-    """A path that exists, written from a folder; anything else as it stands.
+    """Write a path that exists from a folder; anything else as it stands.
 
     Raises:
         StudyFileError: no file can have that path; `where` says where it was given.
@@ -80,7 +80,7 @@ def commented_study(
     domain: Sequence[str] = ("path/to/domain_task.yaml",),
     general: Sequence[str] = GENERAL,
 ) -> str:
-    """The text of a study file with a comment on each thing a person may want to change."""
+    """Write the text of a study file with a comment on each thing a person may want to change."""
     experts_text = "\n".join(f"    {dump_scalar(key)}: {dump_scalar(source)}" for key, source in experts.items())
     domain_text = "\n".join(f"    - {dump_scalar(task)}" for task in domain)
     general_text = "\n".join(f"    - {dump_scalar(task)}" for task in general)

@@ -33,7 +33,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
 MOST_POINTS = 64  # of a curve, blocks of a shape
 Range = tuple[float, float]
-Finding = dict[str, Any]
+Finding = dict[str, Any]  # of pydantic
 
 
 class Section(BaseModel):
@@ -45,7 +45,7 @@ class Section(BaseModel):
 def _count_or(
     word: str, *, least: int = 1, most: int = MOST_ITEMS, share: bool = False
 ) -> tuple[PlainValidator, WithJsonSchema]:
-    """How to read a whole number, or one word instead, or (where that means something) a share."""
+    """Read a whole number, or one word instead, or (where that means something) a share."""
     between = ", a share such as 0.3" if share else ""
 
     def read(value: object) -> object:
@@ -304,13 +304,13 @@ class Study(Section):
 
 
 def study_schema() -> dict[str, Any]:
-    """JSON Schema of a study file, for editors."""
+    """Return the JSON Schema of a study file, for editors."""
     schema = Study.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mergefront study file"}
 
 
 def schema_text() -> str:
-    """The text of the committed schema file."""
+    """Return the text of the committed schema file."""
     return json.dumps(study_schema(), indent=2) + "\n"
 
 

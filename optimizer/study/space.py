@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
-    """The study's search space on a base with these tensor names."""
+    """Build the study's search space on a base with these tensor names."""
     from search_spaces.choice import Choice  # brings optuna, as does the next
     from search_spaces.shape import Shape
     from search_spaces.space import Space
@@ -51,7 +51,7 @@ def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
 
 
 def _space_from(study: Study, tensors: Sequence[str]) -> Space:
-    """The space around the recipe that space.from names."""
+    """Build the space around the recipe that space.from names."""
     from search_spaces.recipe import Recipe
     from search_spaces.shape import Shape
     from search_spaces.start import space_around
@@ -74,7 +74,7 @@ def _space_from(study: Study, tensors: Sequence[str]) -> Space:
 
 
 def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
-    """A recipe of ours, whose experts go by their names, or a mergekit document's, where they go by sources."""
+    """Read a recipe of ours, whose experts go by their names, or a mergekit document's, where they go by sources."""
     from search_spaces.mergekit.reader import from_mergekit
     from search_spaces.recipe import Recipe
 

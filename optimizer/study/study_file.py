@@ -7,6 +7,7 @@ where it stands, what was given and what would be right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.study.messages import contradictions, odd_texts, schema_problems
-from optimizer.study.schema import Study, validate
+from optimizer.study.schema import Study, TaskEntry, validate
 
 MOST_PARTS = 16  # of a key given to --set
 
 
 def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
-    """The study in a file, with relative paths made absolute from the file's folder.
+    """Read the study in a file, with relative paths made absolute from the file's folder.
 
     Args:
         path: the YAML file.
@@ -47,7 +48,7 @@ def dump_study(study: Study) -> str:
 
 
 def stored_storage(run: Path) -> str | None:
-    """The storage URL in a run folder's study file; None where the study is in the folder itself.
+    """Return the storage URL in a run folder's study file; None where the study is in the folder itself.
 
     Raises:
         StudyFileError: the URL has a password, which is not kept in the folder.
@@ -89,7 +90,7 @@ def _set(document: dict[str, Any], override: str) -> None:
 
 
 def _entry(place: Any, part: str, override: str) -> int:
-    """The index that a part of a key is in a list."""
+    """Return the index that a part of a key is in a list."""
     if isinstance(place, list) and part.isdecimal() and len(part) < 10 and int(part) < len(place):
         return int(part)
     rule = f"has {len(place)} entries, counted from 0" if isinstance(place, list) else f"is the value {shown(place)}"
@@ -111,7 +112,7 @@ def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -
 
 
 def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
-    """Where the value at a key comes from: the override that set it or made its section, or the file."""
+    """Tell where the value at a key comes from: the override that set it or made its section, or the file."""
     for override in reversed(overrides):
         target = override.partition("=")[0].strip()
         if f"{key}.".startswith(f"{target}.") or (target.startswith(f"{key}.") and key not in read_yaml(path)):
@@ -120,40 +121,48 @@ def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
 
 
 def _with_absolute_paths(study: Study, path: Path) -> Study:
-    """The study with every path made absolute from the folder of its file; a database's from here, as in any URL."""
-
-    def absolute(key: str, given: str) -> str:
-        return str(resolved_path(given, folder, where=f"{path}: {key}", error=StudyFileError))
-
-    def model(key: str, given: str) -> str:
-        """A folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
-        looks_like_path = given.startswith((".", "/", "~")) or given.count("/") > 1
-        found = absolute(key, given)
-        return found if looks_like_path or Path(found).is_dir() else given
-
-    folder = path.resolve().parent
-    models = study.models.model_copy(
+    """Make every path absolute from the folder of the study's file; a database's from here, as in any URL."""
+    paths, models, evals = _Paths(path), study.models, study.evals
+    sources = {
+        "base": paths.model("models.base", models.base),
+        "experts": {name: paths.model(f"models.experts.{name}", source) for name, source in models.experts.items()},
+    }
+    tasks = {
+        role: tuple(paths.task(f"evals.{role}.{i}.task", entry) for i, entry in enumerate(entries))
+        for role, entries in (("domain", evals.domain), ("general", evals.general))
+    }
+    start = study.space.from_ and paths.absolute("space.from", study.space.from_)
+    return study.model_copy(
         update={
-            "base": model("models.base", study.models.base),
-            "experts": {name: model(f"models.experts.{name}", source) for name, source in study.models.experts.items()},
+            "models": models.model_copy(update=sources),
+            "evals": evals.model_copy(update=tasks),
+            "space": study.space.model_copy(update={"from_": start} if start else {}),
+            "runs": paths.absolute("runs", study.runs),
+            "search": study.search.model_copy(update={"storage": _absolute_url(study.search.storage)}),
         }
     )
-    tasks = {
-        role: tuple(
-            entry.model_copy(update={"task": absolute(f"evals.{role}.{i}.task", entry.task)})
-            if _is_path(entry.task)
-            else entry
-            for i, entry in enumerate(entries)
-        )
-        for role, entries in (("domain", study.evals.domain), ("general", study.evals.general))
-    }
-    evals = study.evals.model_copy(update=tasks)
-    start = study.space.from_ and absolute("space.from", study.space.from_)
-    space = study.space.model_copy(update={"from_": start} if start else {})
-    runs = absolute("runs", study.runs)
-    search = study.search.model_copy(update={"storage": _absolute_url(study.search.storage)})
-    update = {"models": models, "space": space, "evals": evals, "search": search, "runs": runs}
-    return study.model_copy(update=update)
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """The paths in a study file, which start at its folder."""
+
+    file: Path
+
+    def absolute(self, key: str, given: str) -> str:
+        folder = self.file.resolve().parent
+        return str(resolved_path(given, folder, where=f"{self.file}: {key}", error=StudyFileError))
+
+    def model(self, key: str, given: str) -> str:
+        """Return a folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
+        looks_like_path = given.startswith((".", "/", "~")) or given.count("/") > 1
+        found = self.absolute(key, given)
+        return found if looks_like_path or Path(found).is_dir() else given
+
+    def task(self, key: str, entry: TaskEntry) -> TaskEntry:
+        """Return a task with its path made absolute; one of lm-eval's, which has neither slash nor .yaml, as it is."""
+        is_path = "/" in entry.task or entry.task.endswith((".yaml", ".yml"))
+        return entry.model_copy(update={"task": self.absolute(key, entry.task)}) if is_path else entry
 
 
 def _absolute_url(url: str | None) -> str | None:
@@ -162,8 +171,3 @@ def _absolute_url(url: str | None) -> str | None:
     from optimizer.runs.study_url import absolute_url
 
     return absolute_url(url)
-
-
-def _is_path(task: str) -> bool:
-    """A path has a slash or ends with .yaml; anything else is a task's name in lm-eval."""
-    return "/" in task or task.endswith((".yaml", ".yml"))
