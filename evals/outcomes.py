@@ -5,8 +5,6 @@ A task's score is a ratio of sums over its items, so that any score can be recom
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SEARCH = "search"
@@ -84,11 +82,3 @@ class Outcome:
     truncated: bool
     lengths: tuple[int, ...] = ()
     broken_off: bool = False
-
-
-def score_of(outcomes: Iterable[Outcome]) -> float:
-    """The score of one task's outcomes, in the metric's own direction and unit."""
-    rows = list(outcomes)
-    assert rows, "a score needs at least one outcome"
-    assert len({(row.task, row.suite) for row in rows}) == 1, "a score is of one task and one suite"
-    return math.fsum(row.value for row in rows) / math.fsum(row.weight for row in rows)

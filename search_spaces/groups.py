@@ -106,16 +106,6 @@ def kind_of(group: str) -> str:
     return _match(group)[2] or group
 
 
-def depth_of(group: str, n_layers: int) -> float:
-    """Give a group's depth in [0, 1]: embed 0, layer i of n at i/(n-1), head 1."""
-    layer = layer_of(group)
-    if layer is None:
-        return 0.0 if group == "embed" else 1.0
-    if layer >= n_layers:
-        raise SpaceError("a layer's index is below the number of layers", given=f"{layer} of {n_layers}", where=group)
-    return layer / max(n_layers - 1, 1)
-
-
 def group_at(place: str) -> str:
     """Give the group of a place, which is a group itself or the name of one of its tensors.
 

@@ -6,23 +6,22 @@ weights is linear: a weight is the interpolation of at most two sampled numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-import numpy as np
 from optuna.distributions import FloatDistribution
 from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of
-from search_spaces.parameters import DOMAINS, MethodSpec, Parameter
+from search_spaces.parameters import MethodSpec, Parameter
+from search_spaces.profiles import Knot, Profile, fit_knots, knots_of, straight, weight_at
+from search_spaces.ranges import Range, read_range, require_range
 from search_spaces.recipe import Recipe, Setting, check_experts, method_spec
 from search_spaces.shape import Shape
 
-Profile = Callable[[float], float]
-Range = tuple[float, float]
 Params = Mapping[str, float | str]  # what Optuna sampled; the only word is the method, where a study has several
 
 MODULES = ("embed", "attn", "mlp", "head")
@@ -36,14 +35,6 @@ class Anchor:
 
     name: str
     params: Params
-
-
-@dataclass(frozen=True, slots=True)
-class _Knot:
-    """A sampled number of a layer profile: its name's last part and the depth in [0, 1] it stands for."""
-
-    suffix: str
-    depth: float
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class Space:
         if self.spec.scale not in self.ranges:
             raise SpaceError(f"{self.method} searches {self.spec.scale}", given=", ".join(self.ranges) or "no range")
         for name, given in self.ranges.items():
-            _check_range(self.spec, name, given)
+            require_range(self.spec, name, given)
 
     @classmethod
     def build(
@@ -117,7 +108,7 @@ class Space:
             for parameter in method_spec(method).parameters
             if parameter.is_searched(len(experts))
         }
-        given = {name: _pair(name, span) for name, span in ranges.items()}
+        given = {name: read_range(name, span) for name, span in ranges.items()}
         return cls(
             method,
             base,
@@ -224,13 +215,11 @@ class Space:
     def _knots_of(self, recipe: Recipe, expert: str, profile: str) -> dict[str, float]:
         names = [self._name(expert, module=profile, suffix=knot.suffix) for knot in self._knots]
         kind = profile or next(kind for kind in ("attn", "mlp") if f"layer.00.{kind}" in self.groups)
-        layers = range(self._layers)
-        unit = np.eye(len(names))
-        shares = [[self._at(expert, profile, i, dict(zip(names, row, strict=True))) for row in unit] for i in layers]
         owner = self._owner(expert)
-        values = [recipe.value(self.spec.scale, expert=owner, group=f"layer.{i:02d}.{kind}") for i in layers]
-        knots = np.linalg.lstsq(np.array(shares), np.array(values), rcond=None)[0]
-        return {name: round(float(knot), 12) + 0.0 for name, knot in zip(names, knots, strict=True)}
+        weights = [
+            recipe.value(self.spec.scale, expert=owner, group=f"layer.{i:02d}.{kind}") for i in range(self._layers)
+        ]
+        return dict(zip(names, fit_knots(self.shape, weights), strict=True))
 
     def profile_params(self, profile: Profile | Mapping[str, Profile]) -> dict[str, float]:
         """Give the parameters whose weights follow a function of depth; all others stay at what changes nothing.
@@ -263,15 +252,15 @@ class Space:
                 beta (l - 1)/(L - 1) of LiNeS, arXiv 2410.17146. None where the shape has a single weight.
         """
         share = 1.0 / len(self._names)
-        anchors = [Anchor("base", self.profile_params(_straight(0.0, 0.0)))]
+        anchors = [Anchor("base", self.profile_params(straight(0.0, 0.0)))]
         for chosen in self._names:
-            profiles = {name: _straight(*(2 * [float(name == chosen)])) for name in self._names}
+            profiles = {name: straight(*(2 * [float(name == chosen)])) for name in self._names}
             anchors.append(Anchor(f"expert:{chosen}", self.profile_params(profiles)))
         for a in alphas:
-            anchors.append(Anchor(f"uniform a={a:.2f}", self.profile_params(_straight(a * share, a * share))))
+            anchors.append(Anchor(f"uniform a={a:.2f}", self.profile_params(straight(a * share, a * share))))
         for a, b in slopes if len(self._knots) > 1 else ():
             name = f"slope {a:.2f}->{b:.2f}"
-            anchors.append(Anchor(name, self.profile_params(_straight(a * share, b * share))))
+            anchors.append(Anchor(name, self.profile_params(straight(a * share, b * share))))
         anchors += [self.start] if self.start else []
         return [anchor for i, anchor in enumerate(anchors) if all(anchor.params != a.params for a in anchors[:i])]
 
@@ -297,19 +286,9 @@ class Space:
         return own if set(own) & set(self.modules) else [""]
 
     @cached_property
-    def _knots(self) -> list[_Knot]:
+    def _knots(self) -> list[Knot]:
         """Knots of one profile, first layer to last."""
-        kind, n, last = self.shape.kind, self.shape.n, max(self._layers - 1, 1)
-        if kind == "uniform":
-            return [_Knot("", 0.5)]
-        if kind == "slope":
-            return [_Knot("slope.0", 0.0), _Knot("slope.1", 1.0)]
-        if kind == "curve":
-            return [_Knot(f"curve.{i}", i / (n - 1)) for i in range(n)]
-        if kind == "layers":
-            return [_Knot(f"layer.{i:02d}", i / last) for i in range(self._layers)]
-        blocks = [[i for i in range(self._layers) if i * n // self._layers == block] for block in range(n)]
-        return [_Knot(f"block.{i}", (block[0] + block[-1]) / (2 * last)) for i, block in enumerate(blocks)]
+        return knots_of(self.shape, self._layers)
 
     def _owner(self, expert: str) -> str:
         """Give the expert a weight belongs to: none where the method has one weight for its only expert."""
@@ -342,12 +321,7 @@ class Space:
         def value(knot: int) -> float:
             return params[self._name(expert, module=profile, suffix=self._knots[knot].suffix)]
 
-        n = len(self._knots)
-        if self.shape.kind not in ("slope", "curve"):
-            return value(layer * n // self._layers)
-        place = layer * (n - 1) / max(self._layers - 1, 1)
-        left = min(int(place), n - 2)
-        return _between(value(left), value(left + 1), place - left)
+        return weight_at(self.shape, layer, self._layers, value)
 
     def _others(self) -> Iterator[tuple[str, Parameter]]:
         """Name the parameters with a range that are not the scale: one value per expert, or one in all."""
@@ -371,39 +345,3 @@ class Space:
                 raise SpaceError("a parameter lies in its range", given=value, where=f"{name} in [{low}, {high}]")
             numbers[name] = value
         return numbers
-
-
-def _straight(first: float, last: float) -> Profile:
-    return lambda depth: _between(first, last, depth)
-
-
-def _between(first: float, last: float, share: float) -> float:
-    return last if share == 1.0 else first + share * (last - first)
-
-
-def _pair(name: str, span: Iterable[float]) -> Range:
-    ends = tuple(span) if not isinstance(span, str) else ()
-    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
-        raise SpaceError("a range is two numbers, low and high", given=span, where=f"space.{name}")
-    return float(ends[0]), float(ends[1])
-
-
-def _check_range(spec: MethodSpec, name: str, span: Range) -> None:
-    where = f"space.{name}"
-    parameter = spec.parameter(name)
-    if parameter is None:
-        known = ", ".join(p.name for p in spec.parameters if p.domain != "switch")
-        raise SpaceError(
-            f"{spec.name} has no such parameter to search", given=name, where=where, mend=f"one of {known}"
-        )
-    if parameter.domain == "switch":
-        raise SpaceError(f"{name} is a switch and is not searched", given=span, where=where)
-    low, high = _pair(name, span)
-    if not (parameter.allows(low) and parameter.allows(high) and low <= high):
-        rule = f"a range runs from low to high and {name} is {DOMAINS[parameter.domain]}"
-        raise SpaceError(rule, given=[low, high], where=where)
-    needed = (0.0, 1.0) if name == spec.scale else (parameter.default,)
-    if not all(low <= value <= high for value in needed):
-        rule = f"the range of {name} holds {' and '.join(f'{value:g}' for value in needed)}"
-        mend = "base and experts are points of every space" if name == spec.scale else "one point leaves a delta whole"
-        raise SpaceError(rule, given=[low, high], where=where, mend=mend)

@@ -13,9 +13,10 @@ from dataclasses import replace
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, kind_of, layer_count
 from search_spaces.parameters import Parameter
+from search_spaces.ranges import Range
 from search_spaces.recipe import Recipe, method_spec
 from search_spaces.shape import Shape
-from search_spaces.space import Anchor, Range, Space
+from search_spaces.space import Anchor, Space
 
 POINTS = range(3, 9)  # of the curves that are tried
 MODULES = ((), ("attn", "mlp"), ("attn", "mlp", "embed", "head"))

@@ -23,10 +23,10 @@ from evals.objectives import draw_objectives, objectives
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.runs.front import non_dominated
 from optimizer.runs.run_folder import RunFolder
-from search_spaces.groups import depth_of
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
 from search_spaces.space import Space
+from tests.search_spaces.names import depth_of
 
 LAYERS = 12
 ITEMS = {"search": 160, "holdout": 240}

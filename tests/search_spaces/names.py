@@ -1,6 +1,8 @@
-"""Tensor names as well-known checkpoints write them, for any number of layers."""
+"""Tensor names as well-known checkpoints write them, for any number of layers, and the depth of their groups."""
 
 from __future__ import annotations
+
+from search_spaces.groups import layer_of
 
 _ATTN = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -83,3 +85,11 @@ def opt(layers: int = 3) -> dict[str, str]:
 
 
 ALL = {f.__name__: f for f in (llama, qwen3, gemma3, mixtral, phi2, gpt2, gpt_neox, opt)}
+
+
+def depth_of(group: str, layers: int) -> float:
+    """Give a group's depth in [0, 1]: embed 0, layer i of n at i/(n-1), head 1."""
+    layer = layer_of(group)
+    if layer is None:
+        return 0.0 if group == "embed" else 1.0
+    return layer / max(layers - 1, 1)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import depth_of, flow_order, group_of, group_tensors, kind_of, layer_count, layer_of
+from search_spaces.groups import flow_order, group_of, group_tensors, kind_of, layer_count, layer_of
 from tests.search_spaces.names import ALL, gpt2, llama
 
 Names = Callable[[int], dict[str, str]]
@@ -29,16 +29,6 @@ def test_groups_partition_the_names_in_the_order_data_flows(names: Names) -> Non
 def test_a_prefix_of_the_whole_model_changes_no_group() -> None:
     bare = {name.removeprefix("transformer."): group for name, group in gpt2().items()}
     assert {name: group_of(name) for name in bare} == bare
-
-
-def test_depth_runs_from_embed_to_head() -> None:
-    groups = list(group_tensors(llama(5)))
-    depths = [depth_of(group, 5) for group in groups]
-    assert depths == sorted(depths)
-    assert depths[0] == depths[1] == 0.0
-    assert depths[-1] == depths[-2] == 1.0
-    assert depth_of("layer.02.mlp", 5) == 0.5
-    assert depth_of("layer.00.attn", 1) == 0.0
 
 
 def test_a_group_says_its_kind_and_layer() -> None:
@@ -70,5 +60,3 @@ def test_two_stacks_and_gaps_are_refused() -> None:
         group_tensors(name for name in llama() if ".1." not in name)
     with pytest.raises(SpaceError, match="no layer"):
         layer_count(["embed", "head"])
-    with pytest.raises(SpaceError, match="5 of 5"):
-        depth_of("layer.05.mlp", 5)

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
 from search_spaces import METHODS, SpaceError, group_tensors
-from search_spaces.groups import depth_of
 from search_spaces.shape import Shape
 from search_spaces.space import Space
-from tests.search_spaces.names import ALL, llama
+from tests.search_spaces.names import ALL, depth_of, llama
 from tests.search_spaces.strategies import GROUPS, LAYERS, spaces
 
 ONE = {"clinical": "a/clinical"}
@@ -295,12 +294,15 @@ def test_what_compares_experts_is_searched_from_two_on() -> None:
     assert "select_topk" in build("sce", experts=TWO).distributions()
 
 
-def test_a_model_of_one_layer_has_every_shape() -> None:
-    for shape in ("uniform", "slope", "layers", {"curve": 2}, {"blocks": 1}):
-        if shape == {"curve": 2}:
-            continue  # more knots than layers
-        space = build(shape=shape, layers=1)
-        assert set(weights(space, space.profile_params(lambda depth: 1.0)).values()) == {1.0}
+@pytest.mark.parametrize("shape", ["uniform", "slope", "layers", {"blocks": 1}])
+def test_a_model_of_one_layer_has_every_shape_but_a_curve(shape: str | dict[str, int]) -> None:
+    space = build(shape=shape, layers=1)
+    assert set(weights(space, space.profile_params(lambda depth: 1.0)).values()) == {1.0}
+
+
+def test_a_model_of_one_layer_has_no_curve() -> None:
+    with pytest.raises(SpaceError, match="no more numbers than the model has layers, 1; given: 2"):
+        build(shape={"curve": 2}, layers=1)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from search_spaces import Recipe, Setting, SpaceError
 from search_spaces.choice import Choice
-from search_spaces.groups import depth_of
 from search_spaces.shape import Shape
 from search_spaces.space import Space
 from search_spaces.start import space_around
+from tests.search_spaces.names import depth_of
 from tests.search_spaces.strategies import EXPERTS, GROUPS, LAYERS, TENSORS, spaces
 
 
