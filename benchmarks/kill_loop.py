@@ -32,7 +32,7 @@ from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.study_db import snapshot
 from optimizer.runs.study_home import stored_trials
 from optimizer.runs.trial import DRIVER_DIED, TrialKind
-from optimizer.search.driver import Event
+from optimizer.search.events import Event
 from optimizer.views.progress import event_text
 from search_spaces.recipe import Recipe
 from tests.optimizer.small_study import write_study

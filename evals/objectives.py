@@ -72,6 +72,11 @@ class Draws:
         return int(np.searchsorted(self.trials, trial))
 
 
+def objective_names(experts: Sequence[str]) -> tuple[str, ...]:
+    """A study's objectives in order: domain (one for each of several experts; maximised), forgetting (minimised)."""
+    return (*(["domain"] if len(experts) < 2 else [f"domain_{name}" for name in experts]), "forgetting")
+
+
 def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     """The score of every trial on every task, in the metric's own direction and unit.
 

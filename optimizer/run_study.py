@@ -19,7 +19,8 @@ from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.study_home import require_usable
 from optimizer.runs.trial import Role, TrialKind
-from optimizer.search.driver import Event, run_search
+from optimizer.search.driver import run_search
+from optimizer.search.events import Event
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.schema import Study
 from optimizer.study.study_file import dump_study, read_study
@@ -98,7 +99,7 @@ def _opened(study: Study) -> Ready:
 def _search(ready: Ready, run: RunFolder, console: Console) -> None:
     with Progress(console) as progress, make_pool(ready.study) as pool:
         run_search(
-            ready.study,
+            ready.study.search,
             run,
             space=ready.space,
             pool=pool,

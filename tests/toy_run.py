@@ -19,9 +19,9 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from evals.objectives import draw_objectives, objectives
+from evals.objectives import draw_objectives, objective_names, objectives
 from evals.outcomes import Outcome, TaskInfo
-from optimizer.runs.front import non_dominated
+from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
@@ -133,11 +133,10 @@ def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shar
     kinds = {kind: number for number, (kind, _) in enumerate(asked)}
     ends = {"base": kinds["base"], "experts": {name: kinds[f"expert:{name}"] for name in experts}}
     scores = objectives(draw_objectives(pd.concat(frames), tasks=infos, suite="search", replicates=0, **ends))
-    columns = [*(["domain"] if len(experts) == 1 else [f"domain_{name}" for name in experts]), "forgetting"]
+    columns = list(objective_names(experts))
     _write_study(run, space, asked, recipes, scores[columns], rng)
     if holdout:
-        signs = np.array([-1.0] * len(experts) + [1.0])
-        on_front = scores.index[non_dominated(scores[columns].to_numpy() * signs)]
+        on_front = scores.index[non_dominated(losses(scores[columns]))]
         anchors = [number for number, (kind, _) in enumerate(asked) if kind != "search"]
         for number in sorted({*on_front, *anchors}):
             _write(run, number, "holdout", recipes[number], tasks)

@@ -1,6 +1,6 @@
 """The Pareto front of a set of points: who is on it, how much it covers, and which point to pick.
 
-Shapes: n points of m objectives, all to be minimised (a caller negates what it maximises).
+Shapes: n points of m objectives, all to be minimised (`losses` negates what is maximised).
 """
 
 from __future__ import annotations
@@ -10,6 +10,17 @@ from numpy.typing import ArrayLike, NDArray
 
 LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2)  # on forgetting, for which a run gives its answer unasked
 SURE = 0.9  # and how sure that is, a share of resamplings
+
+
+def losses(objectives: ArrayLike) -> NDArray[np.float64]:
+    """Negate what is maximised, so that all is minimised.
+
+    Args:
+        objectives: (n, m) in a study's order: the domain gain of each expert, then forgetting.
+    """
+    turned = np.array(objectives, dtype=float)
+    turned[..., :-1] *= -1
+    return turned
 
 
 def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:

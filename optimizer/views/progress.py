@@ -1,6 +1,6 @@
 """What a person sees while a search runs: one live bar on a terminal, plain lines elsewhere.
 
-Listens to the events of `optimizer.search.driver`; decides nothing.
+Listens to the events of `optimizer.search.events`; decides nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optimizer.words import one_line, percent
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from optimizer.search.driver import Event
+    from optimizer.search.events import Event
 
 
 class Progress:
@@ -104,12 +104,12 @@ class _Tally:
         return ", ".join(parts)
 
     def _front(self) -> list[str]:
-        from optimizer.runs.front import knee_of, non_dominated
+        from optimizer.runs.front import knee_of, losses, non_dominated
 
-        losses = [(*(-gain for gain in gains), forgetting) for _, (*gains, forgetting) in self._points]
-        *lost, loss = losses[knee_of(losses, [TrialKind(label).role is Role.EXPERT for label, _ in self._points])]
+        points = losses([objectives for _, objectives in self._points])
+        *lost, loss = points[knee_of(points, [TrialKind(label).role is Role.EXPERT for label, _ in self._points])]
         knee = f"knee {percent(-sum(lost) / len(lost))} domain at {percent(loss)} forgetting"
-        return [f"front {non_dominated(losses).sum()}", knee]
+        return [f"front {non_dominated(points).sum()}", knee]
 
 
 def event_text(event: Event) -> str:

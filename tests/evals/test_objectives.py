@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from evals.errors import TaskError
-from evals.objectives import carries, draw_objectives, objectives, task_retention, task_scores
+from evals.objectives import carries, draw_objectives, objective_names, objectives, task_retention, task_scores
 from evals.outcomes import TaskInfo
 
 DOMAIN = TaskInfo("terms", "domain", "", "multiple_choice", "acc", True, 0.25, 0, 0)
@@ -130,6 +130,11 @@ def test_several_experts_have_an_objective_each() -> None:
     assert frame["domain_a"].tolist() == [0, 1, 0.5, 0.5]
     assert frame["domain_b"].tolist() == [0, 0, 1, 0.5]
     assert frame["domain"].tolist() == [0, 0.5, 0.75, 0.5]
+
+
+def test_objectives_are_named_by_the_experts() -> None:
+    assert objective_names(["a"]) == ("domain", "forgetting")
+    assert objective_names(["a", "b"]) == ("domain_a", "domain_b", "forgetting")
 
 
 def test_task_without_a_scale_is_refused() -> None:

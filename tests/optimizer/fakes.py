@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.runs.run_folder import RunFolder
-from optimizer.search.driver import Event, run_search
+from optimizer.search.driver import run_search
+from optimizer.search.events import Event
 from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
 from optimizer.workers.pool import SerialPool
 from optimizer.workers.worker import Evaluation
@@ -193,7 +194,7 @@ class Bench:
         run = self.run
         with run.lock():
             run_search(
-                study_of(self.folder.name, self.experts, storage=self.storage, **search),
+                study_of(self.folder.name, self.experts, storage=self.storage, **search).search,
                 run,
                 space=self.space,
                 pool=pool or SerialPool(lambda: FakeWorker(before)),  # type: ignore[arg-type]

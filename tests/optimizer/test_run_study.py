@@ -15,7 +15,7 @@ from optimizer import run_study as run_study_module
 from optimizer.errors import SearchError
 from optimizer.run_study import run_study
 from optimizer.runs.run_folder import RunFolder
-from optimizer.search.driver import Event
+from optimizer.search.events import Event
 from optimizer.views.progress import Progress
 from tests.optimizer.small_study import write_study
 

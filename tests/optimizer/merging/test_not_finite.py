@@ -49,7 +49,9 @@ def searched(study: Study, pool: SerialPool) -> tuple[RunFolder, list[FrozenTria
     tasks = plan.harness.infos
     run = RunFolder.create_or_resume(study.run_path, "name: small\n", {}, tasks=tasks)
     with run.lock(), pytest.raises(SearchError, match=TENSOR):
-        run_search(study, run, space=plan.space, pool=pool, tasks=tasks, require_unchanged=lambda: None, events=print)
+        run_search(
+            study.search, run, space=plan.space, pool=pool, tasks=tasks, require_unchanged=lambda: None, events=print
+        )
     return run, optuna.load_study(study_name=None, storage=run.storage()).get_trials(deepcopy=False)
 
 

@@ -18,7 +18,7 @@ from optimizer.errors import CheckpointError, RunError, SearchError, StudyFileEr
 from optimizer.run import open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search import driver as search_module
-from optimizer.search.driver import Event, objective_names
+from optimizer.search.events import Event
 from optimizer.search.samplers import make_sampler, require_learns
 from optimizer.views.progress import Progress
 from optimizer.words import percent
@@ -116,14 +116,14 @@ def test_a_sampler_has_the_gaps_of_the_front_filled_and_a_random_search_has_not(
         if all(between[name] == pytest.approx((one[name] + other[name]) / 2) for name in between)
     }
     searched = halfway - set(range(len(bench.space.anchors())))
-    assert len(searched) == (5 if sampler == "tpe" else 0)
+    assert bool(searched) == (sampler == "tpe")
+    assert all(number >= 10 and number % search_module.MIDPOINT_EVERY == 0 for number in searched)
 
 
 def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "two", experts=("code", "law"), shape=Shape("uniform"))
     bench.search(trials=9)
     trials = trials_of(bench)
-    assert objective_names(bench.experts) == ("domain_code", "domain_law", "forgetting")
     assert trials[1].values[:2] == pytest.approx([1.0, 0.0])
     assert trials[2].values[:2] == pytest.approx([0.0, 1.0])
 
@@ -172,7 +172,7 @@ def test_a_known_recipe_is_not_scored_twice(bench: Bench, monkeypatch: pytest.Mo
     done = [t for t in trials if t.state == COMPLETE]
     assert len({t.user_attrs["recipe"] for t in done}) == len(done) == (10 if random else known)
     assert set(reasons) == {f"duplicate of {first}"}
-    assert random or "the space has no more" in bench.events[-len(trials)].text + "".join(e.text for e in bench.events)
+    assert any("the space has no more" in event.text for event in bench.events) == (not random)
 
 
 def test_a_recipe_that_cannot_be_merged_fails_once_with_its_reason(bench: Bench) -> None:
@@ -210,7 +210,7 @@ def test_a_failed_base_stops_the_search_and_may_be_mended(bench: Bench) -> None:
 
 def test_a_score_that_is_not_finite_is_a_failure(bench: Bench) -> None:
     class Broken(FakeWorker):
-        def evaluate(self, recipe: str, suite: str) -> search_module.Result:  # type: ignore[override]
+        def evaluate(self, recipe: str, suite: str) -> Result:  # type: ignore[override]
             import dataclasses
 
             evaluation = super().evaluate(recipe, suite)

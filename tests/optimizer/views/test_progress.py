@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from optimizer.search.driver import Event
+from optimizer.search.events import Event
 from optimizer.views.progress import Progress, event_text
 
 EVENTS = [

@@ -18,7 +18,7 @@ from optimizer.cli import app
 from optimizer.export.model_folder import model_card
 from optimizer.merging.merge import Sources
 from optimizer.runs.run_folder import RunFolder
-from optimizer.search.driver import Event
+from optimizer.search.events import Event
 from optimizer.views.progress import Progress
 from optimizer.views.tables import table
 from optimizer.views.terminal import Terminal

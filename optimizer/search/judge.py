@@ -1,0 +1,51 @@
+"""The judge of a search: the front and the anchors are scored on the holdout items, which the search has not seen."""
+
+from __future__ import annotations
+
+from evals.outcomes import HOLDOUT
+from optimizer.errors import SearchError
+from optimizer.search.crew import Crew
+from optimizer.search.events import Reporter
+from optimizer.search.failures import not_finite
+from optimizer.search.fault_point import fault
+from optimizer.search.ledger import Ledger
+from optimizer.workers.pool import Result
+
+
+def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
+    """Score the front and the anchors on the holdout suite, but for those whose holdout outcomes are there.
+
+    Raises:
+        SearchError: the base or an expert fails on the holdout suite.
+        KeyboardInterrupt: a person asked to stop.
+    """
+    numbers = sorted({*ledger.front(), *ledger.finished_anchors()})
+    faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
+    reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
+    waiting = list(faults)
+    done = len(numbers) - len(waiting)
+    while waiting or crew.out:
+        while waiting and crew.takes_jobs:
+            crew.submit(ledger.job(waiting.pop(0), HOLDOUT))
+        if not crew.out:
+            break
+        for result, _ in crew.wait():
+            error = _take_in(result, ledger)
+            done += not error
+            kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
+            reporter.judged(kind, result.job.trial, text, done=done, total=len(numbers))
+    crew.end()
+    on_front = sum(1 for number in numbers if number in ledger.front())
+    reporter.say("done", f"{ledger.finished} trials finished, {on_front} on the front")
+
+
+def _take_in(result: Result, ledger: Ledger) -> str:
+    """Store a trial's holdout outcomes; what is wrong with them, in words, where nothing is stored."""
+    number = result.job.trial
+    error = result.error if result.evaluation is None else not_finite(result.evaluation.outcomes)
+    if result.evaluation is not None and not error:
+        fault("holdout.before")
+        ledger.run.write_outcomes(number, HOLDOUT, ledger.digests[number], result.evaluation.outcomes)
+    elif ledger.kinds[number] in ledger.reference_kinds:
+        raise SearchError(f"the {ledger.kinds[number]} failed on the holdout suite: {error}")
+    return error

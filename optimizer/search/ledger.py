@@ -1,0 +1,216 @@
+"""The ledger of a search: what each trial of the study is, and what is owed, held, seen, told and finished.
+
+Everything in it is rebuilt from the study and the run folder by whoever takes the search up (`Ledger.resume`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from evals.outcomes import SEARCH, TaskInfo
+from optimizer.runs.front import losses, non_dominated
+from optimizer.runs.run_folder import RunFolder
+from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, TrialKind
+from optimizer.search.fault_point import fault
+from optimizer.workers.pool import Job
+from search_spaces.choice import Choice
+from search_spaces.recipe import Recipe
+from search_spaces.space import Space
+
+
+@dataclass(frozen=True, slots=True)
+class TakenUp:
+    """What was there when a search was taken up: trials, those left open, and what is wrong with lost outcomes."""
+
+    trials: int
+    left_open: int
+    lost: Sequence[str]
+
+
+class Ledger:
+    """What each trial of the study is; the only writer of the study but for new trials."""
+
+    def __init__(
+        self, storage: RDBStorage, study: optuna.Study, run: RunFolder, space: Space | Choice, tasks: Sequence[TaskInfo]
+    ) -> None:
+        self.storage, self.study, self.run, self.tasks = storage, study, run, tasks
+        self.study_id = storage.get_study_id_from_name(study.study_name)
+        self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
+        self.reference_kinds = (BASE, *(TrialKind.expert(name) for name, _ in space.experts))
+        self.kinds: dict[int, TrialKind] = {}
+        self.recipes: dict[int, str] = {}  # as JSON
+        self.digests: dict[int, str] = {}
+        self.seen: dict[str, int] = {}  # digest to the trial that has it
+        self.owed: deque[int] = deque()  # trials of the study that must be scored before any other is asked for
+        self.held: dict[int, float] = {}  # trials scored but not told, and the seconds they took
+        self.references: dict[TrialKind, int] = {}  # kind to the scored trial
+        self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
+        self.finished = 0
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the base and every expert are scored."""
+        return len(self.references) == len(self.reference_kinds)
+
+    @property
+    def owes_told(self) -> bool:
+        """Whether the trial that is owed next was told before its outcomes were lost."""
+        return bool(self.owed) and self.owed[0] in self.values
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Give the study's trials, of some states or of all."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def job(self, number: int, suite: str) -> Job:
+        """Give the job that scores a trial on a suite."""
+        return Job(number, self.recipes[number], suite)
+
+    def outcomes_fault(self, number: int, suite: str) -> str:
+        """What is wrong with a trial's stored outcomes, in words; empty where nothing is."""
+        return self.run.outcomes_fault(number, suite, digest=self.digests[number], tasks=self.tasks)
+
+    def front(self) -> set[int]:
+        """Give the finished trials that no other beats."""
+        numbers = list(self.values)
+        mask = non_dominated(losses([self.values[number] for number in numbers]))
+        return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
+
+    def finished_anchors(self) -> set[int]:
+        """Give the anchors that are finished."""
+        return {number for number in self.values if self.kinds[number].is_anchor}
+
+    # Taking up what is there ----------------------------------------------------------------------------------------
+
+    def resume(self) -> TakenUp:
+        """Account for every trial in the study; those left RUNNING belong to a dead driver, since we hold the lock."""
+        trials = self.trials()
+        for trial in trials:
+            self._recall(trial)
+        lost = self._find_lost()
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}  # an earlier version gave them new numbers
+        left = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        for trial in left:
+            self._take_up(trial, is_retried=trial.number in retried)
+        self._enqueue_anchors()
+        self._order_owed()
+        return TakenUp(len(trials), len(left), lost)
+
+    def _recall(self, trial: FrozenTrial) -> None:
+        kind = TrialKind.of(trial.user_attrs)
+        self.kinds[trial.number] = kind
+        if "recipe" in trial.user_attrs:
+            self.recipes[trial.number] = trial.user_attrs["recipe"]
+            self.digests[trial.number] = Recipe.from_json(trial.user_attrs["recipe"]).digest
+        if trial.state == TrialState.COMPLETE:
+            self.values[trial.number] = tuple(trial.values)
+        elif trial.state != TrialState.FAIL or trial.user_attrs.get("reason", "").startswith(NOT_COUNTED):
+            return
+        elif kind in self.reference_kinds:
+            return  # a failed reference is scored again: the person may have mended what broke it
+        self.finished += 1
+        if trial.number in self.digests:
+            self.seen.setdefault(self.digests[trial.number], trial.number)
+
+    def _find_lost(self) -> list[str]:
+        """Owe every finished trial whose outcomes are missing or damaged; what is wrong with each file, in words."""
+        faults = []
+        for number in self.values:
+            if why := self.outcomes_fault(number, SEARCH):
+                self.owed.append(number)
+                faults.append(why)
+            elif self.kinds[number] in self.reference_kinds:
+                self.references[self.kinds[number]] = number
+        return faults
+
+    def _take_up(self, trial: FrozenTrial, *, is_retried: bool) -> None:
+        """Hold an open trial whose outcomes are on the disk, to be told; owe any other, under its own number."""
+        number = trial.number
+        digest = self.digests.get(number)
+        if digest is not None and digest not in self.seen and not self.outcomes_fault(number, SEARCH):
+            self.seen[digest] = number
+            self.hold(number, trial.user_attrs.get("seconds", math.nan))
+        elif is_retried or (digest is None and self.kinds[number] not in self.anchors):
+            self.tell_failed(number, DRIVER_DIED)
+        else:
+            self.owed.append(number)
+
+    def _enqueue_anchors(self) -> None:
+        standing = set()
+        for trial in self.trials():
+            kind = TrialKind.of(trial.user_attrs)
+            if trial.state != TrialState.FAIL or kind not in self.reference_kinds:
+                standing.add(kind)
+        for kind, params in self.anchors.items():
+            if kind not in standing:
+                self.study.enqueue_trial(params, user_attrs={"kind": kind.stored})
+                fault("enqueue.after")
+
+    def _order_owed(self) -> None:
+        """The base and the experts first, also those that wait behind others: by them every score is measured."""
+        for trial in self.trials(TrialState.WAITING):
+            kind = TrialKind.of(trial.user_attrs)
+            if kind in self.reference_kinds:
+                self.kinds[trial.number] = kind
+                self.owed.append(trial.number)
+        self.owed = deque(sorted(self.owed, key=self._place_of))
+
+    def _place_of(self, number: int) -> tuple[int, bool, int]:
+        """Where an owed trial stands: references in their order, what is in the budget already, the rest by number."""
+        kinds, kind = self.reference_kinds, self.kinds[number]
+        return kinds.index(kind) if kind in kinds else len(kinds), number not in self.values, number
+
+    # What becomes of a trial ----------------------------------------------------------------------------------------
+
+    def reopened(self, number: int) -> optuna.Trial:
+        """A trial that waits or was left open; what it has of params stays, and Optuna's own queue is passed by."""
+        trial_id = self._id_of(number)
+        self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return optuna.Trial(self.study, trial_id)
+
+    def enter(self, trial: optuna.Trial, recipe: Recipe) -> None:
+        """Write down a trial's recipe, also in the study."""
+        number = trial.number
+        self.kinds[number] = TrialKind.of(trial.user_attrs)
+        self.recipes[number], self.digests[number] = recipe.to_json(), recipe.digest
+        trial.set_user_attr("recipe", self.recipes[number])
+
+    def twin_of(self, number: int) -> int | None:
+        """Give the earlier trial that has the same recipe; None for the first, and for base and experts."""
+        twin = self.seen.setdefault(self.digests[number], number)
+        return twin if twin != number and self.kinds[number] not in self.reference_kinds else None
+
+    def hold(self, number: int, seconds: float) -> None:
+        """Hold a trial that is scored, until the base and every expert are."""
+        if number not in self.values:  # else it was told before its outcomes were lost
+            self.held[number] = seconds
+        if self.kinds[number] in self.reference_kinds:
+            self.references[self.kinds[number]] = number
+
+    def tell(self, number: int, values: tuple[float, ...], seconds: float) -> None:
+        """Tell a trial's objectives."""
+        if math.isfinite(seconds):
+            self._note(number, "seconds", round(seconds, 3))
+        fault("tell.before")
+        self.study.tell(number, values)
+        fault("tell.after")
+        self.values[number] = values
+        self.finished += 1
+
+    def tell_failed(self, number: int, reason: str) -> None:
+        """Tell that a trial failed, and why; whether it counts is the caller's."""
+        self._note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
+        fault("fail.before")
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def _note(self, number: int, key: str, value: object) -> None:
+        self.storage.set_trial_user_attr(self._id_of(number), key, value)
+
+    def _id_of(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)

@@ -1,0 +1,41 @@
+"""The point halfway between the neighbours on the front that are farthest apart.
+
+Samplers enlarge the volume under a front and leave gaps in it, where a person may want a point; and what lies between
+two good merges is mostly good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer.runs.front import widest_gaps
+from optimizer.search.ledger import Ledger
+from search_spaces.choice import Choice
+from search_spaces.space import Space
+
+
+def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | str] | None:
+    """Give the params of the widest gap's midpoint whose recipe is not known yet; None where there is none."""
+    front = sorted(ledger.front(), key=lambda number: ledger.values[number][-1])
+    params = {trial.number: trial.params for trial in ledger.trials()}
+    for left, right in widest_gaps([ledger.values[number] for number in front]):
+        between = _halfway(params[front[left]], params[front[right]])
+        if between is not None and space.recipe(between).digest not in ledger.seen:
+            return between
+    return None
+
+
+def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:
+    """Params halfway between two trials'; None where they are of different methods."""
+    if one.keys() != other.keys():
+        return None
+    between: dict[str, float | str] = {}
+    for name, value in one.items():
+        partner = other[name]
+        if isinstance(value, str) or isinstance(partner, str):
+            if value != partner:
+                return None
+            between[name] = value
+        else:
+            between[name] = (value + partner) / 2
+    return between
