@@ -150,6 +150,13 @@ def test_twice_the_same_bits_in_bfloat16_also_after_another_candidate() -> None:
     assert engine.loglikelihoods(asked) == first
 
 
+def test_equal_pairs_are_planned_once_and_others_anew() -> None:
+    engine = Engine(toy("llama"), byte_tokenizer(), token_budget=256)
+    planned = engine.batches(pairs())
+    assert engine.batches(pairs()) is planned
+    assert engine.batches(pairs(seed=1)) is not planned
+
+
 def test_an_error_between_passes_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy("llama")
     engine = Engine(model, byte_tokenizer(), token_budget=256)

@@ -89,6 +89,7 @@ def test_a_documents_gradient_runs_along_each_slice() -> None:
         ({"slices__0__sources": DOCUMENT["slices"][0]["sources"][:1]}, r"no more models than the first.*slices\[1\]"),
         ({"slices__1__parameters__weight": ["a"]}, r"gradient is a list.*slices\[1\].parameters.weight"),
         ({"slices__1__parameters__weight": [{"filter": "a", "values": 1}]}, "'values'"),
+        ({"slices__1__parameters__weight": [{"filter": 3, "value": 1}]}, r"a word stands here.*weight\[0\].filter"),
         ({"slices__1__parameters__weight": "much"}, "weight is a number.*much"),
         ({"slices__1__parameters__weight": [0, 10**400]}, "weight takes no such value"),
         ({"slices__1__parameters": False}, r"mapping of keys.*False.*slices\[1\].parameters"),
