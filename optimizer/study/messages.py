@@ -31,10 +31,10 @@ LM_EVAL_WORDS = {
 
 def schema_problems(found: Sequence[Finding]) -> list[Problem]:
     """Say in words what breaks the schema."""
-    return [_problem(entry) for entry in _own_findings(found)]
+    return [_problem(entry) for entry in _without_consequences(found)]
 
 
-def _own_findings(found: Sequence[Finding]) -> list[Finding]:
+def _without_consequences(found: Sequence[Finding]) -> list[Finding]:
     """Leave out "too short" for a list that is short because its entries are wrong."""
     places = [entry["loc"] for entry in found]
 
@@ -76,7 +76,7 @@ def _did_you_mean(path: Sequence[str | int]) -> str:
     return f"the keys here are {', '.join(here)}"
 
 
-def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[Problem]:
+def text_problems(value: object, place: tuple[str, ...] = ()) -> Iterator[Problem]:
     """Yield the problem of every text that is no name, path or URL: it would reach file system and terminal."""
     if isinstance(value, str):
         if len(value) > LONGEST_TEXT:
@@ -87,13 +87,13 @@ def odd_texts(value: object, place: tuple[str, ...] = ()) -> Iterator[Problem]:
             yield ".".join(place), "must not hold an access token (hf_…); put it in HF_TOKEN, outside the study"
     elif isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from odd_texts(entry, (*place, str(key)))
+            yield from text_problems(entry, (*place, str(key)))
 
 
 def contradictions(study: Study) -> Iterator[Problem]:
     """Yield the problem of everything that is well typed and cannot be meant."""
     space, experts, storage = study.space, list(study.models.experts), study.search.storage
-    if not space.method_is_the_recipes:  # else what does not fit is found with the recipe
+    if not space.takes_method_from_recipe:  # else what does not fit is found with the recipe
         yield from _range_problems(space)
         yield from _method_problems(space, len(experts))
     if len(set(space.modules)) < len(space.modules):

@@ -185,7 +185,7 @@ class SpaceSection(Section):
     alpha: Range | None = Field(default=None, description="ramplus_tl: range of alpha. Default: fixed at 0.2.")
 
     @property
-    def method_is_the_recipes(self) -> bool:
+    def takes_method_from_recipe(self) -> bool:
         """Whether the method is left to the recipe that `from` names."""
         return self.from_ is not None and "method" not in self.model_fields_set
 

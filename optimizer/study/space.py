@@ -26,7 +26,7 @@ def space_of(study: Study, tensors: Iterable[str]) -> Space | Choice:
     from search_spaces.space import Space
 
     section, names = study.space, list(tensors)
-    if section.from_ is not None and section.method_is_the_recipes:
+    if section.from_ is not None and section.takes_method_from_recipe:
         return _space_from(study, names)
 
     def space(method: str) -> Space:

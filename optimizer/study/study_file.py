@@ -15,7 +15,7 @@ from evals.documents import resolved_path
 from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
-from optimizer.study.messages import contradictions, odd_texts, schema_problems
+from optimizer.study.messages import contradictions, schema_problems, text_problems
 from optimizer.study.schema import Study, TaskEntry, validate
 
 MOST_PARTS = 16  # of a key given to --set
@@ -34,8 +34,8 @@ def read_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     path = Path(path)
     document = read_yaml(path)
     for override in overrides:
-        _set(document, override)
-    study = _validated(document, path, overrides)
+        _apply_override(document, override)
+    study = _validate(document, path, overrides)
     return _with_absolute_paths(study, path)
 
 
@@ -64,7 +64,7 @@ def stored_storage(run: Path) -> str | None:
     return storage or None
 
 
-def _set(document: dict[str, Any], override: str) -> None:
+def _apply_override(document: dict[str, Any], override: str) -> None:
     """Put one `a.b=value` into a document that has just been read."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip(". "):
@@ -82,41 +82,41 @@ def _set(document: dict[str, Any], override: str) -> None:
             place = place.setdefault(part, {})
             if place is None:
                 empty = ".".join(parents[: depth + 1])
-                raise StudyFileError(f"{_named(override)}: {shortened(empty)} is empty in the study file")
+                raise StudyFileError(f"{_override_label(override)}: {shortened(empty)} is empty in the study file")
         else:
-            place = place[_entry(place, part, override)]
-    value = parse_yaml(text, _named(override))
-    place[last if isinstance(place, dict) else _entry(place, last, override)] = value
+            place = place[_list_index(place, part, override)]
+    value = parse_yaml(text, _override_label(override))
+    place[last if isinstance(place, dict) else _list_index(place, last, override)] = value
 
 
-def _entry(place: Any, part: str, override: str) -> int:
+def _list_index(place: Any, part: str, override: str) -> int:
     """Return the index that a part of a key is in a list."""
     if isinstance(place, list) and part.isdecimal() and len(part) < 10 and int(part) < len(place):
         return int(part)
     rule = f"has {len(place)} entries, counted from 0" if isinstance(place, list) else f"is the value {shown(place)}"
-    raise StudyFileError(f"{_named(override)}: {shown(part)} cannot be set there: the key before it {rule}")
+    raise StudyFileError(f"{_override_label(override)}: {shown(part)} cannot be set there: the key before it {rule}")
 
 
-def _named(override: str) -> str:
+def _override_label(override: str) -> str:
     return f"--set {redacted(shortened(override))}"
 
 
-def _validated(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
+def _validate(document: dict[str, Any], path: Path, overrides: Sequence[str]) -> Study:
     found = validate(document)
     problems = list(contradictions(found)) if isinstance(found, Study) else schema_problems(found)
-    problems = list(odd_texts(document)) or problems
+    problems = list(text_problems(document)) or problems
     if isinstance(found, Study) and not problems:
         return found
-    lines = [f"{_origin(key, path, overrides)}: {shortened(key) or 'the file'}: {said}" for key, said in problems]
+    lines = [f"{_origin_of(key, path, overrides)}: {shortened(key) or 'the file'}: {said}" for key, said in problems]
     raise StudyFileError("\n".join(lines))
 
 
-def _origin(key: str, path: Path, overrides: Sequence[str]) -> str:
+def _origin_of(key: str, path: Path, overrides: Sequence[str]) -> str:
     """Tell where the value at a key comes from: the override that set it or made its section, or the file."""
     for override in reversed(overrides):
         target = override.partition("=")[0].strip()
         if f"{key}.".startswith(f"{target}.") or (target.startswith(f"{key}.") and key not in read_yaml(path)):
-            return _named(override)
+            return _override_label(override)
     return str(path)
 
 
