@@ -63,7 +63,7 @@ def percent(share: float) -> str:
     return f"{_number(share, _digits(share))} %"
 
 
-def tasks_said(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def task_labels(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The names of tasks, with the expert a domain task is measured by where there are several.
 
     Args:

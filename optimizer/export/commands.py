@@ -15,7 +15,7 @@ from optimizer.merging.merge import Sources
 from optimizer.runs.frames import rows_of
 from optimizer.runs.manifest import read_manifest
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml, shown
-from optimizer.words import tasks_said
+from optimizer.words import task_labels
 from search_spaces.mergekit.reader import from_mergekit
 from search_spaces.mergekit.stack import Stack, is_stack, stack_of, stack_sources
 from search_spaces.recipe import Recipe
@@ -137,5 +137,5 @@ def _scores(run: Run, trial: int, scored: bool) -> dict[str, dict[str, float]]:
         f"{name} ({row['role']}, {row['metric']})": {
             title: float(row[name]) for name, title in columns.items() if math.isfinite(row[name])
         }
-        for name, row in zip(tasks_said(rows), rows, strict=True)
+        for name, row in zip(task_labels(rows), rows, strict=True)
     }

@@ -33,7 +33,7 @@ def differences(
     lines += [f"task {name}: is in the stored study only" for name in sorted(went - came)]
     for key in changed:
         if not (came | went).intersection(key):
-            lines += _said(key, before.get(key, ABSENT), after.get(key, ABSENT), settings)
+            lines += _lines_of(key, before.get(key, ABSENT), after.get(key, ABSENT), settings)
     return list(dict.fromkeys(lines))
 
 
@@ -52,7 +52,7 @@ class _Settings:
         return self.old.get(key, ABSENT), self.new.get(key, ABSENT)
 
 
-def _said(key: tuple[str, ...], old: Any, new: Any, settings: _Settings) -> Iterator[str]:
+def _lines_of(key: tuple[str, ...], old: Any, new: Any, settings: _Settings) -> Iterator[str]:
     match key:
         case ("base",) | ("experts", *_):
             yield _model(("models", *key[:2]), old, new, settings)

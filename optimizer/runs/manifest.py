@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest["tasks"], list):
         _refuse(path, "tasks", "must be a list of tasks", manifest["tasks"])
     tasks_of(manifest, path)
-    manifest = {**_told_by_study_file(folder), **manifest} if "study" not in manifest else manifest
+    manifest = {**_from_study_file(folder), **manifest} if "study" not in manifest else manifest
     for key, kinds in (("study", (str,)), ("storage", (str, type(None)))):
         if not isinstance(manifest.get(key), kinds):
             _refuse(path, key, "must be a text", manifest.get(key))
@@ -63,7 +63,7 @@ def stored_study(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _told_by_study_file(folder: Path) -> dict[str, Any]:
+def _from_study_file(folder: Path) -> dict[str, Any]:
     """A study had the name of its folder, there and then; `home` is that folder, since the study does not say it."""
     study = stored_study(folder)
     search, runs, name = study.get("search"), study.get("runs"), str(study.get("name", folder.resolve().name))

@@ -37,6 +37,7 @@ FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
 
 def outcomes_path(folder: Path, trial: int, suite: str) -> Path:
+    """Give the place of a trial's outcomes on a suite."""
     return folder / "outcomes" / f"{trial:05d}-{suite}.parquet"
 
 

@@ -81,7 +81,7 @@ class RunFolder:
         }
         if not _holds_something(folder):
             _create(folder, study_yaml, manifest)
-        _probe(folder)
+        _require_writable(folder)
         stored = read_manifest(folder)
         _require_same(folder, stored, manifest, study_yaml)
         if (folder / "tasks.json").read_bytes() != _as_json(stored):  # an earlier version's did not name the study
@@ -306,7 +306,7 @@ def _create(folder: Path, study_yaml: str, manifest: Mapping[str, object]) -> No
     sync_folder(folder.parent)
 
 
-def _probe(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

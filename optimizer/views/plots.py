@@ -19,7 +19,7 @@ from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import NO_TRIAL_YET
 from optimizer.runs.trial import Role, TrialKind, roles_of
 from optimizer.views.front_rows import share_of
-from optimizer.words import Interval, percent, tasks_said
+from optimizer.words import Interval, percent, task_labels
 
 # Okabe and Ito's colours, told apart with any colour vision; every series also has a symbol of its own.
 INK, GREY, PALE, RULE = "#1f2933", "#6b7785", "#b6bfca", "#e4e8ed"
@@ -180,7 +180,7 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
         )  # fmt: skip
     _axes(figure, "%, where 100 is the expert (domain) or the base (general)", "")
     figure.update_yaxes(
-        tickvals=list(rows), ticktext=[_escaped(name) for name in tasks_said(rows.values())], ticklabelstandoff=8
+        tickvals=list(rows), ticktext=[_escaped(name) for name in task_labels(rows.values())], ticklabelstandoff=8
     )
     figure.update_yaxes(range=[-0.6, len(rows) - 0.4], showgrid=False, zeroline=False)
     figure.add_shape(

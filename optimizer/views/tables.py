@@ -19,7 +19,7 @@ from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import sentences
 from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, share_of
-from optimizer.words import Interval, percent, printable, tasks_said
+from optimizer.words import Interval, percent, printable, task_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +202,7 @@ def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
             f"{row['score']:.3f}",
             f"{'won' if row['role'] == 'domain' else 'kept'} {share_of(row).text(seam)}",
         )
-        for name, row in zip(tasks_said(records), records, strict=True)
+        for name, row in zip(task_labels(records), records, strict=True)
     )
     title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept"
     numbers = ["base", *experts, f"trial {trial}"]

@@ -1,0 +1,160 @@
+"""The figures of a run are recomputed from its outcomes, and points are picked by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from evals.objectives import draw_objectives, objectives
+from optimizer.errors import RunError
+from optimizer.run import Run, open_run
+from optimizer.runs.run_folder import RunFolder
+from optimizer.views.report import report_html
+from optimizer.views.tables import front_document
+from tests.toy_run import toy_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_run(toy_run(tmp_path_factory.mktemp("runs") / "toy", trials=12))
+
+
+def told(run: Run) -> pd.DataFrame:
+    """What the study was told, by trial."""
+    storage = RunFolder(run.path).storage()
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    return pd.DataFrame({t.number: t.values for t in trials if t.values}, index=list(run.objectives)).T
+
+
+def test_points_are_recomputed_and_equal_what_the_study_was_told(run: Run) -> None:
+    points = run.points()
+    assert points[list(run.objectives)].to_numpy() == pytest.approx(told(run).to_numpy())
+    assert points.loc[0, ["domain", "forgetting"]].tolist() == [0.0, 0.0]
+    assert points.loc[1, "domain"] == 1.0
+    assert (points["domain_low"] <= points["domain"]).all()
+    assert points["front"].sum() == len(run.front())
+
+
+def test_front_runs_from_least_to_most_forgetting(run: Run) -> None:
+    front = run.front()
+    assert front["forgetting"].is_monotonic_increasing
+    assert front["domain"].is_monotonic_increasing
+    assert front["holdout_domain"].notna().all()
+    by_holdout = run.front("holdout")
+    assert by_holdout["holdout_forgetting"].is_monotonic_increasing
+    with pytest.raises(RunError, match="a suite is search or holdout"):
+        run.front("test")
+
+
+def test_a_limit_is_a_share_and_may_ask_for_better_than_the_base(run: Run) -> None:
+    for limit in (5.0, -5.0, float("nan")):
+        with pytest.raises(RunError, match=r"a limit on forgetting is a share: 5 % is 0.05"):
+            run.best(limit)
+    with pytest.raises(RunError, match=r"how sure to be is a share: 90 % is 0.9; given 90"):
+        run.best(0.1, sure=90)
+    with pytest.raises(RunError, match="no point of run toy forgets at most -90 %"):
+        run.best(-0.9)
+
+
+def test_retention_turns_forgetting_into_what_is_kept(run: Run) -> None:
+    base = run.retention(0)
+    assert base["share"].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    knee = run.retention(run.knee())
+    assert ((knee["low"] <= knee["share"]) & (knee["share"] <= knee["high"])).all()
+    general = knee[knee["role"] == "general"]
+    assert 1 - general["share"].mean() == pytest.approx(run.points().loc[run.knee(), "holdout_forgetting"])
+
+
+def test_hypervolume_never_falls_and_ends_above_the_anchors(run: Run) -> None:
+    growth = run.hypervolume()
+    assert growth["hypervolume"].is_monotonic_increasing
+    assert growth["trial"].tolist() == run.points().index.tolist()
+    assert growth["hypervolume"].iloc[-1] >= run.anchors_hypervolume() > 0
+
+
+def test_search_against_a_line_is_the_difference_of_the_objectives(run: Run) -> None:
+    on_line = run.points().index[run.points()["kind"] == "uniform a=0.50"][0]
+    gap = run.does_search_pay(int(on_line))
+    assert gap["line"].tolist() == ["uniform", "slope"]
+    uniform = gap.iloc[0]
+    assert uniform["difference"] == pytest.approx(0)  # it is on that line
+    assert uniform["low"] <= uniform["high"] <= 1e-9
+    knee = run.does_search_pay()
+    assert knee["difference"].to_numpy() == pytest.approx((knee["domain"] - knee["line_domain"]).to_numpy())
+    assert ((knee["low"] <= knee["difference"]) & (knee["difference"] <= knee["high"])).all()
+    assert len(run.verdict()) == 2
+
+
+def test_how_sure_a_limit_is_kept(run: Run) -> None:
+    limits = np.linspace(-0.2, 0.6, 9)
+    shares = np.array([run.within(limit, "search") for limit in limits])  # (9, trials)
+    assert (np.diff(shares, axis=0) >= 0).all()  # more forgetting allowed, surer
+    assert (shares[:, 0] == (limits >= 0)).all()  # the base forgets nothing, in any resampling
+    points = run.points()
+    for trial, middle in points["forgetting"].iloc[1:].items():
+        assert 0.2 < run.within(middle, "search")[trial] < 0.8
+    assert (run.within(0.9, "holdout").index == points.index[points["holdout_domain"].notna()]).all()
+
+
+def test_the_surer_the_limit_the_less_is_taken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = float(run.front()["forgetting"].median())
+    bold, sure = run.best(limit), run.best(limit, sure=0.9)
+    points = run.points()
+    assert points["forgetting"][sure] < points["forgetting"][bold]
+    assert run.within(limit, "search")[sure] >= 0.9 > run.within(limit, "search")[bold]
+    assert run.how_sure(bold, limit).startswith("In ")
+    monkeypatch.setattr(Run, "within", lambda *_: pd.Series(0.5, index=points.index))
+    with pytest.raises(RunError, match=r"in 90 % of resamplings; allow more forgetting"):
+        run.best(limit, sure=0.9)
+
+
+def test_each_limit_has_the_point_that_keeps_to_it_by_the_search_items(run: Run) -> None:
+    answers = run.by_limit()
+    assert len(answers) >= 2
+    assert answers["domain"].notna().all()
+    for limit, trial, kept in answers[["limit", "trial", "kept"]].itertuples(index=False):
+        assert trial == run.best(limit, sure=0.9)
+        assert kept == run.within(limit, run.suite_of(trial))[trial]
+        assert limit < run.reference()["forgetting"]
+    assert [row["trial"] for row in front_document(run)["limits"]] == answers["trial"].tolist()
+    assert "<h2>The most domain gain for a limit on forgetting</h2>" in report_html(run)
+
+
+def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:
+    run = open_run(toy_run(tmp_path / "toy", trials=8, experts=("clinical", "legal")))
+    assert run.objectives == ("domain_clinical", "domain_legal", "forgetting")
+    points = run.points()
+    mean = points[["domain_clinical", "domain_legal"]].mean(axis=1)
+    assert points["domain"].to_numpy() == pytest.approx(mean.to_numpy())
+    assert run.knee() in run.front().index
+    assert run.does_search_pay().empty
+    assert set(run.weights(run.knee())["expert"]) == {"clinical", "legal"}
+
+
+def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
+    folder = RunFolder(run.path)
+    frame = pd.concat([folder.read_outcomes(trial, "search") for trial in run.points().index])
+    again = objectives(draw_objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1}))
+    assert np.array_equal(again["domain_low"], run.points()["domain_low"])
+
+
+def test_the_figures_of_one_suite_bear_no_prefix(run: Run) -> None:
+    both = run.points()
+    for suite, prefix in (("search", ""), ("holdout", "holdout_")):
+        points = run.points(suite)
+        assert points.columns.tolist() == [name for name in both.columns if not name.startswith("holdout_")]
+        for name in ("domain", "domain_low", "forgetting_high", "forgetting_stderr"):
+            assert points[name].equals(both[f"{prefix}{name}"].rename(name))
+        assert points["front"].equals(both["front"])
+
+
+def test_unusable_holdout_outcomes_have_a_fault_before_any_figure_is_asked_for(tmp_path: Path) -> None:
+    path = toy_run(tmp_path / "toy", trials=12)
+    assert open_run(path).holdout_fault == ""
+    (path / "outcomes" / "00000-holdout.parquet").unlink()
+    assert open_run(path).holdout_fault.endswith("trial 0 has no holdout outcome")
+    assert open_run(toy_run(tmp_path / "unscored", trials=12, holdout=False)).holdout_fault == ""
