@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import TrialState
 
-from evals.objectives import task_scores
+from evals.objectives import objective_names, task_scores
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import RunError
 from optimizer.runs.manifest import read_manifest, tasks_of
@@ -80,8 +80,7 @@ class RecordedRun:
     @property
     def objectives(self) -> tuple[str, ...]:
         """The objectives' column names: domain (one per expert where there are several), forgetting."""
-        names = self.experts
-        return (*(["domain"] if len(names) < 2 else [f"domain_{name}" for name in names]), "forgetting")
+        return objective_names(self.experts)
 
     # --- one trial -----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from evals.objectives import Draws, draw_objectives, objectives, task_retention
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
-from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, non_dominated
+from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
 from optimizer.runs.recorded import RecordedRun
 from optimizer.runs.trial import Role, roles_of
 from optimizer.words import listed, percent
@@ -49,8 +49,8 @@ class ScoredRun(RecordedRun):
 
     def front(self, suite: str = SEARCH) -> pd.DataFrame:
         """The points no other point beats by a suite's figures, from least to most forgetting; columns as `points`."""
-        losses = self._losses(suite).dropna()
-        front = self.points(suite).loc[losses.index[non_dominated(losses.to_numpy())]]
+        minimised = self._losses(suite).dropna()
+        front = self.points(suite).loc[minimised.index[non_dominated(minimised.to_numpy())]]
         return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
 
     def anchors(self) -> pd.DataFrame:
@@ -193,9 +193,9 @@ class ScoredRun(RecordedRun):
 
     def hypervolume(self) -> pd.DataFrame:
         """What the points so far cover, after each scored trial: trial, hypervolume (search items, `reference`)."""
-        losses, corner = self._losses(SEARCH), self._corner()
-        covered, front, rows = 0.0, np.empty((0, losses.shape[1])), []
-        for trial, point in zip(losses.index, losses.to_numpy(), strict=True):
+        minimised, corner = self._losses(SEARCH), self._corner()
+        covered, front, rows = 0.0, np.empty((0, minimised.shape[1])), []
+        for trial, point in zip(minimised.index, minimised.to_numpy(), strict=True):
             candidates = np.vstack([front, point])
             mask = non_dominated(candidates)
             if mask[-1]:
@@ -206,8 +206,8 @@ class ScoredRun(RecordedRun):
 
     def anchors_hypervolume(self) -> float:
         """What the anchors alone cover, with the same reference point."""
-        losses = self._losses(SEARCH)
-        return hypervolume(losses[self._roles != Role.SEARCHED].to_numpy(), self._corner()) if len(losses) else 0.0
+        minimised = self._losses(SEARCH)[self._roles != Role.SEARCHED]
+        return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
     def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
         """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
@@ -311,7 +311,7 @@ class ScoredRun(RecordedRun):
 
     def _corner(self) -> list[float]:
         reference = self.reference()
-        return [*(-reference[name] for name in self.objectives[:-1]), reference["forgetting"]]
+        return [float(loss) for loss in losses([reference[name] for name in self.objectives])]
 
     def _against(self, trial: int, line: Role, suite: str) -> tuple[float, ...] | None:
         """A trial against one line of anchors: its forgetting and domain, and the gap's fields."""
@@ -328,9 +328,7 @@ class ScoredRun(RecordedRun):
 
 def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     """The objectives with those to be maximised negated: (n, m), all minimised, forgetting last."""
-    losses = points[list(names)].astype(float)
-    losses.iloc[:, :-1] *= -1
-    return losses
+    return pd.DataFrame(losses(points[list(names)]), index=points.index, columns=list(names))
 
 
 def _prefix(suite: str) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 
-from optimizer.runs.front import best_under, hypervolume, knee, non_dominated, widest_gaps
+from optimizer.runs.front import best_under, hypervolume, knee, losses, non_dominated, widest_gaps
 
 GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
 
@@ -74,3 +74,7 @@ def test_best_under_takes_the_most_gain_that_is_allowed() -> None:
     assert best_under(domain, forgetting, max_forgetting=0.05) == 1
     assert best_under(domain, forgetting, max_forgetting=0.5) == 3
     assert best_under(domain, forgetting, max_forgetting=-0.1) is None
+
+
+def test_losses_negate_every_gain_and_leave_forgetting() -> None:
+    assert losses([[0.5, 0.25, 0.1], [-1.0, 0.0, -0.2]]).tolist() == [[-0.5, -0.25, 0.1], [1.0, 0.0, -0.2]]
