@@ -1,7 +1,7 @@
 """The writing side of a run folder: made whole or not at all, one writer, every file renamed into place.
 
 runs/<name>/: study.yaml  study.db  tasks.json  outcomes/<trial>-<suite>.parquet  front.json  report.html  log.txt  lock
-`optimizer.run` is the reading side.
+`recorded` is the reading side.
 """
 
 from __future__ import annotations
