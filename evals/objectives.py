@@ -53,6 +53,30 @@ class _Table:
         return int(np.searchsorted(self.trials, trial))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scale:
+    """Outcomes of trials, and what they are measured by.
+
+    Args:
+        outcomes: columns `trial` and those of `Outcome`.
+        tasks: the study's tasks; all are used.
+        suite: "search" or "holdout".
+        base: the trial that is the base.
+        experts: expert name to the trial that is this expert.
+    """
+
+    outcomes: pd.DataFrame
+    tasks: Sequence[TaskInfo]
+    suite: str
+    base: int
+    experts: Mapping[str, int]
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The outcomes of the suite."""
+        return self.outcomes[self.outcomes["suite"] == self.suite]
+
+
 @dataclass(frozen=True, slots=True)
 class Draws:
     """Objectives of T trials, by name.
@@ -107,24 +131,11 @@ def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def draw_objectives(
-    outcomes: pd.DataFrame,
-    *,
-    tasks: Sequence[TaskInfo],
-    suite: str,
-    base: int,
-    experts: Mapping[str, int],
-    replicates: int = 1000,
-    seed: int = 0,
-) -> Draws:
+def draw_objectives(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> Draws:
     """The objectives of every trial scored on a suite, as measured and on resampled items.
 
     Args:
-        outcomes: columns `trial` and those of `Outcome`.
-        tasks: the study's tasks; all are used.
-        suite: "search" or "holdout".
-        base: the trial that is the base.
-        experts: expert name to the trial that is this expert.
+        scale: the outcomes, and what they are measured by.
         replicates: bootstrap samples; 0 gives none.
         seed: of the bootstrap.
 
@@ -135,7 +146,8 @@ def draw_objectives(
     Raises:
         TaskError: a trial lacks items, or a task has no scale (the expert scores as the base, the base as chance).
     """
-    measures = _measures(outcomes, tasks, suite, base, experts, replicates, seed)
+    measures = _measures(scale, replicates, seed)
+    experts = scale.experts
     groups = {f"domain_{name}": [m for m in measures if m.expert == name] for name in experts}
     empty = [name for name in groups if not groups[name]]
     if empty:
@@ -167,16 +179,7 @@ def objectives(draws: Draws) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(draws.trials, name="trial"))
 
 
-def task_retention(
-    outcomes: pd.DataFrame,
-    *,
-    tasks: Sequence[TaskInfo],
-    suite: str,
-    base: int,
-    experts: Mapping[str, int],
-    replicates: int = 1000,
-    seed: int = 0,
-) -> pd.DataFrame:
+def task_retention(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd.DataFrame:
     """What each trial won or lost on each task; arguments as `draw_objectives`.
 
     Returns:
@@ -184,7 +187,7 @@ def task_retention(
         else NaN), and the 95 % interval `low`, `high` of whichever of the two it is.
     """
     frames = []
-    for measure in _measures(outcomes, tasks, suite, base, experts, replicates, seed):
+    for measure in _measures(scale, replicates, seed):
         low, high = interval(measure.samples)
         domain = measure.role == "domain"
         frames.append(
@@ -205,22 +208,17 @@ def task_retention(
     return pd.concat(frames, ignore_index=True)
 
 
-def carries(
-    outcomes: pd.DataFrame, *, tasks: Sequence[TaskInfo], suite: str, base: int, experts: Mapping[str, int]
-) -> list[str]:
+def weak_tasks(scale: Scale) -> list[str]:
     """Why some tasks cannot carry the search, in plain words; empty when all can.
 
     Two standard errors (paired over items) decide: a domain task must show the expert above the base; a general task
-    must show the base above chance, and some expert below the base. Arguments as `draw_objectives`.
+    must show the base above chance, and some expert below the base.
     """
-    findings = []
-    rows = outcomes[outcomes["suite"] == suite]
-    for task in tasks:
+    findings, rows = [], scale.rows
+    for task in scale.tasks:
         table = _table(rows, task.name)
-        if task.role == "domain":
-            findings += _no_gain(task, table, base, experts)
-        else:
-            findings += _no_loss(task, table, base, experts)
+        why = _no_gain if task.role == "domain" else _no_loss
+        findings += why(task, table, scale.base, scale.experts)
     return findings
 
 
@@ -277,18 +275,10 @@ class _Measure:
     samples: Array
 
 
-def _measures(
-    outcomes: pd.DataFrame,
-    tasks: Sequence[TaskInfo],
-    suite: str,
-    base: int,
-    experts: Mapping[str, int],
-    replicates: int,
-    seed: int,
-) -> list[_Measure]:
-    rows = outcomes[outcomes["suite"] == suite]
+def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
+    base, experts, suite, rows = scale.base, scale.experts, scale.suite, scale.rows
     measures: list[_Measure] = []
-    for task in tasks:
+    for task in scale.tasks:
         table = _table(rows, task.name)
         for trial in (base, *experts.values()):
             if trial not in table.trials:

@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from evals.objectives import draw_objectives, objective_names, objectives
+from evals.objectives import Scale, draw_objectives, objective_names, objectives
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
@@ -132,7 +132,7 @@ def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shar
     frames = [_write(run, number, "search", recipes[number], tasks) for number in scored]
     kinds = {kind: number for number, (kind, _) in enumerate(asked)}
     ends = {"base": kinds["base"], "experts": {name: kinds[f"expert:{name}"] for name in experts}}
-    scores = objectives(draw_objectives(pd.concat(frames), tasks=infos, suite="search", replicates=0, **ends))
+    scores = objectives(draw_objectives(Scale(pd.concat(frames), infos, "search", **ends), replicates=0))
     columns = list(objective_names(experts))
     _write_study(run, space, asked, recipes, scores[columns], rng)
     if holdout:

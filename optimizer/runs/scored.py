@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from evals.errors import TaskError
-from evals.objectives import Draws, draw_objectives, objectives, task_retention
+from evals.objectives import Draws, Scale, draw_objectives, objectives, task_retention
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
@@ -273,12 +273,13 @@ class ScoredRun(RecordedRun):
         assert self.references is not None, "base and experts are scored"
         return self.references
 
+    def scale(self, suite: str) -> Scale:
+        """A suite's outcomes, and the base and experts that they are measured by."""
+        return Scale(self.outcomes(suite), self.tasks, suite, *self._measured_from)
+
     def _draws(self, suite: str) -> Draws:
         if suite not in self._drawn:
-            base, experts = self._measured_from
-            self._drawn[suite] = draw_objectives(
-                self.outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
-            )
+            self._drawn[suite] = draw_objectives(self.scale(suite))
         return self._drawn[suite]
 
     @cached_property
@@ -288,10 +289,7 @@ class ScoredRun(RecordedRun):
     def _retention(self, suite: str) -> pd.DataFrame:
         if suite not in self._retentions:
             self._require_points()
-            base, experts = self._measured_from
-            self._retentions[suite] = task_retention(
-                self.outcomes(suite), tasks=self.tasks, suite=suite, base=base, experts=experts
-            )
+            self._retentions[suite] = task_retention(self.scale(suite))
         return self._retentions[suite]
 
     @cached_property

@@ -22,7 +22,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
-from evals.objectives import objective_names
+from evals.objectives import Scale, objective_names, weak_tasks
 from evals.outcomes import SEARCH, TaskInfo
 from optimizer.errors import SearchError
 from optimizer.runs.run_folder import RunFolder
@@ -38,7 +38,7 @@ from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import front_midpoint
 from optimizer.search.samplers import make_sampler
-from optimizer.search.scale import Scale, find_scale
+from optimizer.search.scale import find_scale, objectives_of
 from optimizer.workers.pool import Pool, Result
 from search_spaces.choice import Choice
 from search_spaces.space import Space
@@ -263,14 +263,14 @@ class _Search:
             return
         if self.scale is None:
             self.scale = find_scale(self.ledger)
-            for finding in self.scale.findings():
+            for finding in weak_tasks(self.scale):
                 self.reporter.say("note", finding)
         for number in sorted(self.ledger.held):
             self._tell(number, self.ledger.held.pop(number), self.scale)
 
     def _tell(self, number: int, seconds: float, scale: Scale) -> None:
         try:
-            values = scale.objectives(number, self.ledger)
+            values = objectives_of(number, scale, self.ledger)
         except TaskError as error:
             self._failed(number, str(error))
             return

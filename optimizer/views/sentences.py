@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from evals.objectives import carries
+from evals.objectives import weak_tasks
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
 from optimizer.runs.frames import Row, rows_of
@@ -89,8 +89,7 @@ def findings(run: ScoredRun) -> list[str]:
     if run.references is None:
         notes.append(run.why_empty)
     else:
-        base, experts = run.references
-        notes += carries(run.outcomes(SEARCH), tasks=run.tasks, suite=SEARCH, base=base, experts=experts)
+        notes += weak_tasks(run.scale(SEARCH))
     notes += cut_short(run)
     notes += [f"The holdout scores cannot be used: {fault}"] if (fault := run.holdout_fault) else []
     trials = run.trials()

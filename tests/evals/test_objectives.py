@@ -12,7 +12,15 @@ import pandas as pd
 import pytest
 
 from evals.errors import TaskError
-from evals.objectives import carries, draw_objectives, objective_names, objectives, task_retention, task_scores
+from evals.objectives import (
+    Scale,
+    draw_objectives,
+    objective_names,
+    objectives,
+    task_retention,
+    task_scores,
+    weak_tasks,
+)
 from evals.outcomes import TaskInfo
 
 DOMAIN = TaskInfo("terms", "domain", "", "multiple_choice", "acc", True, 0.25, 0, 0)
@@ -49,7 +57,8 @@ def study(trials: int = 4, n: int = 60) -> pd.DataFrame:
 
 def measured(outcomes: pd.DataFrame, **options: Any) -> pd.DataFrame:
     given = {"tasks": (DOMAIN, GENERAL), "suite": "search", "base": 0, "experts": {"x": 3}} | options
-    return objectives(draw_objectives(outcomes, **given))
+    drawn = {name: given.pop(name) for name in ("replicates", "seed") if name in given}
+    return objectives(draw_objectives(Scale(outcomes, **given), **drawn))
 
 
 def test_definitions_by_hand() -> None:
@@ -169,7 +178,7 @@ def test_retention_by_task_agrees_with_the_objectives() -> None:
     outcomes = study()
     frame, long = (
         measured(outcomes),
-        task_retention(outcomes, tasks=(DOMAIN, GENERAL), suite="search", base=0, experts={"x": 3}),
+        task_retention(Scale(outcomes, tasks=(DOMAIN, GENERAL), suite="search", base=0, experts={"x": 3})),
     )
     domain, general = long[long["task"] == "terms"], long[long["task"] == "prose"]
     assert domain["gain_share"].tolist() == frame["domain"].tolist()
@@ -180,13 +189,13 @@ def test_retention_by_task_agrees_with_the_objectives() -> None:
 
 def test_what_cannot_carry_a_search_is_said() -> None:
     given: dict[str, Any] = {"suite": "search", "base": 0}
-    assert carries(study(), tasks=(DOMAIN, GENERAL), experts={"x": 3}, **given) == []
+    assert weak_tasks(Scale(study(), tasks=(DOMAIN, GENERAL), experts={"x": 3}, **given)) == []
     weak = replace(DOMAIN, name="facts", role="general", chance=0.4)
     outcomes = pd.concat([study(), *(rows(t, "facts", np.arange(60) < 25 + t) for t in range(4))])
-    found = carries(outcomes, tasks=(DOMAIN, GENERAL, weak), experts={"x": 3}, **given)
+    found = weak_tasks(Scale(outcomes, tasks=(DOMAIN, GENERAL, weak), experts={"x": 3}, **given))
     assert len(found) == 1
     assert "general task facts: the base is at chance" in found[0]
-    found = carries(study(), tasks=(DOMAIN, GENERAL), experts={"x": 0}, **given)
+    found = weak_tasks(Scale(study(), tasks=(DOMAIN, GENERAL), experts={"x": 0}, **given))
     assert "expert x does not beat the base" in found[0]
     assert "no expert is below the base" in found[1]
 

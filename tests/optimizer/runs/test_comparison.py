@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.objectives import Draws, draw_objectives
+from evals.objectives import Draws, Scale, draw_objectives
 from evals.outcomes import TaskInfo
 from optimizer.runs.comparison import Gap, gap_to_line, most_domain
 
@@ -64,9 +64,7 @@ def test_the_interval_holds_no_difference_when_there_is_none() -> None:
     rng = np.random.default_rng(0)
     shows = 0
     for _ in range(100):
-        draws = draw_objectives(
-            drawn(chances, rng, 100), tasks=TASKS, suite="holdout", base=BASE, experts={"x": EXPERT}, replicates=300
-        )
+        draws = draw_objectives(Scale(drawn(chances, rng, 100), TASKS, "holdout", BASE, {"x": EXPERT}), replicates=300)
         gap = gap_to_line(draws, TRIAL, [BASE, ANCHOR, EXPERT])
         assert gap.low <= gap.difference <= gap.high
         shows += not gap.low <= 0 <= gap.high
@@ -86,6 +84,6 @@ def test_beyond_its_least_forgetting_a_line_counts_with_that() -> None:
 def test_a_real_difference_is_shown() -> None:
     chances = {BASE: (0.3, 0.8), EXPERT: (0.8, 0.3), ANCHOR: (0.5, 0.6), TRIAL: (0.75, 0.62)}
     outcomes = drawn(chances, np.random.default_rng(1), 400)
-    draws = draw_objectives(outcomes, tasks=TASKS, suite="holdout", base=BASE, experts={"x": EXPERT})
+    draws = draw_objectives(Scale(outcomes, TASKS, "holdout", BASE, {"x": EXPERT}))
     assert gap_to_line(draws, TRIAL, [BASE, ANCHOR, EXPERT]).low > 0
     assert gap_to_line(draws, ANCHOR, [BASE, ANCHOR, EXPERT]).high <= 0  # on the line: never above it

@@ -9,7 +9,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from evals.objectives import draw_objectives, objectives
+from evals.objectives import Scale, draw_objectives, objectives
 from optimizer.errors import RunError
 from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
@@ -138,7 +138,7 @@ def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:
 def test_scores_can_be_rebuilt_from_the_files_alone(run: Run) -> None:
     folder = RunFolder(run.path)
     frame = pd.concat([folder.read_outcomes(trial, "search") for trial in run.points().index])
-    again = objectives(draw_objectives(frame, tasks=run.tasks, suite="search", base=0, experts={"clinical": 1}))
+    again = objectives(draw_objectives(Scale(frame, run.tasks, "search", 0, {"clinical": 1})))
     assert np.array_equal(again["domain_low"], run.points()["domain_low"])
 
 
