@@ -199,13 +199,12 @@ def search(
 ) -> None:
     """Run a study, or take it up where it was left."""
     from optimizer.run_study import run_study
-    from optimizer.study.study_file import read_study
 
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    folder = run_study(study, overrides, _console())
-    _say(f"report: {folder / 'report.html'}")
-    if _opened(folder, read_study(study, overrides).search.storage).front().empty:
+    run = run_study(study, overrides, _console())
+    _say(f"report: {run.path / 'report.html'}")
+    if run.front().empty:
         raise typer.Exit(NOT_NOW)
 
 

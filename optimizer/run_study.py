@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from optimizer.run import Run
 
 
-def run_study(study_path: Path | str, overrides: Sequence[str], console: Console) -> Path:
+def run_study(study_path: Path | str, overrides: Sequence[str], console: Console) -> Run:
     """Run a study, or take it up where it was left, and print its front.
 
     Args:
@@ -48,7 +48,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         console: where progress and the front are written.
 
     Returns:
-        The run's folder.
+        The run, opened.
 
     Raises:
         MergefrontError: what is wrong, in words for a person.
@@ -81,7 +81,7 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         finished = open_run(run.path, storage=study.search.storage)
         finish(finished)
     print_front(finished, console)
-    return run.path
+    return finished
 
 
 def _opened(study: Study) -> Ready:

@@ -43,7 +43,6 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
         The folder of the exported model.
     """
     from optimizer.export.commands import export_trial
-    from optimizer.run import open_run
     from optimizer.run_study import run_study
     from optimizer.strict_yaml import dump_yaml
 
@@ -55,9 +54,8 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
     study_file = inputs / "study.yaml"
     study_file.write_text(dump_yaml(study), encoding="utf-8")
     console.rule("3  Search")
-    run_study(study_file, [], console)
+    run = run_study(study_file, [], console)
     console.rule("4  Export")
-    run = open_run(out)
     knee = run.knee()
     model = out / "models" / f"trial-{knee}"
     if not model.exists():  # the same trial of the same run has the same bytes

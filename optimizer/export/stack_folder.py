@@ -16,10 +16,10 @@ import torch
 from optimizer.checkpoints.checkpoint import Checkpoint, count_nonfinite
 from optimizer.checkpoints.compare import require_compatible
 from optimizer.checkpoints.configs import LAYER_COUNT_KEYS, full_config
-from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import write_sharded
 from optimizer.errors import CheckpointError, MergeError
-from optimizer.export.model_folder import SHARD_BYTES, card_head, copy_files, float_dtype, public_name, say_dtype, table
+from optimizer.export.card import stack_card
+from optimizer.export.model_folder import SHARD_BYTES, float_dtype, write_model_folder
 from optimizer.merging.merge import code_of, stored_as
 from search_spaces.mergekit.stack import Stack
 
@@ -37,8 +37,6 @@ def write_stack(stack: Stack, models: Mapping[str, Checkpoint], out: Path) -> Pa
         CheckpointError: the models do not fit each other, have not the layers, or differ by place.
         MergeError: the folder exists or cannot be written, or a tensor is not finite.
     """
-    from optimizer.strict_yaml import dump_yaml
-
     first, *others = (models[name] for name in dict.fromkeys(name for name, _ in stack.layers))
     for other in others:
         require_compatible(first, other)
@@ -57,17 +55,16 @@ def write_stack(stack: Stack, models: Mapping[str, Checkpoint], out: Path) -> Pa
         if there not in models[model].names:
             raise CheckpointError(f"{models[model].folder} has no {there}, which the stack asks for as {name}")
         kinds[name] = code_of(stored_as(stack.dtype, first.dtype(there))), first.shape(there)
-    with new_folder(out) as folder:
-        write_sharded(folder, kinds, tensor_of, shard_bytes=SHARD_BYTES)
-        copy_files(first.folder, folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "recipe.json").write_text(stack.to_json() + "\n", encoding="utf-8")
-        if stack.dtype:
-            say_dtype(folder / "config.json", stack.dtype)
-        document = stack.to_mergekit(first.names, dtype=stack.dtype or float_dtype(first))
-        (folder / "mergekit.yaml").write_text(dump_yaml(document), encoding="utf-8")
-        (folder / "README.md").write_text(_card(stack, models, out.name), encoding="utf-8")
-    return out
+    return write_model_folder(
+        out,
+        first,
+        write_weights=lambda folder: write_sharded(folder, kinds, tensor_of, shard_bytes=SHARD_BYTES),
+        recipe=stack.to_json(),
+        mergekit=stack.to_mergekit(first.names, dtype=stack.dtype or float_dtype(first)),
+        card=stack_card(stack, models, out.name),
+        dtype=stack.dtype,
+        config=config,
+    )
 
 
 def _scaled(tensor: torch.Tensor, scale: float, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -97,15 +94,3 @@ def _config(stack: Stack, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
             text[name] = [value[layer] for _, layer in stack.layers]
     text[key] = len(stack.layers)
     return config
-
-
-def _card(stack: Stack, models: Mapping[str, Checkpoint], title: str) -> str:
-    about = (
-        f"A stack of {len(stack.layers)} layers of other models, `{stack.digest}`. `recipe.json` and `mergekit.yaml` "
-        "hold all that is needed to make it again."
-    )
-    rows = [[str(i), public_name(models[name]), str(layer)] for i, (name, layer) in enumerate(stack.layers)]
-    parts = [card_head(models.values(), title), about, table(["layer", "model", "its layer"], rows)]
-    if stack.scales:
-        parts.append(table(["tensor", "factor"], [[tensor, f"{scale:g}"] for tensor, scale in stack.scales]))
-    return "\n\n".join(parts) + "\n"

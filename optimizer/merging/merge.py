@@ -100,6 +100,21 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
+def require_fitting(sources: Sources, recipe: Recipe) -> None:
+    """Make sure that the sources have the experts and the places that a recipe names.
+
+    Raises:
+        MergeError: they lack one.
+    """
+    missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
+    if missing:
+        raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
+    try:
+        recipe.require_places(sources.base.names)
+    except SpaceError as error:
+        raise MergeError(f"recipe {recipe.digest} does not fit {sources.base.folder}: {error}") from error
+
+
 def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
     """Return one merged tensor in the dtype that the recipe asks for, else in the base's.
 
@@ -170,13 +185,7 @@ class _Merger:
     """A recipe applied to its sources, tensor by tensor."""
 
     def __init__(self, sources: Sources, recipe: Recipe, cache: MergeCache | None = None) -> None:
-        missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
-        if missing:
-            raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
-        try:
-            recipe.require_places(sources.base.names)
-        except SpaceError as error:
-            raise MergeError(f"recipe {recipe.digest} does not fit {sources.base.folder}: {error}") from error
+        require_fitting(sources, recipe)
         self._sources = sources
         self._recipe, self._seed = recipe, recipe.mask_seed
         self._own_numbers = recipe.tensors

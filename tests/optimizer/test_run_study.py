@@ -59,6 +59,6 @@ def test_a_checkpoint_that_changes_in_mid_run_stops_it_and_burns_no_trial(
     shard.write_bytes(kept)
     os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
     monkeypatch.undo()
-    states = [trial.state for trial in trials_of(run_study(study, (), console))]
+    states = [trial.state for trial in trials_of(run_study(study, (), console).path)]
     assert states.count(TrialState.COMPLETE) == TRIALS
     assert set(states) == {TrialState.COMPLETE, TrialState.WAITING}  # there are more anchors than trials

@@ -56,13 +56,12 @@ def test_a_study_over_several_methods_names_them(demo_inputs: Path) -> None:
     study = demo_inputs / "study.yaml"
     said = io.StringIO()
     told = Console(file=said, width=160)
-    folder = run_study(study, [*overrides, f"runs={demo_inputs}"], told)
-    run = open_run(folder)
+    run = run_study(study, [*overrides, f"runs={demo_inputs}"], told)
     assert {"task_arithmetic"} < set(run.methods) <= set(methods)
     assert set(run.front()["method"]) <= set(methods)
     assert all(run.recipe(trial).method == row["method"] for trial, row in rows_of(run.points()).items())
     table = said.getvalue().partition("Front of several")[2]
-    report, hovers = (folder / "report.html").read_text(), json.dumps(run.plot_front().to_plotly_json(), default=list)
+    report, hovers = (run.path / "report.html").read_text(), json.dumps(run.plot_front().to_plotly_json(), default=list)
     for trial, row in rows_of(run.front()).items():
         assert re.search(rf"\s{trial}\s+\S.*\b{row['method']}\b", table), table
         assert f"trial {trial} ({row['method']})" in report

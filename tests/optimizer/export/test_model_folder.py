@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.errors import MergeError
 from optimizer.export import model_folder as export
+from optimizer.export.card import model_card, public_name
 from optimizer.export.commands import merge_recipe
-from optimizer.export.model_folder import export_model, model_card, public_name
+from optimizer.export.model_folder import export_model
 from optimizer.merging.merge import Sources, merged_tensor
 from search_spaces import METHODS, Recipe, Setting
 from search_spaces.mergekit.reader import from_mergekit

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import optimizer
 from optimizer.cli import app
-from optimizer.export.model_folder import model_card
+from optimizer.export.card import model_card
 from optimizer.merging.merge import Sources
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.events import Event
