@@ -26,23 +26,15 @@ Case = dict[str, Any]  # target, argv, files {path: content}, sql [[statement, a
 Draw = Callable[[Any], Any]
 
 LONG = "x" * 300
-TEXTS = [
-    "", " ", "x", "base", "clinical", "skill", ".", "..", "-", "--", "a\0b", "\x1b]0;title\x07", "\x1b[2J",
-    "\x9b31m", "\u202ex",
-    "~nobody-here/x", "~", LONG, f"./{LONG}", "x/" * 3000, "/dev/zero", "/dev/full/x", "none/x", "no/such", "a=b",
-    "{{ 1/0 }}",
-    "{{ 'a'*10**9 }}", "{% for i in range(10**9) %}x{% endfor %}", "\ud800", "null", "1e-3", "0x10", "[bold]x[/]",
-    "<img onerror=x>",
-    "é", "\u2028", "a\nb", "a\tb", "%s%n", "$x$", "a|b", "`x`", "../x", "./base", "./expert", "./skill/skill.yaml",
-    "layer.99.attn",
-    "sqlite:///none/x.db", "postgresql://u:p@127.0.0.1:1/x", "mysql://x", "://", "127.0.0.1:1", "ray://127.0.0.1:1",
-    "auto",
-]  # fmt: skip
-NUMBERS = [
-    0, 1, -1, 2, 7, 64, 65, 1000, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.0, 1.5, 1e308, -1e308, 5e-324,
-    1e-3,
-    float("nan"), float("inf"), float("-inf"),
-]  # fmt: skip
+TEXTS = ["", " ", "x", "base", "clinical", "skill", ".", "..", "-", "--", "a\0b", "\x1b]0;title\x07",
+    "\x1b[2J", "\x9b31m", "\u202ex", "~nobody-here/x", "~", LONG, f"./{LONG}", "x/" * 3000, "/dev/zero",
+    "/dev/full/x", "none/x", "no/such", "a=b", "{{ 1/0 }}", "{{ 'a'*10**9 }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "\ud800", "null", "1e-3", "0x10", "[bold]x[/]",
+    "<img onerror=x>", "é", "\u2028", "a\nb", "a\tb", "%s%n", "$x$", "a|b", "`x`", "../x", "./base",
+    "./expert", "./skill/skill.yaml", "layer.99.attn", "sqlite:///none/x.db",
+    "postgresql://u:p@127.0.0.1:1/x", "mysql://x", "://", "127.0.0.1:1", "ray://127.0.0.1:1", "auto"]  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 7, 64, 65, 1000, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.0, 1.5, 1e308,
+    -1e308, 5e-324, 1e-3, float("nan"), float("inf"), float("-inf")]  # fmt: skip
 
 
 def nested(depth: int) -> Any:
@@ -67,23 +59,17 @@ OTHERS = [
     ["x"] * 500,
     nested(100),
 ]
-odd = st.sampled_from([*TEXTS, *NUMBERS, *OTHERS]) | st.integers() | st.floats() | st.text(max_size=12)
-YAML_WORDS = [
-    "!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!timestamp 2001-99-99", "!!int x", "!!bool x",
-    "!!float x",
-    "!!python/object/apply:os.system [x]", "!function a.b", "!own x", "&a [*a]", "&a [x, x]", "*a", "<<: {a: 1}",
-    "[" * 3000,
-    "{" * 3000, "- " * 3000, "? " * 50, "9" * 5000, "1" + "0" * 400, "1e999", "-1e999", ".nan", ".inf", "\0",
-    "\x1b]0;x\x07", "'", '"',
-    '"\\ud800"', '"\\0"', '"\\x1b[31m"', "\t", "---\n", "...\n", "%YAML 9.9\n", "\ufeff", "|\n", ">9\n", ": ", "- ",
-    "~nobody-here/x",
-    "2001-01-01", "0o17", "0x1F", "1_000", "1:30", "yes", "=", "<<", "@", "`", "%", "\r", "\u2028", "\x85",
-]  # fmt: skip
-JSON_WORDS = [
-    "NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "1" + "0" * 400, "[" * 100_000, '{"a":' * 3000, '"\\ud800"',
-    "\0", "\ufeff",
-    '"\\u0000"', '"\\u001b[31m"', ",", "}", "]", '"', "{}", "[]", "null", "-", "1.", "//", "'x'",
-]  # fmt: skip
+odd = st.sampled_from([*TEXTS, *NUMBERS, *OTHERS]).map(deepcopy) | st.integers() | st.floats() | st.text(max_size=12)
+YAML_WORDS = ["!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!timestamp 2001-99-99",
+    "!!int x", "!!bool x", "!!float x", "!!python/object/apply:os.system [x]", "!function a.b", "!own x",
+    "&a [*a]", "&a [x, x]", "*a", "<<: {a: 1}", "[" * 3000, "{" * 3000, "- " * 3000, "? " * 50,
+    "9" * 5000, "1" + "0" * 400, "1e999", "-1e999", ".nan", ".inf", "\0", "\x1b]0;x\x07", "'", '"',
+    '"\\ud800"', '"\\0"', '"\\x1b[31m"', "\t", "---\n", "...\n", "%YAML 9.9\n", "\ufeff", "|\n", ">9\n",
+    ": ", "- ", "~nobody-here/x", "2001-01-01", "0o17", "0x1F", "1_000", "1:30", "yes", "=", "<<", "@",
+    "`", "%", "\r", "\u2028", "\x85"]  # fmt: skip
+JSON_WORDS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "1" + "0" * 400, "[" * 100_000,
+    '{"a":' * 3000, '"\\ud800"', "\0", "\ufeff", '"\\u0000"', '"\\u001b[31m"', ",", "}", "]", '"', "{}",
+    "[]", "null", "-", "1.", "//", "'x'"]  # fmt: skip
 
 
 # --- documents, changed ----------------------------------------------------------------------------------------------
@@ -96,15 +82,17 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def changed(draw: Draw, document: Any, most: int = 3) -> Any:
-    """A copy with some values replaced, removed, added, moved or doubled."""
+    """A copy with some values replaced (by others of their kind or not), removed, added, moved or doubled."""
     document = deepcopy(document)
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.sampled_from([1, 1, *range(1, most + 1)]))):
         found = places(document)
         if not found:
             return draw(odd)
         holder, key = draw(st.sampled_from(found))
-        action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "move", "wrap"]))
-        if action == "replace":
+        action = draw(st.sampled_from(["near", "near", "near", "replace", "replace", "remove", "add", "move", "wrap"]))
+        if action == "near":
+            holder[key] = draw(near(holder[key]))
+        elif action == "replace":
             holder[key] = draw(odd)
         elif action == "remove":
             del holder[key]
@@ -116,6 +104,21 @@ def changed(draw: Draw, document: Any, most: int = 3) -> Any:
         else:
             holder[key] = draw(st.sampled_from([[holder[key]], {"a": holder[key]}, [holder[key], holder[key]]]))
     return document
+
+
+def near(value: Any) -> st.SearchStrategy[Any]:
+    """Other values of a value's kind, which go further before they are refused."""
+    if isinstance(value, bool):
+        return st.just(not value)
+    if isinstance(value, int):
+        return st.sampled_from([value + 1, value - 1, 2 * value, 0, 1, -1, 3, 63, 1024, 2**31, 10**9, 10**12])
+    if isinstance(value, float):
+        return st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0, 1e-9, 1e9, 1e300, 3]) | st.floats(allow_nan=False)
+    if isinstance(value, str):
+        return st.sampled_from([value.upper(), value[1:], f"{value}x", f"{value}.0", value.replace("/", "."), *TEXTS])
+    if isinstance(value, list):
+        return st.sampled_from([value[::-1], value[1:], value * 2, value * 300, []])
+    return odd
 
 
 def _keys(holder: Any) -> Any:
@@ -224,10 +227,9 @@ def build_world(folder: Path) -> None:
     _write_sharded(folder / "base", folder / "sharded")
     for name, text in {"evolve": EVOLVE, "merge": MERGE, "stack": STACK}.items():
         (folder / f"{name}.yaml").write_text(text)
-    recipe = {
-        "method": "ties", "base": "./base", "experts": [["clinical", "./expert"]],
-        "settings": [["weight", "clinical", "layer.00.attn", 0.5], ["density", "", "", 0.8], ["lambda", "", "", 1.0]],
-    }  # fmt: skip
+    recipe = { "method": "ties", "base": "./base", "experts": [["clinical", "./expert"]],
+        "settings": [["weight", "clinical", "layer.00.attn", 0.5], ["density", "", "", 0.8], ["lambda",
+        "", "", 1.0]], }  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe))
     sizes, toy.ITEMS = toy.ITEMS, {"search": 12, "holdout": 12}
     try:
@@ -333,14 +335,12 @@ class Targets:
 
     def _case_set(self, draw: Draw) -> Case:
         document = self._yaml("study.yaml")
-        keys = ["name", "runs", "models", "models.base", "models.experts.clinical", "space.from", "space.method",
-            "space.shape",
-                "space.weight", "space.lambda", "evals.domain.0", "evals.general.0.task", "evals.items",
-                "evals.holdout_items",
-                "evals.domain.0.metric", "evals.seed", "evals.dtype", "search.storage", "search.sampler",
-                "search.trials",
-                "search.timeout", "workers.ray_address", "workers.threads", "workers.device", *document, "a.b.c", "",
-                "."]  # fmt: skip
+        keys = ["name", "runs", "models", "models.base", "models.experts.clinical", "space.from",
+            "space.method", "space.shape", "space.weight", "space.lambda", "evals.domain.0",
+            "evals.general.0.task", "evals.items", "evals.holdout_items", "evals.domain.0.metric",
+            "evals.seed", "evals.dtype", "search.storage", "search.sampler", "search.trials",
+            "search.timeout", "workers.ray_address", "workers.threads", "workers.device", *document,
+            "a.b.c", "", "."]  # fmt: skip
         key = draw(st.sampled_from(keys) | st.text(max_size=6))
         value = draw(odd.map(lambda x: x if isinstance(x, str) else json.dumps(x)) | st.sampled_from(YAML_WORDS))
         word = draw(st.sampled_from([f"{key}={value}", f"{key}={value}", key, f"{key}{value}"]))
@@ -371,13 +371,12 @@ class Targets:
         path = f"{folder}/{name}"
         document = self._json(path) if (self.world / path).exists() else {"max_length": 3}
         extra = draw(st.sampled_from(["", "", "use_cache", "rope_scaling", "rope_parameters", "auto_map",
-            "quantization_config",
-            "layer_types", "sliding_window", "attention_bias", "head_dim", "text_config", "num_experts",
-            "model_type"]))  # fmt: skip
+            "quantization_config", "layer_types", "sliding_window", "attention_bias", "head_dim",
+            "text_config", "num_experts", "model_type"]))  # fmt: skip
         if extra and isinstance(document, dict):
             document[extra] = draw(odd)
-        argv = draw(st.sampled_from([["check", "study.yaml"], ["check", "study.yaml"], ["merge", "merge.yaml", "out"],
-            ["search", "study.yaml", "--workers=0", "--set=search.trials=1"]]))  # fmt: skip
+        argv = draw(st.sampled_from([["check", "study.yaml"], ["check", "study.yaml"], ["merge",
+            "merge.yaml", "out"], ["search", "study.yaml", "--workers=0", "--set=search.trials=1"]]))  # fmt: skip
         return {"argv": argv, "files": {path: json_text(draw, document)}}
 
     def _case_index(self, draw: Draw) -> Case:
@@ -412,12 +411,10 @@ class Targets:
     def _case_task(self, draw: Draw) -> Case:
         name = draw(st.sampled_from(["skill", "choice"]))
         document = self._yaml(f"{name}/{name}.yaml")
-        extra = draw(st.sampled_from(["", "", "include", "fewshot_split", "num_fewshot", "generation_kwargs",
-            "filter_list",
-            "process_docs", "doc_to_choice", "group", "repeats", "description", "fewshot_config", "target_delimiter",
-            "metadata",
-            "should_decontaminate", "doc_to_decontamination_query", "dataset_name", "tag", "output_type",
-            "custom_dataset"]))  # fmt: skip
+        extra = draw(st.sampled_from(["", "", "include", "fewshot_split", "num_fewshot",
+            "generation_kwargs", "filter_list", "process_docs", "doc_to_choice", "group", "repeats",
+            "description", "fewshot_config", "target_delimiter", "metadata", "should_decontaminate",
+            "doc_to_decontamination_query", "dataset_name", "tag", "output_type", "custom_dataset"]))  # fmt: skip
         if extra:
             document[extra] = draw(odd)
         files = {f"{name}/{name}.yaml": yaml_text(draw, document)}
@@ -455,15 +452,12 @@ class Targets:
             files = {"run/study.db": damaged_bytes(draw, (self.world / "run/study.db").read_bytes())}
             return {"argv": self._reader(draw), "files": files}
         columns = [("trial_user_attributes", "value_json"), ("trial_user_attributes", "value_json"),
-            ("trial_user_attributes", "key"),
-            ("trial_params", "distribution_json"), ("trial_params", "param_value"), ("trial_params", "param_name"),
-            ("trials", "state"),
-            ("trials", "number"), ("trials", "datetime_start"), ("trial_values", "value"), ("trial_values",
-            "value_type"),
+            ("trial_user_attributes", "key"), ("trial_params", "distribution_json"), ("trial_params",
+            "param_value"), ("trial_params", "param_name"), ("trials", "state"), ("trials", "number"),
+            ("trials", "datetime_start"), ("trial_values", "value"), ("trial_values", "value_type"),
             ("trial_values", "objective"), ("studies", "study_name"), ("study_directions", "direction"),
-            ("version_info", "schema_version"),
-            ("study_user_attributes", "value_json"), ("trial_system_attributes", "value_json"), ("trials",
-            "study_id")]  # fmt: skip
+            ("version_info", "schema_version"), ("study_user_attributes", "value_json"),
+            ("trial_system_attributes", "value_json"), ("trials", "study_id")]  # fmt: skip
         sql = []
         for _ in range(draw(st.integers(1, 2))):
             table, column = draw(st.sampled_from(columns))
@@ -535,29 +529,24 @@ class Targets:
 
     def _case_kinds(self, draw: Draw) -> Case:
         """Something else than the file that should be there."""
-        place = draw(st.sampled_from(["study.yaml", "merge.yaml", "recipe.json", "evolve.yaml", "base/config.json",
-            "base/tokenizer.json",
-            "base/model.safetensors", "sharded/model-1.safetensors", "sharded/model.safetensors.index.json",
-            "expert/config.json",
+        place = draw(st.sampled_from(["study.yaml", "merge.yaml", "recipe.json", "evolve.yaml",
+            "base/config.json", "base/tokenizer.json", "base/model.safetensors",
+            "sharded/model-1.safetensors", "sharded/model.safetensors.index.json", "expert/config.json",
             "skill/skill.yaml", "skill/skill.jsonl", "adapter/adapter_config.json",
-            "adapter/adapter_model.safetensors",
-            "run/tasks.json", "run/study.yaml", "run/study.db", "run/study.db-wal", "run/lock", "run/log.txt",
-            "run/front.json",
-            "run/report.html", "run/outcomes", "run/outcomes/00000-search.parquet", "run", "base", "out", "runs",
+            "adapter/adapter_model.safetensors", "run/tasks.json", "run/study.yaml", "run/study.db",
+            "run/study.db-wal", "run/lock", "run/log.txt", "run/front.json", "run/report.html",
+            "run/outcomes", "run/outcomes/00000-search.parquet", "run", "base", "out", "runs",
             "made.yaml"]))  # fmt: skip
         kind = draw(st.sampled_from([{"pipe": 1}, {"folder": 1}, {"link": "/dev/zero"}, {"link": "loop"},
-            {"link": place.split("/")[-1]},
-            {"link": "none"}, {"size": 0}, {"size": 2_000_000}, {"size": 5_000_000_000}, {"none": 1},
-            {"text": "\xff\xfe"}, {"text": "\0"},
+            {"link": place.split("/")[-1]}, {"link": "none"}, {"size": 0}, {"size": 2_000_000},
+            {"size": 5_000_000_000}, {"none": 1}, {"text": "\xff\xfe"}, {"text": "\0"},
             {"text": "version https://git-lfs.github.com/spec/v1"}]))  # fmt: skip
         argv = draw(st.sampled_from([["check", "study.yaml"], ["merge", "merge.yaml", "out"], ["merge",
-            "recipe.json", "out"],
-            ["init", "--from-evolve", "evolve.yaml", "--out", "made.yaml"], ["check", "study.yaml",
-            "--set=space.from=recipe.json"],
-            ["check", "study.yaml", "--set=models.experts.clinical=./sharded"], ["search", "study.yaml",
-            "--workers=0", "--set=search.trials=1"],
-            ["check", "study.yaml", "--set=models.experts.clinical=./adapter"], *(["status", "run"], ["front",
-            "run"], ["report", "run"])]))  # fmt: skip
+            "recipe.json", "out"], ["init", "--from-evolve", "evolve.yaml", "--out", "made.yaml"],
+            ["check", "study.yaml", "--set=space.from=recipe.json"], ["check", "study.yaml",
+            "--set=models.experts.clinical=./sharded"], ["search", "study.yaml", "--workers=0",
+            "--set=search.trials=1"], ["check", "study.yaml", "--set=models.experts.clinical=./adapter"],
+            *(["status", "run"], ["front", "run"], ["report", "run"])]))  # fmt: skip
         return {"argv": argv, "files": {place: kind}}
 
     def _case_words(self, draw: Draw) -> Case:
@@ -576,11 +565,10 @@ class Targets:
         return {"argv": [command, *(first if draw(st.integers(0, 3)) else []), *map(_typed, words)]}
 
     def _reader(self, draw: Draw) -> list[str]:
-        return draw(st.sampled_from([["status", "run"], ["status", "run", "--json"], ["front", "run"], ["front",
-            "run", "--json"],
-            ["show", "run", "0"], ["show", "run", "9", "--json"], ["show", "run", "1"], ["export", "run", "--knee"],
-            ["report", "run"],
-            ["export", "run", "--max-forgetting", "0.2", "--sure", "0.5"]]))  # fmt: skip
+        return draw(st.sampled_from([["status", "run"], ["status", "run", "--json"], ["front", "run"],
+            ["front", "run", "--json"], ["show", "run", "0"], ["show", "run", "9", "--json"], ["show",
+            "run", "1"], ["export", "run", "--knee"], ["report", "run"], ["export", "run",
+            "--max-forgetting", "0.2", "--sure", "0.5"]]))  # fmt: skip
 
 
 def _typed(word: str) -> str:
