@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format notebook benchmarks clean
+.PHONY: demo test quick check format notebook benchmarks clean
 
 demo: $(READY)  ## a real study, from two checkpoints to the exported merge
 	$(BIN)/mergefront demo
 
+# One process a core, one thread each; a file's tests stay together, so that what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(READY)  ## everything that .ci/run checks
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
+
+quick: $(READY)  ## the tests that take seconds, for the loop at the desk
+	$(PYTEST) tests -m "not slow and not real"
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -7,17 +7,21 @@ which tokens go together, the same for every candidate, so that two evaluations 
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
+from evals.layerwise import LayerByLayer
 from evals.packing import Pass, Row, Trie, build_trie, passes, rows
 from evals.tokens import Encoder, Pair, Prompt
 from evals.trie_attention import Plan, Reading, reads_tries
@@ -109,6 +113,55 @@ class Engine:
             self.check_finite()
         return answers(self.model, self.tokenizer, prompts, max_length=self.max_length, token_budget=self.token_budget)
 
+    def backward(self, pairs: Sequence[Pair], loss: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Run a loss of the pairs' log-likelihoods (n,) backwards into the parameters that ask for gradients.
+
+        All that is read together stays in memory until its gradients are there, so give few pairs at a time.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ScoreError: it is not finite.
+        """
+        device = self.model.device
+        packed, plain = self._by_reading(pairs)
+        batches = _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, sys.maxsize, device)
+        sums = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+        with closing(self._read(batches)) as read:
+            for batch, states in read:
+                logprobs = self._logprobs(batch, states.flatten(0, 1)[batch.nodes])
+                sums = sums.index_add(0, batch.request, logprobs.double())
+            value = loss(sums)
+            if not torch.isfinite(value):
+                raise ScoreError("the loss is not finite: the candidate is not a usable model")
+            value.backward()
+        return float(value.detach())
+
+    @contextmanager
+    def layer_by_layer(self, groups: Mapping[str, Sequence[Pair]]) -> Iterator[LayerByLayer]:
+        """Read groups of requests through the model layer by layer, every distinct token once, without padding.
+
+        Weights may change between layers: `LayerByLayer.advance` runs one group through the next layer.
+        """
+        device = self.model.device
+        read = {group: self._by_reading(pairs) for group, pairs in groups.items()}
+        packs = not any(plain for _, plain in read.values())
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            inner = stack.enter_context(reads_tries(self.model)) if packs else ""
+            passes = {}
+            for group, (packed, plain) in read.items():
+                batches = (
+                    _packed_batches(packed, self.token_budget, device)
+                    if packs
+                    else _plain_batches(packed | plain, 1, device)
+                )
+                passes[group] = [partial(self._states, **inputs) for inputs in self._inputs(batches, inner)]
+            reading = LayerByLayer(self.model, passes)
+            with reading.pausing():
+                yield reading
+
     def check_finite(self) -> None:
         """Read 20 tokens and raise `ScoreError` unless every logit is finite.
 
@@ -127,11 +180,15 @@ class Engine:
             self._planned[asked] = self._batches(asked)
         return self._planned[asked]
 
-    def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
+    def _by_reading(self, pairs: Sequence[Pair]) -> tuple[dict[int, Pair], dict[int, Pair]]:
+        """The pairs that one trie can hold, by request, and the others."""
         cut = {request: pair.cut(self.max_length) for request, pair in enumerate(pairs)}
         longest = _window(self.model.config) if self.packs else 0
         packed = {i: pair for i, pair in cut.items() if len(pair.context) + len(pair.continuation) - 1 <= longest}
-        plain = {i: pair for i, pair in cut.items() if i not in packed}
+        return packed, {i: pair for i, pair in cut.items() if i not in packed}
+
+    def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
+        packed, plain = self._by_reading(pairs)
         device = self.model.device
         return _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, self.token_budget, device)
 
@@ -150,17 +207,29 @@ class Engine:
 
     def _read(self, batches: Sequence[Batch]) -> Generator[tuple[Batch, torch.Tensor], None, None]:
         """Each batch with the hidden states of every node, or the logits themselves: (B, N, width)."""
-        planned = [(batch, batch.plan) for batch in batches if batch.plan is not None]
+        plain = [batch for batch in batches if batch.plan is None]
+        packed = [batch for batch in batches if batch.plan is not None]
+        for batch, inputs in zip(plain, self._inputs(plain, ""), strict=True):
+            yield batch, self._states(**inputs)
+        if packed:
+            with reads_tries(self.model) as inner:
+                for batch, inputs in zip(packed, self._inputs(packed, inner), strict=True):
+                    yield batch, self._states(**inputs)
+
+    def _inputs(self, batches: Sequence[Batch], inner: str) -> Iterator[dict[str, Any]]:
+        """What the model is called with for each batch, one after another.
+
+        Args:
+            inner: the attention implementation that the model had before it was to read tries.
+        """
+        carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         for batch in batches:
             if batch.plan is None:
-                yield batch, self._states(input_ids=batch.tokens)
-        if not planned:
-            return
-        with reads_tries(self.model) as inner:
-            carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-            for batch, plan in planned:
-                trie = Reading(plan, [block.mask(self.model.dtype) for block in plan.blocks], inner, carried)
-                yield batch, self._states(input_ids=batch.tokens, position_ids=batch.depths, trie=trie)
+                yield {"input_ids": batch.tokens}
+            else:
+                masks = [block.mask(self.model.dtype) for block in batch.plan.blocks]
+                trie = Reading(batch.plan, masks, inner, carried)
+                yield {"input_ids": batch.tokens, "position_ids": batch.depths, "trie": trie}
 
     def _states(self, **inputs: Any) -> torch.Tensor:
         states: torch.Tensor
@@ -189,6 +258,24 @@ class Engine:
             asked = batch.asks_greedy[wanted]
             best[wanted[asked]] = _is_first_best(logits, highest, source[asked], target[asked])
         return chosen, best
+
+    def _logprobs(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the targets (P,) in float32, with gradients; logits are made anew on the way back."""
+
+        def part(rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = self._logits(rows)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return logits.log_softmax(-1)[source, target]
+
+        size = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES_ELSEWHERE)
+        step = max(1, size // (4 * self.model.config.get_text_config().vocab_size))
+        found, order = [], []
+        for start in range(0, len(states), step):
+            wanted = ((batch.source >= start) & (batch.source < start + step)).nonzero()[:, 0]
+            given = states[start : start + step], batch.source[wanted] - start, batch.target[wanted]
+            found.append(checkpoint(part, *given, use_reentrant=False))
+            order.append(wanted)
+        return torch.cat(found)[torch.cat(order).argsort()]
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(states) if self.gathers else states

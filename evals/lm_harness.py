@@ -56,7 +56,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _AskedItem:
+class AskedItem:
     """An item of a task and the requests that lm-eval makes of it."""
 
     task: LoadedTask
@@ -90,7 +90,7 @@ class _Reading:
 class _Suite:
     """A suite's items in the order they are scored, with all their requests."""
 
-    items: tuple[_AskedItem, ...]
+    items: tuple[AskedItem, ...]
     prefix: int
     readings: dict[int, _Reading] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class _Suite:
         """What a model of that length reads, made once for all candidates."""
         if max_length not in self.readings:
             pairs, texts, _ = _by_kind(self.requests)
-            windows = [_windows(text, self.prefix, max_length) for text in texts]
+            windows = [windows_of(text, self.prefix, max_length) for text in texts]
             self.readings[max_length] = _Reading((*pairs, *chain.from_iterable(windows)), tuple(map(len, windows)))
         return self.readings[max_length]
 
@@ -139,7 +139,7 @@ class Harness:
         """Build and tokenise a suite's requests, once for all candidates."""
         encoder = Encoder(tokenizer)
         items = [
-            _AskedItem(task, item, self._requests(task, item, encoder))
+            AskedItem(task, item, self._requests(task, item, encoder))
             for task in self.tasks
             for item in task.items[suite]
         ]
@@ -177,6 +177,10 @@ class Harness:
     def pairs(self, suite: str, max_length: int) -> tuple[Pair, ...]:
         """What a prepared suite reads in order to score it: all but the prompts of answers that are written."""
         return self._suites[suite].reading(max_length).pairs
+
+    def asked(self, suite: str) -> tuple[AskedItem, ...]:
+        """The items of a prepared suite with their requests, in the order they are scored."""
+        return self._suites[suite].items
 
     def describe(self) -> list[dict[str, Any]]:
         """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
@@ -265,7 +269,7 @@ def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[
     )
 
 
-def _windows(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
+def windows_of(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
     """The pieces in which lm-eval predicts every token of a text once, each after as much context as fits."""
     windows = get_rolling_token_windows(list(text.tokens), prefix_token=prefix, max_seq_len=length, context_len=1)
     pieces = map(make_disjoint_window, windows)
@@ -292,7 +296,7 @@ def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
     return [answer(request) for request in suite.requests]
 
 
-def _outcome(asked: _AskedItem, answered: Sequence[_Answered], suite: str, max_length: int) -> Outcome:
+def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_length: int) -> Outcome:
     task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
     answers = _filtered(asked, answered)
     try:
@@ -300,7 +304,7 @@ def _outcome(asked: _AskedItem, answered: Sequence[_Answered], suite: str, max_l
     except Exception as error:  # metrics and task code raise whatever they like
         raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {error_text(error)}") from error
     if task.info.output_type == "loglikelihood_rolling":
-        loglikelihood, size = _bytes(member, item, metrics, answers[0])
+        loglikelihood, size = bytes_of(member, item, metrics, answers[0])
         value, weight = -loglikelihood / math.log(2), float(size)
         loglikelihoods: tuple[float, ...] = (float(answers[0]),)
     else:
@@ -325,7 +329,7 @@ def _outcome(asked: _AskedItem, answered: Sequence[_Answered], suite: str, max_l
     )
 
 
-def _filtered(asked: _AskedItem, answered: Sequence[_Answered]) -> list[Any]:
+def _filtered(asked: AskedItem, answered: Sequence[_Answered]) -> list[Any]:
     """An item's answers behind the task's filter, which reads them from lm-eval's instances."""
     member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
     for instance, answer in zip(instances, answered, strict=True):
@@ -334,7 +338,9 @@ def _filtered(asked: _AskedItem, answered: Sequence[_Answered]) -> list[Any]:
     return [instance.filtered_resps[asked.task.filter] for instance in instances]
 
 
-def _bytes(member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float) -> tuple[float, int]:
+def bytes_of(
+    member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float
+) -> tuple[float, int]:
     """A text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
     for name in ("bits_per_byte", "byte_perplexity"):
         if name in metrics:

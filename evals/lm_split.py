@@ -52,7 +52,7 @@ def content_of(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, f
     if member.OUTPUT_TYPE != "multiple_choice":
         return content, 0.0
     gold = text if member.multiple_input else target
-    right = {_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}
+    right = {choice_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}
     return content, len(right) / len(choices or [])
 
 
@@ -63,7 +63,7 @@ def _field(read: Callable[[Mapping[str, Any]], Any], doc: Mapping[str, Any]) -> 
         raise TaskError(f"{read.__name__}: {error_text(error)}") from error
 
 
-def _index(answer: object, choices: object) -> int:
+def choice_index(answer: object, choices: object) -> int:
     """Which choice an answer is; lm-eval would score a wrong index as never right."""
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise TaskError(

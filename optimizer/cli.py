@@ -317,6 +317,52 @@ def merge(
 
 
 @app.command()
+def learn(
+    study: StudyPath,
+    out: Annotated[Path, typer.Argument(help="The new recipe file (JSON).", show_default=False)],
+    sets: Sets = [],  # noqa: B006  # typer makes a new list
+    preference: Annotated[
+        float, typer.Option(help="What the domain counts beside the general tasks.", min=0, max=1)
+    ] = 0.6,
+    start: Annotated[float, typer.Option(help="The weight to begin at: 0 the base, 1 the expert.", min=0, max=1)] = 0.5,
+    steps: Annotated[int, typer.Option(help="Steps; each reads a few items of every task.", min=1, max=10_000)] = 24,
+    by: Annotated[str, typer.Option(help="A weight for every tensor, or for every layer group.")] = "tensor",
+) -> None:
+    """Learn one recipe's weights by gradients on the search items."""
+    from optimizer.learn import learn_weights
+
+    if by not in ("tensor", "group"):
+        _fail(f"--by is tensor or group; given {by}", WRONG)
+    learned = learn_weights(study, sets, out, preference=preference, start=start, steps=steps, by=by)  # type: ignore[arg-type]
+    _say(f"wrote {out}; merge it with: mergefront merge {out} FOLDER")
+    _say(
+        f"Loss on items kept apart {learned.kept_before:.3f} -> {learned.kept:.3f} (on those learned from "
+        f"{learned.seen_before:.3f} -> {learned.seen:.3f}), after {learned.steps} steps, at the price of "
+        f"{learned.candidates:.1f} candidates."
+    )
+
+
+@app.command()
+def derive(
+    study: StudyPath,
+    out: Annotated[Path, typer.Argument(help="The folder to make the expert's folder in.", show_default=False)],
+    sets: Sets = [],  # noqa: B006  # typer makes a new list
+    form: Annotated[str, typer.Option(help="regmean or fisher.")] = "regmean",
+    share: Annotated[float, typer.Option(help="How far to the expert, between 0 and 1.")] = 0.4,
+    expert: Annotated[str, typer.Option(help="The expert, where the study has several.", show_default=False)] = "",
+) -> None:
+    """Make an expert of base and expert by a closed form over the search items."""
+    from optimizer.learn import derive_expert
+
+    if form not in ("regmean", "fisher"):
+        _fail(f"--form is regmean or fisher; given {form}", WRONG)
+    if not 0 < share < 1:
+        _fail(f"--share lies between 0 (the base) and 1 (the expert); given {share:g}", WRONG)
+    folder = derive_expert(study, sets, out, form=form, share=share, expert=expert)  # type: ignore[arg-type]
+    _say(f"derived expert: {folder}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs/demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy model, trained in seconds.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -25,12 +26,20 @@ def demo_environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an undisturbed `mergefront demo --tiny`; its terminal output lies beside it in `demo.txt`."""
-    folder = tmp_path_factory.mktemp("demo")
-    command, environment = demo_command(folder / "demo"), demo_environment(folder)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "demo.txt").write_text(done.stdout)
+    """The run folder of an undisturbed `mergefront demo --tiny`; its terminal output lies beside it in `demo.txt`.
+
+    It is made once, whichever of the test processes asks first; the others wait for it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "tiny"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "demo.txt").exists():
+            command, environment = demo_command(folder / "demo"), demo_environment(folder)
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "demo.txt").write_text(done.stdout)
     return folder / "demo"
 
 

@@ -12,8 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("optimizer", "search_spaces", "evals")
 # A room of optimizer may import those after it, and what stands beside the rooms at the top only from the last line.
-ROOMS = ("demo", "views", "search", "study", "export", "workers", "merging", "checkpoints", "runs")
-PROGRAMS = ("cli", "run_study", "run")  # these import all rooms; of rooms, only the demo and views take the run
+ROOMS = ("demo", "views", "search", "study", "workers", "export", "merging", "checkpoints", "runs")
+PROGRAMS = (
+    "cli",
+    "run_study",
+    "learn",
+    "run",
+)  # these import all rooms; only demo and views take the run
 GROUND = ("errors", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
     "lm_eval": {"evals.lm_harness", "evals.lm_metric", "evals.lm_split", "evals.lm_tasks"},

@@ -7,7 +7,7 @@ the device of the model, and is rounded once to the base's dtype: the bytes are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from optimizer.merging.methods import (
     row_blocks,
     row_width,
 )
+from optimizer.merging.methods.directions import DirectionWalk, directions
+from optimizer.merging.methods.task_vectors import AgreeingSum
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, SpaceError, group_of
 
@@ -121,7 +123,7 @@ def merged_tensor(name: str, sources: Sources, recipe: Recipe) -> Tensor:
     Raises:
         MergeError: the recipe and the sources do not fit, or the tensor has NaN or infinite values.
     """
-    return _Merger(sources, recipe).tensor(name)
+    return Merger(sources, recipe).tensor(name)
 
 
 def merge_into(
@@ -141,7 +143,7 @@ def merge_into(
             are then partly written; the next merge writes them all.
     """
     assert not recipe.dtype, "a resident model keeps the base's dtypes"
-    merger = _Merger(sources, recipe, cache)
+    merger = Merger(sources, recipe, cache)
     _require_same_tensors(parameters, sources.base)
     with torch.no_grad():
         for name in sources.base.names:
@@ -181,7 +183,7 @@ def code_of(dtype: torch.dtype) -> str:
     return next(code for code, known in DTYPES.items() if known == dtype)
 
 
-class _Merger:
+class Merger:
     """A recipe applied to its sources, tensor by tensor."""
 
     def __init__(self, sources: Sources, recipe: Recipe, cache: MergeCache | None = None) -> None:
@@ -219,10 +221,25 @@ class _Merger:
             raise MergeError(f"tensors to merge are bfloat16, float16 or float32; {name} is {base.dtype}")
         if self._random:
             values = replace(values, seeds=tuple(_seed(self._seed, name, expert) for expert in experts))
-        pairs = [(expert, self._cache.tensor(sources, expert, name, device)) for expert in experts]
-        tensors = Tensors(name, base, pairs, self._cache.facts)
+        tensors = self._tensors(name, experts, device)
         blend = METHODS[self._recipe.method](tensors, values)
         self._require_finite(name, out, _apply(blend, tensors, out))
+
+    def directions(self, name: str, device: torch.device) -> tuple[Tensors, DirectionWalk]:
+        """Base and all experts of a tensor, and which way each expert's weight moves it."""
+        experts = tuple(sorted(expert for expert, _ in self._recipe.experts))
+        values = self._values_of(name if name in self._own_numbers else group_of(name), experts)
+        if self._random:
+            values = replace(values, seeds=tuple(_seed(self._seed, name, expert) for expert in experts))
+        tensors, method = self._tensors(name, experts, device), METHODS[self._recipe.method]
+        blend = method(tensors, values)
+        if not isinstance(blend, AgreeingSum):  # linear in the weights
+            blend = method(tensors, replace(values, weights=(1.0,) * len(experts)))
+        return tensors, directions(blend)
+
+    def _tensors(self, name: str, experts: Sequence[str], device: torch.device) -> Tensors:
+        pairs = [(expert, self._cache.tensor(self._sources, expert, name, device)) for expert in experts]
+        return Tensors(name, self._cache.tensor(self._sources, "", name, device), pairs, self._cache.facts)
 
     def _require_finite(self, name: str, out: Tensor, proven: bool) -> None:
         if not proven and (bad := count_nonfinite(out)):
@@ -257,11 +274,20 @@ class _Merger:
             raise MergeError(
                 f"a merge must be finite: recipe {self._recipe.digest} has weight {largest:.3g} in {group}"
             )
+        return active, self._values_of(group, active)
+
+    def _values_of(self, group: str, experts: Sequence[str]) -> Values:
+        """Return the numbers of some experts at a group, without seeds."""
+        spec = SPECS[self._recipe.method]
+
+        def value(parameter: str, expert: str = "") -> float:
+            return self._recipe.value(parameter, expert=expert, group=group) if spec.parameter(parameter) else 1.0
+
         own = [p.name for p in spec.parameters if p.scope == "expert" and p.name != "weight"]
         shared = [p.name for p in spec.parameters if p.scope != "expert"]
-        return active, Values(
-            weights=tuple(value("weight", name) for name in active),
-            own={parameter: tuple(value(parameter, name) for name in active) for parameter in own},
+        return Values(
+            weights=tuple(value("weight", name) for name in experts),
+            own={parameter: tuple(value(parameter, name) for name in experts) for parameter in own},
             shared={parameter: value(parameter) for parameter in shared},
         )
 

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from evals.outcomes import Outcome, TaskSpec
+from evals.outcomes import SEARCH, Outcome, TaskSpec
 from optimizer.workers.memory import lack_of_memory_in_words
 from search_spaces.recipe import Recipe
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from evals.engine import Engine
+    from evals.losses import Example
+    from optimizer.merging.gradients import Gradient
+    from optimizer.workers.deriver import Derivation
+    from optimizer.workers.learner import Learned, Learner, Lesson
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +97,7 @@ class Worker:
             spec.tasks, seed=spec.seed, chat_template=spec.chat_template, allow_task_code=spec.allow_task_code
         )
         self._prepared: set[str] = set()
+        self._learner: Learner | None = None
 
     def evaluate(self, recipe: str, suite: str) -> Evaluation:
         """Score one recipe.
@@ -104,18 +116,84 @@ class Worker:
             return self._evaluated(recipe, suite)
 
     def _evaluated(self, recipe: str, suite: str) -> Evaluation:
-        from optimizer.merging.merge import merge_into
-
-        if suite not in self._prepared:
-            self._harness.prepare(self._tokenizer, suite)
-            self._prepared.add(suite)
+        self._prepare(suite)
         start = time.perf_counter()
-        for checkpoint in (self._sources.base, *self._sources.experts.values()):
-            checkpoint.require_unchanged()
-        merge_into(self._merged, self._sources, Recipe.from_json(recipe), self._cache)
-        if self._merged is not self._parameters:
-            for name, tensor in self._merged.items():
-                self._parameters[name].copy_(tensor)
+        self.merge(Recipe.from_json(recipe))
         merged = time.perf_counter()
         outcomes = tuple(self._harness.score(self._engine, suite))
         return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
+
+    def learn(self, lesson: Lesson) -> Learned:
+        """Learn merge weights by gradients on the search items.
+
+        Raises:
+            CheckpointError: a source's file is not the one that was opened.
+            MergeError: a merge or a gradient is not finite; the tensor is named.
+            TaskError: an item has nothing to learn from, or a loss is not finite.
+            WorkerError: memory ran out.
+        """
+        from optimizer.workers.learner import Learner
+
+        with lack_of_memory_in_words(self._sources.base.bytes):
+            if self._learner is None:
+                examples, experts = self._examples(), list(self._sources.experts)
+                self._learner = Learner(self, examples, tasks=self._harness.infos, experts=experts)
+            return self._learner.learn(lesson)
+
+    def derive(self, path: Derivation) -> list[Path]:
+        """Make the derived experts of a path from the search items, where they are not there yet.
+
+        Raises:
+            MergeError: a folder cannot be written, or a tensor is not finite.
+            TaskError: an item has nothing to learn from, or a loss is not finite.
+            WorkerError: memory ran out.
+        """
+        from optimizer.workers.deriver import Deriver
+
+        tasks = {task.name: task for task in self._harness.infos}
+        with lack_of_memory_in_words(self._sources.base.bytes):
+            examples = self._examples()
+            general = [e for e in examples if tasks[e.task].role == "general"]
+            domain = [
+                e for e in examples if tasks[e.task].role == "domain" and tasks[e.task].expert in ("", path.expert)
+            ]
+            return Deriver(self.engine, self._parameters, self._sources, general, domain).derive(path)
+
+    @property
+    def engine(self) -> Engine:
+        """What reads the resident model."""
+        return self._engine
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the base's floating tensors."""
+        base = self._sources.base
+        return tuple(name for name in base.names if base.dtype(name).is_floating_point)
+
+    def merge(self, recipe: Recipe) -> None:
+        """Make the resident model the merge of a recipe."""
+        from optimizer.merging.merge import merge_into
+
+        for checkpoint in (self._sources.base, *self._sources.experts.values()):
+            checkpoint.require_unchanged()
+        merge_into(self._merged, self._sources, recipe, self._cache)
+        if self._merged is not self._parameters:
+            for name, tensor in self._merged.items():
+                self._parameters[name].copy_(tensor)
+
+    def gradients(self, recipe: Recipe) -> AbstractContextManager[Gradient]:
+        """The gradient by the weights of the recipe that was merged last (`weight_gradients`)."""
+        from optimizer.merging.gradients import weight_gradients
+
+        return weight_gradients(self._engine.model, self._parameters, self._sources, recipe, self._cache)
+
+    def _examples(self) -> list[Example]:
+        from evals.lm_examples import examples
+
+        self._prepare(SEARCH)
+        return examples(self._harness, SEARCH, self._engine)
+
+    def _prepare(self, suite: str) -> None:
+        if suite not in self._prepared:
+            self._harness.prepare(self._tokenizer, suite)
+            self._prepared.add(suite)

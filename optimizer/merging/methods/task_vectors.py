@@ -212,6 +212,16 @@ def _scaled(factors: Sequence[float], prunes: Sequence[Prune | None]) -> list[fl
     return [factor * (1.0 if prune is None else prune.scale) for factor, prune in zip(factors, prunes, strict=True)]
 
 
+def pruned_deltas(prunes: Sequence[Prune | None]) -> Callable[[Tensor, Sequence[Tensor], int], list[Tensor]]:
+    """Begin a walk that gives what is kept of each delta, scaled as the method scales it."""
+    prune, scales = _pruning(prunes), _scaled([1.0] * len(prunes), prunes)
+
+    def step(b: Tensor, xs: Sequence[Tensor], start: int) -> list[Tensor]:
+        return [delta.mul_(scale) for delta, scale in zip(prune(b, xs, start), scales, strict=True)]
+
+    return step
+
+
 def _pruning(prunes: Sequence[Prune | None]) -> Callable[[Tensor, Sequence[Tensor], int], list[Tensor]]:
     walks = [None if prune is None else prune.walk() for prune in prunes]
 

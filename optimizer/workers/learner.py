@@ -1,0 +1,295 @@
+"""Merge weights learned by gradients: from a start, downhill on the search items for one preference.
+
+A worker runs this in its resident model. Each step merges the weights as they are, reads a few items of each task, and
+moves every weight against the gradient. A part of the items is kept apart: it says when to stop, and how far to pull
+the weights towards their mean, since a weight for every tensor can learn the items by heart.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evals.losses import Example, task_losses
+from evals.packing import build_trie
+from optimizer.merging.gradients import Gradient
+from search_spaces import Recipe, Setting, group_of
+
+if TYPE_CHECKING:
+    from evals.engine import Engine
+    from evals.outcomes import TaskInfo
+
+Array = NDArray[np.float64]
+
+QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach
+KEPT = 5  # every so many-th item of a task is kept apart, where the task has as many
+RATE, MOMENTUM, SMOOTHING = 0.12, 0.8, 0.9  # of the steps, which fall to 0; of the gradient and of its square
+LOOKS = (0.5, 0.75, 1.0)  # shares of the steps after which the kept items are asked
+PULLS = (0.25, 0.5)  # towards the mean of an expert's weights, of the best of those
+LEAST_SCALE = 0.05  # of a task's loss at the base: an expert that hardly moved it gives no scale
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What one learned anchor is learned for.
+
+    Args:
+        start: the recipe to begin at, as JSON; its method is one of `gradients.LEARNABLE`.
+        preference: of each expert's domain, by name; the general tasks have what is left of 1.
+        by: whether every tensor or every layer group has a weight of its own.
+        loss: "labels" (right answers, bits of texts) or "teachers" (the expert on domain items, the base on general).
+        steps: how many.
+        bounds: what the weights stay within.
+        seed: of the items' order.
+    """
+
+    start: str
+    preference: tuple[tuple[str, float], ...]
+    by: Literal["tensor", "group"]
+    loss: Literal["labels", "teachers"]
+    steps: int
+    bounds: tuple[float, float]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a lesson gave.
+
+    Args:
+        recipe: as JSON.
+        steps: after how many steps the weights were taken.
+        pull: how far they were pulled towards their mean, a share.
+        seen, kept: the loss on the items that were learned from and on those kept apart, after; in shares of what
+            lies between base and expert.
+        seen_before, kept_before: the same at the start.
+        candidates: the cost, as a multiple of reading the search suite once; a step backward counts three times.
+        seconds: what it took.
+    """
+
+    recipe: str
+    steps: int
+    pull: float
+    seen: float
+    kept: float
+    seen_before: float
+    kept_before: float
+    candidates: float
+    seconds: float
+
+
+class Candidate(Protocol):
+    """The resident model, as a learner uses it."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Names of the base's floating tensors."""
+
+    def merge(self, recipe: Recipe) -> None:
+        """Make the model the merge of a recipe."""
+
+    def gradients(self, recipe: Recipe) -> AbstractContextManager[Gradient]:
+        """`weight_gradients` of the recipe that was merged last."""
+
+
+def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Items to learn from and items kept apart: every fifth of a task that has five."""
+    seen: list[Example] = []
+    kept: list[Example] = []
+    count: dict[str, int] = {}
+    for example in examples:
+        n = count[example.task] = count.get(example.task, 0) + 1
+        (kept if n % KEPT == 0 else seen).append(example)
+    return seen, kept
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The weights that are learned: of each expert in each tensor or group, in one order."""
+
+    experts: tuple[str, ...]
+    names: tuple[str, ...]
+    group_of_tensor: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tensors: Sequence[str], experts: Sequence[str], by: str) -> Places:
+        where = {tensor: tensor if by == "tensor" else group_of(tensor) for tensor in tensors}
+        return cls(tuple(experts), tuple(dict.fromkeys(where.values())), where)
+
+    def weights(self, recipe: Recipe) -> Array:
+        """The recipe's weights: (experts, places)."""
+        return np.array([[recipe.value("weight", expert=e, group=n) for n in self.names] for e in self.experts])
+
+    def gradient(self, found: Mapping[tuple[str, str], float]) -> Array:
+        """By tensor to by place: (experts, places)."""
+        at = {name: i for i, name in enumerate(self.names)}
+        total = np.zeros((len(self.experts), len(self.names)))
+        for (expert, tensor), value in found.items():
+            total[self.experts.index(expert), at[self.group_of_tensor[tensor]]] += value
+        return total
+
+    def recipe(self, start: Recipe, weights: Array) -> Recipe:
+        """The start with other weights."""
+        kept = [setting for setting in start.settings if setting.parameter != "weight"]
+        rows = zip(self.experts, weights.tolist(), strict=True)
+        mine = [Setting("weight", e, n, w) for e, row in rows for n, w in zip(self.names, row, strict=True)]
+        return Recipe(start.method, start.base, start.experts, (*kept, *mine))
+
+
+class Descent:
+    """Steps against a gradient: momentum, and each weight's step in the unit of its own gradient (Adam, 1412.6980)."""
+
+    def __init__(self, weights: Array, steps: int, bounds: tuple[float, float]) -> None:
+        self.weights, self._steps, self._bounds = weights, steps, bounds
+        self._mean, self._square, self._done = np.zeros_like(weights), np.zeros_like(weights), 0
+
+    def step(self, gradient: Array) -> None:
+        rate = RATE * (1 - self._done / self._steps)
+        self._done += 1
+        self._mean = MOMENTUM * self._mean + (1 - MOMENTUM) * gradient
+        self._square = SMOOTHING * self._square + (1 - SMOOTHING) * gradient**2
+        mean = self._mean / (1 - MOMENTUM**self._done)
+        size = np.sqrt(self._square / (1 - SMOOTHING**self._done))
+        move = np.divide(mean, size, out=np.zeros_like(mean), where=size > 0)
+        self.weights = np.clip(self.weights - rate * move, *self._bounds)
+
+
+def minibatches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
+    """Without end: a few items of every task, each task's in a new order whenever it has been read through."""
+    rng = np.random.default_rng(seed)
+    tasks: dict[str, list[Example]] = {}
+    for example in examples:
+        tasks.setdefault(example.task, []).append(example)
+    queues: dict[str, list[Example]] = {task: [] for task in tasks}
+    while True:
+        batch = []
+        for task, items in tasks.items():
+            for _ in range(min(len(items), QUESTIONS if items[0].right else TEXTS)):
+                if not queues[task]:
+                    queues[task] = [items[i] for i in rng.permutation(len(items))]
+                batch.append(queues[task].pop())
+        yield batch
+
+
+class Learner:
+    """Learns weights for one preference after another, from the same items in the same resident model."""
+
+    def __init__(
+        self, candidate: Candidate, examples: Sequence[Example], *, tasks: Sequence[TaskInfo], experts: Sequence[str]
+    ) -> None:
+        self._candidate, self._tasks, self._experts = candidate, tasks, tuple(experts)
+        self._seen, self._kept = split_examples(examples)
+        self._tokens = 0  # read so far; backward counts three times
+        self._whole = _size(examples)
+        self._ends: dict[str, dict[str, float]] = {}  # the losses of base and experts, on the items learned from
+
+    def learn(self, lesson: Lesson) -> Learned:
+        """Learn from the start of a lesson; the same lesson gives the same weights.
+
+        Raises:
+            MergeError: a gradient or a merge is not finite; the tensor is named.
+            ScoreError: a loss is not finite.
+        """
+        begun, self._tokens = time.perf_counter(), 0
+        start = Recipe.from_json(lesson.start)
+        places = Places.of(self._candidate.tensors, self._experts, lesson.by)
+        factors = self._factors(start, dict(lesson.preference))
+        descent = Descent(places.weights(start), lesson.steps, lesson.bounds)
+        looks = {max(1, round(share * lesson.steps)) for share in LOOKS}
+        before = self._loss(start, self._kept, factors)
+        found = [(before, 0, 0.0, places.weights(start))]
+        for step, batch in zip(range(1, lesson.steps + 1), minibatches(self._seen, lesson.seed), strict=False):
+            descent.step(self._gradient(places, places.recipe(start, descent.weights), batch, factors))
+            if step in looks:
+                found.append(self._look(start, places, factors, descent.weights, step, 0.0))
+        _, steps, _, weights = min(found, key=lambda look: look[0])
+        for pull in PULLS if steps else ():
+            pulled = weights + pull * (weights.mean(axis=1, keepdims=True) - weights)
+            found.append(self._look(start, places, factors, pulled, steps, pull))
+        kept, steps, pull, weights = min(found, key=lambda look: look[0])
+        recipe = places.recipe(start, weights) if steps else start
+        return Learned(
+            recipe=recipe.to_json(),
+            steps=steps,
+            pull=pull,
+            seen=self._loss(recipe, self._seen, factors),
+            kept=kept,
+            seen_before=self._loss(start, self._seen, factors),
+            kept_before=before,
+            candidates=self._tokens / self._whole,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _look(
+        self, start: Recipe, places: Places, factors: Mapping[str, float], weights: Array, step: int, pull: float
+    ) -> tuple[float, int, float, Array]:
+        recipe = places.recipe(start, weights)
+        return self._loss(recipe, self._kept, factors), step, pull, weights.copy()
+
+    def _gradient(
+        self, places: Places, recipe: Recipe, batch: Sequence[Example], factors: Mapping[str, float]
+    ) -> Array:
+        self._candidate.merge(recipe)
+        self._tokens += 3 * _size(batch)
+        pairs = [pair for example in batch for pair in example.pairs]
+        with self._candidate.gradients(recipe) as found:
+            self._candidate.engine.backward(pairs, lambda x: _weighted(task_losses(batch, x), factors))
+        return places.gradient(found)
+
+    def _loss(self, recipe: Recipe, examples: Sequence[Example], factors: Mapping[str, float]) -> float:
+        return float(sum(factors[task] * loss for task, loss in self._losses(recipe, examples).items()))
+
+    def _losses(self, recipe: Recipe, examples: Sequence[Example]) -> dict[str, float]:
+        self._candidate.merge(recipe)
+        self._tokens += _size(examples)
+        pairs = [pair for example in examples for pair in example.pairs]
+        found = torch.tensor([x for x, _ in self._candidate.engine.loglikelihoods(pairs)], dtype=torch.float64)
+        return {task: float(loss) for task, loss in task_losses(examples, found).items()}
+
+    def _factors(self, start: Recipe, preference: Mapping[str, float]) -> dict[str, float]:
+        """What each task's loss counts: its side's preference, in shares of what lies between base and expert."""
+        if not self._ends:
+            self._ends["base"] = self._losses(_only(start, ""), self._seen)
+            self._ends |= {name: self._losses(_only(start, name), self._seen) for name in self._experts}
+        base = self._ends["base"]
+        factors = dict.fromkeys(base, 0.0)
+        for name, share in preference.items():
+            mine = [t.name for t in self._tasks if t.role == "domain" and t.expert in ("", name)]
+            for task in mine:
+                factors[task] += share / len(mine) / _scale(base[task] - self._ends[name][task], base[task])
+        general = [t.name for t in self._tasks if t.role == "general"]
+        for task in general:
+            lost = max(self._ends[name][task] for name in self._experts) - base[task]
+            factors[task] += (1 - math.fsum(preference.values())) / len(general) / _scale(lost, base[task])
+        return factors
+
+
+def _scale(difference: float, at_base: float) -> float:
+    return max(difference, LEAST_SCALE * abs(at_base))
+
+
+def _only(start: Recipe, expert: str) -> Recipe:
+    """The base (""), or one expert, as a recipe of the start's models."""
+    settings = [Setting("weight", name, "", float(name == expert)) for name, _ in start.experts]
+    return Recipe("task_arithmetic", start.base, start.experts, tuple(settings))
+
+
+def _weighted(losses: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> torch.Tensor:
+    return torch.stack([factors[task] * loss for task, loss in losses.items()]).sum()
+
+
+def _size(examples: Sequence[Example]) -> int:
+    """Distinct tokens that are read."""
+    pairs = (pair for example in examples for pair in example.pairs)
+    return len(build_trie(dict(enumerate(pairs))))

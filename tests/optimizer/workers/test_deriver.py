@@ -1,0 +1,161 @@
+"""Derived experts: what the closed forms promise, read layer by layer, made once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from evals.tokens import Pair
+from optimizer.checkpoints.checkpoint import Checkpoint
+from optimizer.checkpoints.opening import open_checkpoint
+from optimizer.merging.fisher import RowSquares, fisher_mean
+from optimizer.merging.merge import Sources, merged_tensor
+from optimizer.merging.regmean import Grams, regmean
+from optimizer.run_study import worker_spec
+from optimizer.study.study_file import Study, read_study
+from optimizer.workers.deriver import MANIFEST, Derivation
+from optimizer.workers.worker import Worker
+from search_spaces import Recipe, Setting
+from tests.optimizer.small_study import write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return read_study(write_study(tmp_path_factory.mktemp("deriver"), items=8))
+
+
+@pytest.fixture(scope="module")
+def worker(study: Study) -> Worker:
+    return Worker(worker_spec(study))
+
+
+def gram(seed: int, width: int = 6, rows: int = 40) -> Tensor:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / rows
+
+
+def weights(seed: int) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def test_with_one_kind_of_inputs_regmean_is_the_straight_line() -> None:
+    base, expert, same = weights(0), weights(1), gram(2)
+    assert torch.allclose(regmean(base, expert, same, same, 0.3), torch.lerp(base, expert, 0.3), atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_regmean_changes_both_sides_outputs_least(share: float) -> None:
+    base, expert, of_base, of_expert = weights(0), weights(1), gram(2), gram(3)
+
+    def change(w: Tensor) -> float:
+        def squared(delta: Tensor, gram: Tensor) -> float:
+            return float(torch.einsum("oi,ij,oj->", delta, gram, delta))
+
+        return share * squared(w - expert, of_expert) + (1 - share) * squared(w - base, of_base)
+
+    best = regmean(base, expert, of_base, of_expert, share)
+    least = change(best)
+    for seed in range(5):
+        assert change(best + 0.05 * weights(10 + seed)) > least
+    assert least < change(torch.lerp(base, expert, share))
+
+
+def test_the_ends_of_both_paths_are_the_models() -> None:
+    base, expert, rows = weights(0), weights(1), torch.ones(4)
+    for share, end in ((0.0, base), (1.0, expert)):
+        assert torch.equal(regmean(base, expert, gram(2), gram(3), share), end)
+        assert torch.equal(fisher_mean(base, expert, rows, 2 * rows, share), end)
+
+
+def test_a_row_goes_where_the_gradients_are() -> None:
+    base, expert = weights(0), weights(1)
+    of_base, of_expert = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    found = fisher_mean(base, expert, of_base, of_expert, 0.25)
+    line = torch.lerp(base, expert, 0.25)
+    assert torch.allclose(found[0], line[0])
+    assert torch.allclose(found[1], expert[1], atol=1e-4)
+    assert torch.allclose(found[2], base[2], atol=1e-4)
+    assert torch.allclose(found[3], line[3])  # nothing is known of it
+
+
+def test_squares_are_in_the_unit_of_their_mean() -> None:
+    squares = RowSquares()
+    squares.add("a", torch.tensor([[1.0, 1.0], [3.0, 1.0]]))
+    squares.add("b", torch.tensor([2.0, 2.0]))
+    means = squares.means()  # rows of mean 1, 5 and 4: over all elements 10 / 3
+    assert torch.allclose(means["a"], torch.tensor([0.3, 1.5]))
+    assert torch.allclose(means["b"], torch.tensor([1.2]))
+
+
+def test_layer_by_layer_sums_are_those_of_plain_passes(worker: Worker) -> None:
+    tokens = [(5, 9, 11, 3, 7), (5, 9, 4, 8), (40, 2, 3)]
+    pairs = [Pair(line[:-1], line[-1:]) for line in tokens]
+    model = worker.engine.model
+    modules = [{"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "down": layer.mlp.down_proj}
+               for layer in model.model.layers]  # fmt: skip
+    found = [Grams() for _ in modules]
+    with worker.engine.layer_by_layer({"texts": pairs}) as reading:
+        reading.advance("texts")
+        for named, grams in zip(modules, found, strict=True):
+            with grams.adding(named):
+                reading.advance("texts")
+    for named, grams in zip(modules, found, strict=True):
+        plain: dict[str, Tensor] = {}
+        hooks = [m.register_forward_pre_hook(partial(_remember, plain, n)) for n, m in named.items()]
+        rows: dict[str, list[Tensor]] = {n: [] for n in named}
+        with torch.inference_mode():
+            seen: set[tuple[int, ...]] = set()
+            for line in tokens:
+                model(input_ids=torch.tensor([line[:-1]]), use_cache=False)
+                for i in range(1, len(line)):
+                    if line[:i] not in seen:  # a shared beginning counts once
+                        seen.add(line[:i])
+                        for n in named:
+                            rows[n].append(plain[n][0, i - 1])
+        for hook in hooks:
+            hook.remove()
+        for n in named:
+            x = torch.stack(rows[n]).float()
+            assert grams.rows[n] == len(x)
+            assert torch.allclose(grams.sums[n], x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def _remember(found: dict[str, Tensor], name: str, _: object, given: tuple[Tensor]) -> None:
+    found[name] = given[0]
+
+
+@pytest.mark.parametrize("form", ["regmean", "fisher"])
+def test_a_path_is_made_once_and_each_point_is_a_checkpoint(
+    form: str, study: Study, worker: Worker, tmp_path: Path
+) -> None:
+    path = Derivation(form, "clinical", (0.25, 0.75), tmp_path)
+    near, far = worker.derive(path)
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    assert worker.derive(path) == [near, far]
+    assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    base, expert = open_checkpoint(study.models.base), open_checkpoint(study.models.experts["clinical"])
+    made = [open_checkpoint(folder, base=base) for folder in (near, far)]
+
+    def distance(one: Checkpoint, other: Checkpoint) -> float:
+        return sum(float((one.tensor(n).float() - other.tensor(n).float()).square().sum()) for n in base.names)
+
+    assert all(point.names == base.names and point.kind(n) == base.kind(n) for point in made for n in base.names)
+    assert distance(made[0], base) < distance(made[1], base)
+    assert distance(made[1], expert) < distance(made[0], expert)
+    weights = (Setting("weight", "clinical", "", 1.0),)  # a derived expert stands in a recipe like any other
+    recipe = Recipe("task_arithmetic", study.models.base, (("clinical", str(near)),), weights)
+    merged = merged_tensor(base.names[0], Sources.open(base.folder, dict(recipe.experts)), recipe)
+    assert torch.equal(merged, made[0].tensor(base.names[0]))
+    assert (near / MANIFEST).is_file()
+
+
+def test_what_it_was_made_of_is_in_its_name(worker: Worker, tmp_path: Path) -> None:
+    first = worker.derive(Derivation("regmean", "clinical", (0.5,), tmp_path))[0]
+    other = worker.derive(Derivation("fisher", "clinical", (0.5,), tmp_path))[0]
+    assert first.name.startswith("clinical-regmean-0.5-")
+    assert other.name.startswith("clinical-fisher-0.5-")
+    assert first.name[-12:] != other.name[-12:]
