@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from hostile import Case, Targets, build_world, lay_out  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis.strategies import SearchStrategy  # noqa: E402
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -76,11 +77,36 @@ class Tally:
     findings: dict[str, int] = field(default_factory=dict)
 
 
-class Runner:
-    """Runs cases in copies of a world, one forked process each."""
+@dataclass(slots=True)
+class Running:
+    """An example at work in a process of its own."""
 
-    def __init__(self, world: Path, scratch: Path) -> None:
-        self.world, self.scratch = world, scratch
+    case: Case
+    child: int
+    descriptor: int  # readable when the process has ended
+    slot: Path
+    latest: float  # when it must have ended
+
+    def result(self) -> Result:
+        """How it ended; killed where it has not."""
+        late = not select.select([self.descriptor], [], [], 0)[0]
+        if late:
+            os.kill(self.child, signal.SIGKILL)
+        _, status, usage = os.wait4(self.child, 0)
+        os.close(self.descriptor)
+        seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        if late:
+            return Result("hangs", f"no end after {WALL_SECONDS:.0f} s", seconds, peak)
+        ended = self.slot / "ended"
+        code, trace = json.loads(ended.read_text()) if ended.exists() else (None, "")
+        return Result(*judged(code, trace, (self.slot / "said").read_bytes(), status, seconds, peak), seconds, peak)
+
+
+class Runner:
+    """Runs cases in copies of a world, one forked process each, so many at a time."""
+
+    def __init__(self, world: Path, scratch: Path, jobs: int = 1) -> None:
+        self.world, self.slots = world, [scratch / f"slot-{i}" for i in range(jobs)]
 
     def warm(self) -> None:
         """Import and compile once what every example would import and compile again."""
@@ -89,45 +115,49 @@ class Runner:
         owned = packages_distributions()  # what is installed stays: asked for once
         import_module("optimizer.search.plan").require_own_names.__defaults__ = (lambda: owned,)
         for argv in (["check", "study.yaml"], ["merge", "merge.yaml", "warm"], ["front", "run"], ["status", "run"]):
-            result = self.run({"target": "warm", "argv": argv, "files": {}, "sql": []}, inside=True)
-            if result.finding:
-                raise SystemExit(f"the sound world is not clean: {' '.join(argv)}: {result.finding}\n{result.detail}")
+            slot, there = self.slots[0], os.getcwd()
+            code, trace = _call(argv, self._laid_out({"files": {}}, slot), slot / "said")
+            os.chdir(there)
+            finding, detail = judged(code, trace, (slot / "said").read_bytes(), 0, 0.0, 0)
+            if finding or code:
+                raise SystemExit(f"the sound world is not clean: {' '.join(argv)}: {finding}\n{detail}")
         gc.collect()
         gc.freeze()  # a collection in a child would copy every page
 
-    def run(self, case: Case, *, inside: bool = False) -> Result:
-        """Run a case, in a process of its own unless it is known to be sound."""
-        workspace = self.scratch / "home" / "work"
-        shutil.rmtree(workspace.parent, ignore_errors=True)
-        workspace.parent.mkdir(parents=True)
-        lay_out(self.world, workspace, case)
-        if inside:
-            said = self.scratch / "inside"
-            there = os.getcwd()
-            code, trace = _call(case, workspace, said)
-            os.chdir(there)
-            return Result(*judged(code, trace, said.read_bytes(), 0, 0.0, 0), 0.0, 0)
-        return self._forked(case, workspace)
+    def run(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Result]]:
+        """Run cases; each with its result as it ends."""
+        waiting, free = list(reversed(cases)), list(self.slots)
+        running: list[Running] = []
+        while waiting or running:
+            while waiting and free:
+                running.append(self._start(waiting.pop(), free.pop()))
+            patience = max(0.0, min(example.latest for example in running) - time.monotonic())
+            ready = select.select([example.descriptor for example in running], [], [], patience)[0]
+            now = time.monotonic()
+            over = [example for example in running if example.descriptor in ready or example.latest <= now]
+            running = [example for example in running if example not in over]
+            for example in over:
+                yield example.case, example.result()
+                free.append(example.slot)
 
-    def _forked(self, case: Case, workspace: Path) -> Result:
-        said, ended = self.scratch / "said", self.scratch / "ended"
-        ended.unlink(missing_ok=True)
+    def _start(self, case: Case, slot: Path) -> Running:
+        workspace = self._laid_out(case, slot)
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             _limit_memory()
-            code, trace = _call(case, workspace, said)
-            ended.write_text(json.dumps([code, trace]))
+            code, trace = _call(case["argv"], workspace, slot / "said")
+            (slot / "ended").write_text(json.dumps([code, trace]))
             os._exit(0)
-        late = not _ends(child, WALL_SECONDS)
-        if late:
-            os.kill(child, signal.SIGKILL)
-        _, status, usage = os.wait4(child, 0)
-        seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-        if late:
-            return Result("hangs", f"no end after {WALL_SECONDS:.0f} s", seconds, peak)
-        code, trace = json.loads(ended.read_text()) if ended.exists() else (None, "")
-        return Result(*judged(code, trace, said.read_bytes(), status, seconds, peak), seconds, peak)
+        return Running(case, child, os.pidfd_open(child), slot, time.monotonic() + WALL_SECONDS)
+
+    def _laid_out(self, case: Case, slot: Path) -> Path:
+        """A workspace with a home above it; nothing of the case before is left."""
+        shutil.rmtree(slot, ignore_errors=True)
+        workspace = slot / "home" / "work"
+        workspace.parent.mkdir(parents=True)
+        lay_out(self.world, workspace, case)
+        return workspace
 
 
 def _limit_memory() -> None:
@@ -137,7 +167,7 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _call(case: Case, workspace: Path, said: Path) -> tuple[int | None, str]:
+def _call(argv: Sequence[str], workspace: Path, said: Path) -> tuple[int | None, str]:
     """Call the command line in the workspace: its exit code (None: it has none), and the traceback of what escaped."""
     from optimizer.cli import app
 
@@ -151,7 +181,7 @@ def _call(case: Case, workspace: Path, said: Path) -> tuple[int | None, str]:
     for descriptor in (1, 2):
         os.dup2(target, descriptor)
     try:
-        app(args=list(case["argv"]), prog_name="mergefront")
+        app(args=list(argv), prog_name="mergefront")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -166,14 +196,6 @@ def _call(case: Case, workspace: Path, said: Path) -> tuple[int | None, str]:
             os.close(original)
         os.close(target)
     return code, trace
-
-
-def _ends(child: int, seconds: float) -> bool:
-    descriptor = os.pidfd_open(child)
-    try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
-    finally:
-        os.close(descriptor)
 
 
 def judged(code: int | None, trace: str, output: bytes, status: int, seconds: float, peak: int) -> tuple[str, str]:
@@ -220,8 +242,12 @@ class Session:
         self.tallies: dict[str, Tally] = {}
         self.begun = self.shown = time.monotonic()
 
-    def take(self, case: Case) -> None:
-        result = self.runner.run(case)
+    def take(self, cases: Sequence[Case]) -> None:
+        """Run cases, and count them."""
+        for case, result in self.runner.run(cases):
+            self._count(case, result)
+
+    def _count(self, case: Case, result: Result) -> None:
         tally = self.tallies.setdefault(case["target"], Tally())
         tally.examples += 1
         tally.slowest, tally.peak = max(tally.slowest, result.seconds), max(tally.peak, result.peak)
@@ -277,29 +303,37 @@ def batches(targets: Targets, names: Sequence[str], first: int) -> Iterator[tupl
         round_seed += 1
 
 
+def drawn(strategy: SearchStrategy[Case], number: int, size: int) -> list[Case]:
+    """So many cases, the same for the same seed."""
+    cases: list[Case] = []
+
+    @seed(number)
+    @settings(
+        max_examples=size,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def gather(case: Case) -> None:
+        cases.append(case)
+
+    gather()
+    return cases
+
+
 def explore(
     session: Session, targets: Targets, names: Sequence[str], first: int, *, examples: int, minutes: float
 ) -> None:
-    """Batch by batch, until there are enough examples or the time is over."""
+    """Batch by batch of each target, until there are enough examples or the time is over."""
     size = max(1, min(BATCH, examples // len(names))) if examples else BATCH
     for name, number in batches(targets, names, first):
         over = time.monotonic() - session.begun > 60 * minutes if minutes else session.examples >= examples
         if over:
             return
 
-        @seed(number)
-        @settings(
-            max_examples=size,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(targets.strategy(name))
-        def batch(case: Case) -> None:
-            session.take(case)
-
-        batch()
+        session.take(drawn(targets.strategy(name), number, size))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -312,13 +346,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("fuzz-unclean"), help="folder for unclean examples")
     parser.add_argument("--replay", type=Path, help="run one kept example, and show what it says")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="examples at a time")
     arguments = parser.parse_args(words)
     os.environ |= ENVIRONMENT  # before torch is imported
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         world = Path(scratch) / "world"
         build_world(world)
-        runner = Runner(world, Path(scratch))
+        runner = Runner(world, Path(scratch), arguments.jobs)
         runner.warm()
         if arguments.replay:
             return replay(runner, arguments.replay)
@@ -339,7 +374,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def replay(runner: Runner, file: Path) -> int:
     """Run a kept example again."""
     case: dict[str, Any] = json.loads(file.read_text())
-    result = runner.run(case)
+    ((_, result),) = runner.run([case])
     print(f"mergefront {' '.join(map(ascii, case['argv']))}")
     print(f"{result.finding or 'clean'}, {result.seconds:.1f} s, {result.peak / 1e6:.0f} MB\n{result.detail}")
     return 1 if result.finding else 0
