@@ -29,12 +29,15 @@ class Interrupt:
 def interruptible() -> Iterator[Interrupt]:
     """Turn a first SIGINT, SIGTERM or SIGHUP into a wish to stop, and a second into KeyboardInterrupt.
 
+    The way out of that KeyboardInterrupt is not interrupted again, to the process's end where it ends by it.
     A signal that is ignored stays so: that is how `nohup` and a shell's background jobs outlive their terminal.
     """
     interrupt = Interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interrupt.since is not None:
+            for heard in heeded:
+                signal.signal(heard, signal.SIG_IGN)
             raise KeyboardInterrupt
         interrupt.since = time.monotonic()
         with suppress(OSError):  # the terminal may be gone; print() may be what the signal came in the middle of
@@ -49,21 +52,23 @@ def interruptible() -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
+        insisted = any(signal.getsignal(number) is signal.SIG_IGN for number in heeded)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not (insisted and before.get(signal.SIGINT) is _interrupt_once):
+                signal.signal(number, handler)
 
 
 @contextmanager
 def interrupted_once() -> Iterator[None]:
     """For a process that ends with this block: the way out of a first KeyboardInterrupt is not interrupted again."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

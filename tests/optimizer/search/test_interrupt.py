@@ -41,6 +41,30 @@ def test_a_signal_that_is_ignored_stays_ignored(ignored: signal.Signals, other: 
     assert done.stdout.splitlines() == ["goes on", "asked to stop"], done.stderr
 
 
+CLEANING = """\
+import os, signal
+from contextlib import suppress
+from optimizer.search.interrupt import interrupted_once, interruptible
+
+def stop():
+    os.kill(os.getpid(), signal.SIGINT)
+
+with suppress(KeyboardInterrupt), interrupted_once():
+    try:
+        with interruptible():
+            stop()
+            stop()
+    finally:
+        stop()
+        print("cleaned up", flush=True)
+"""
+
+
+def test_what_cleans_up_after_a_second_signal_is_not_interrupted() -> None:
+    done = subprocess.run([sys.executable, "-c", CLEANING], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "cleaned up\n", done.stderr
+
+
 HURRIED = """\
 import sys, time
 from pathlib import Path
