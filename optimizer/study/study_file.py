@@ -17,7 +17,9 @@ from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.study.messages import contradictions, schema_problems, text_problems
 from optimizer.study.schema import Study, TaskEntry, validate
+from optimizer.words import count
 
+MOST_PROBLEMS = 20  # told at once
 MOST_PARTS = 16  # of a key given to --set
 
 
@@ -107,7 +109,10 @@ def _validate(document: dict[str, Any], path: Path, overrides: Sequence[str]) ->
     problems = list(text_problems(document)) or problems
     if isinstance(found, Study) and not problems:
         return found
-    lines = [f"{_origin_of(key, path, overrides)}: {shortened(key) or 'the file'}: {said}" for key, said in problems]
+    shown_ones = problems[:MOST_PROBLEMS]
+    lines = [f"{_origin_of(key, path, overrides)}: {shortened(key) or 'the file'}: {said}" for key, said in shown_ones]
+    if more := len(problems) - len(shown_ones):
+        lines.append(f"{path}: {count(more, 'more problem')}; mend these first")
     raise StudyFileError("\n".join(lines))
 
 

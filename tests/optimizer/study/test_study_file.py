@@ -402,3 +402,10 @@ def test_a_new_study_needs_different_and_plain_names(tmp_path: Path) -> None:
         new_study(tmp_path / "s.yaml", "b", ["a/x", "b/x"])
     with pytest.raises(StudyFileError, match="an expert's name must be"):
         new_study(tmp_path / "s.yaml", "b", ["a b=x"])
+
+
+def test_of_very_many_problems_the_first_are_told_and_the_others_counted(tmp_path: Path, good: str) -> None:
+    told = refusal(tmp_path, good, f"space.modules={['elsewhere'] * 500}").splitlines()
+    assert len(told) == 21
+    assert "space.modules.0" in told[0]
+    assert told[-1] == "study.yaml: 480 more problems; mend these first"
