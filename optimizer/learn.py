@@ -58,7 +58,6 @@ def learn_weights(
         start=Recipe("task_arithmetic", study.models.base, experts, settings).to_json(),
         preference=tuple((name, preference / len(experts)) for name, _ in experts),
         by=by,
-        loss="labels",
         steps=steps,
         bounds=BOUNDS,
         seed=study.search.seed,

@@ -45,7 +45,6 @@ class Lesson:
         start: the recipe to begin at, as JSON; its method is one of `gradients.LEARNABLE`.
         preference: of each expert's domain, by name; the general tasks have what is left of 1.
         by: whether every tensor or every layer group has a weight of its own.
-        loss: "labels" (right answers, bits of texts) or "teachers" (the expert on domain items, the base on general).
         steps: how many.
         bounds: what the weights stay within.
         seed: of the items' order.
@@ -54,7 +53,6 @@ class Lesson:
     start: str
     preference: tuple[tuple[str, float], ...]
     by: Literal["tensor", "group"]
-    loss: Literal["labels", "teachers"]
     steps: int
     bounds: tuple[float, float]
     seed: int

@@ -33,7 +33,7 @@ def lesson(study: Study, **changes: object) -> Lesson:
         tuple(study.models.experts.items()),
         (Setting("weight", "clinical", "", 0.5),),
     )
-    plain = Lesson(start.to_json(), (("clinical", 0.5),), "tensor", "labels", 8, (-1.0, 2.0), 0)
+    plain = Lesson(start.to_json(), (("clinical", 0.5),), "tensor", 8, (-1.0, 2.0), 0)
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
