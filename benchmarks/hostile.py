@@ -253,8 +253,8 @@ def _write_sharded(base: Path, folder: Path) -> None:
 
 
 def lay_out(world: Path, workspace: Path, case: Case) -> None:
-    """A copy of the world, by hard links, with the case's files in place."""
-    shutil.copytree(world, workspace, symlinks=True, copy_function=os.link)
+    """A copy of the world, no file shared with it, with the case's files in place."""
+    shutil.copytree(world, workspace, symlinks=True, copy_function=shutil.copyfile)
     for name, content in case["files"].items():
         path = workspace / name
         if path.is_dir() and not path.is_symlink():
@@ -263,11 +263,7 @@ def lay_out(world: Path, workspace: Path, case: Case) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _put(path, content)
     if case.get("sql"):
-        database = workspace / "run/study.db"
-        content = database.read_bytes()
-        database.unlink()
-        database.write_bytes(content)
-        with closing(sqlite3.connect(database)) as connection:
+        with closing(sqlite3.connect(workspace / "run/study.db")) as connection:
             connection.execute("PRAGMA foreign_keys=OFF")
             for statement, arguments in case["sql"]:
                 connection.execute(statement, arguments)

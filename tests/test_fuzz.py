@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_a_short_run_is_clean(tmp_path: Path) -> None:
     _, *targets, total = (line.split() for line in done.stdout.splitlines())
     assert len(targets) >= 15
     assert sum(int(line[1]) for line in targets) == int(total[1]) >= 160
+
+
+def test_an_example_does_not_change_the_world(fuzz: ModuleType, tmp_path: Path) -> None:
+    for folder in ("world/run", "a"):
+        (tmp_path / folder).mkdir(parents=True)
+    sqlite3.connect(tmp_path / "world/run/study.db").execute("CREATE TABLE t (x)")
+    (tmp_path / "world/study.yaml").write_text("sound")
+    before = (tmp_path / "world/run/study.db").read_bytes()
+    case = {"files": {"made.yaml": {"link": "study.yaml"}}, "sql": [["INSERT INTO t VALUES (?)", [1]]]}
+    fuzz.lay_out(tmp_path / "world", tmp_path / "a/work", case)
+    (tmp_path / "a/work/made.yaml").write_text("changed")
+    assert (tmp_path / "world/study.yaml").read_text() == "sound"
+    assert (tmp_path / "world/run/study.db").read_bytes() == before
 
 
 def test_what_is_unclean_is_kept_and_replayed(
