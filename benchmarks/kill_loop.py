@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.database.study_db import snapshot
+from optimizer.database.study_home import stored_trials
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.study_db import snapshot
-from optimizer.runs.study_home import stored_trials
 from optimizer.runs.trial import DRIVER_DIED, TrialKind
 from optimizer.search.events import Event
 from optimizer.views.progress import event_text

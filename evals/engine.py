@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import math
 import sys
-from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from evals.batches import Batch, packed_batches, plain_batches
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
 from evals.layerwise import LayerByLayer
-from evals.packing import Pass, Row, Trie, build_trie, passes, rows
 from evals.tokens import Encoder, Pair, Prompt
-from evals.trie_attention import Plan, Reading, reads_tries
+from evals.trie_attention import Reading, reads_tries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,29 +34,6 @@ DEFAULT_LENGTH = 2048  # lm-eval's, for a model and tokenizer that state none
 # How far packed and plain log-likelihoods of the probe may lie apart per token, in nats: rounding, not another model.
 PROBE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 PROBE_TOLERANCE_FLOAT32 = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One forward pass: B rows padded to N tokens, logits at Q of their nodes, P predicted tokens.
-
-    Args:
-        tokens: (B, N).
-        depths: (1, N) positions in a trie's pass; None where rows are plain sequences.
-        plan: of the attention in a trie's pass.
-        nodes: (Q,) where logits are wanted, counted through the rows.
-        source, target, request: (P,) of which of the Q, of which token, and whose log-likelihood it adds to.
-        asks_greedy: (P,) whether it is asked if the token is the likeliest.
-    """
-
-    tokens: torch.Tensor
-    depths: torch.Tensor | None
-    plan: Plan | None
-    nodes: torch.Tensor
-    source: torch.Tensor
-    target: torch.Tensor
-    request: torch.Tensor
-    asks_greedy: torch.Tensor
 
 
 class Engine:
@@ -126,7 +100,7 @@ class Engine:
         """
         device = self.model.device
         packed, plain = self._by_reading(pairs)
-        batches = _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, sys.maxsize, device)
+        batches = plain_batches(plain, self.token_budget, device) + packed_batches(packed, sys.maxsize, device)
         sums = torch.zeros(len(pairs), dtype=torch.float64, device=device)
         with closing(self._read(batches)) as read:
             for batch, states in read:
@@ -153,9 +127,9 @@ class Engine:
             passes = {}
             for group, (packed, plain) in read.items():
                 batches = (
-                    _packed_batches(packed, self.token_budget, device)
+                    packed_batches(packed, self.token_budget, device)
                     if packs
-                    else _plain_batches(packed | plain, 1, device)
+                    else plain_batches(packed | plain, 1, device)
                 )
                 passes[group] = [partial(self._states, **inputs) for inputs in self._inputs(batches, inner)]
             reading = LayerByLayer(self.model, passes)
@@ -190,7 +164,7 @@ class Engine:
     def _batches(self, pairs: Sequence[Pair]) -> list[Batch]:
         packed, plain = self._by_reading(pairs)
         device = self.model.device
-        return _plain_batches(plain, self.token_budget, device) + _packed_batches(packed, self.token_budget, device)
+        return plain_batches(plain, self.token_budget, device) + packed_batches(packed, self.token_budget, device)
 
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
         sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
@@ -302,7 +276,7 @@ class Engine:
         pairs = self._probe_pairs()
         before, self.gathers = self.gathers, gathers
         try:  # a trie in three passes, so that a path is carried
-            make, token_budget = (_packed_batches, 16) if packs else (_plain_batches, 64)
+            make, token_budget = (packed_batches, 16) if packs else (plain_batches, 64)
             found = self._scored(make(dict(enumerate(pairs)), token_budget, self.model.device), len(pairs))
         except Exception:  # whatever an architecture makes of arguments that it does not know: read it plainly
             return False
@@ -316,57 +290,6 @@ class Engine:
 
     def _some_tokens(self, n: int) -> torch.Tensor:
         return (7 + 31 * torch.arange(n, device=self.model.device)) % self.model.config.get_text_config().vocab_size
-
-
-def _plain_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
-    return [_batch_of_rows(batch, pairs, device) for batch in rows(pairs, token_budget)]
-
-
-def _packed_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
-    trie = build_trie(pairs)
-    planned = [*passes(trie, token_budget), None]
-    return [_batch_of_trie(trie, this, following, pairs, device) for this, following in pairwise(planned) if this]
-
-
-def _batch_of_trie(
-    trie: Trie, this: Pass, following: Pass | None, pairs: Mapping[int, Pair], device: torch.device
-) -> Batch:
-    first, last = (bisect_left(trie.predictions, (node,)) for node in (this.start, this.stop))
-    return Batch(
-        tokens=torch.tensor([trie.tokens[this.start : this.stop]], device=device),
-        depths=torch.tensor([trie.depths[this.start : this.stop]], device=device),
-        plan=Plan.of(trie, this, following, device),
-        **_predicted(((node - this.start, *what) for node, *what in trie.predictions[first:last]), pairs, device),
-    )
-
-
-def _batch_of_rows(batch: Sequence[Row], pairs: Mapping[int, Pair], device: torch.device) -> Batch:
-    width = len(batch[0].tokens)  # the longest comes first
-    return Batch(
-        tokens=torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in batch], device=device),
-        depths=None,
-        plan=None,
-        **_predicted(
-            ((r * width + node, *what) for r, row in enumerate(batch) for node, *what in row.predictions), pairs, device
-        ),
-    )
-
-
-def _predicted(
-    predictions: Iterable[tuple[int, ...]], pairs: Mapping[int, Pair], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """What a batch predicts: of (node, request, which token of its continuation)."""
-    wanted: dict[int, int] = {}
-    found = [
-        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request, pairs[request].asks_greedy)
-        for node, request, i in predictions
-    ]
-    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 4)
-    return {
-        "nodes": torch.tensor([*wanted], dtype=torch.long, device=device),
-        **dict(zip(("source", "target", "request"), table[:, :3].unbind(1), strict=True)),
-        "asks_greedy": table[:, 3].bool(),
-    }
 
 
 def _highest_and_norm(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

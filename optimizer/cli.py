@@ -6,7 +6,6 @@ full disk, no answer from a database), 4 a study is damaged, missing or another 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -16,19 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, NOT_NOW, WRONG, exit_code
 from optimizer.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from optimizer.run import Run
-
-FAILED, WRONG, NOT_NOW, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 130
-# What the system refuses and a person can mend, wherever it happens; another OSError is a fault of ours, and shows it.
-MENDABLE: dict[int | None, int] = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP), WRONG),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), NOT_NOW),
-}
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -61,31 +54,10 @@ class _Commands(TyperGroup):
         except Exception as error:
             if "message" in vars(error):  # how typer words a usage error, with what was typed
                 vars(error)["message"] = printable(str(vars(error)["message"]))
-            code = _exit_code(error)
+            code = exit_code(error)
             if code is None or ctx.params.get("debug"):
                 raise
             _fail(str(error), code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error made for a person; None for any other."""
-    from evals.documents import DocumentError
-    from evals.errors import TaskError
-    from optimizer.errors import (
-        CheckpointError,
-        DamagedError,
-        MergefrontError,
-        RunError,
-        StudyFileError,
-        UnavailableError,
-    )
-    from search_spaces.errors import SpaceError
-
-    if isinstance(error, UnavailableError | DamagedError):
-        return NOT_NOW if isinstance(error, UnavailableError) else DAMAGED
-    if isinstance(error, StudyFileError | CheckpointError | RunError | TaskError | SpaceError | DocumentError):
-        return WRONG
-    return FAILED if isinstance(error, MergefrontError) else None
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import SUITES
 from evals.packing import PLAN
+from optimizer.database.study_home import require_usable
 from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
-from optimizer.runs.study_home import require_usable
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event

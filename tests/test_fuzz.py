@@ -54,8 +54,8 @@ def test_an_example_does_not_change_the_world(fuzz: ModuleType, tmp_path: Path) 
     (tmp_path / "world/study.yaml").write_text("sound")
     before = (tmp_path / "world/run/study.db").read_bytes()
     case = {"files": {"made.yaml": {"link": "study.yaml"}}, "sql": [["INSERT INTO t VALUES (?)", [1]]]}
-    fuzz.lay_out(tmp_path / "world", tmp_path / "a/work", case)
-    (tmp_path / "a/work/made.yaml").write_text("changed")
+    fuzz.lay_out(tmp_path / "world", tmp_path / "a/place", case)
+    (tmp_path / "a/place/made.yaml").write_text("changed")
     assert (tmp_path / "world/study.yaml").read_text() == "sound"
     assert (tmp_path / "world/run/study.db").read_bytes() == before
 

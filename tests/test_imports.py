@@ -12,14 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("optimizer", "search_spaces", "evals")
 # A room of optimizer may import those after it, and what stands beside the rooms at the top only from the last line.
-ROOMS = ("demo", "views", "search", "study", "workers", "export", "merging", "checkpoints", "runs")
+ROOMS = ("demo", "views", "search", "study", "workers", "export", "merging", "checkpoints", "runs", "database")
 PROGRAMS = (
     "cli",
     "run_study",
     "learn",
     "run",
 )  # these import all rooms; only demo and views take the run
-GROUND = ("errors", "masking", "room", "strict_yaml", "words")  # all may import these
+GROUND = ("errors", "exit_codes", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
     "lm_eval": {"evals.lm_harness", "evals.lm_metric", "evals.lm_split", "evals.lm_tasks"},
     "datasets": {"evals.lm_tasks", "evals.rows"},

@@ -10,9 +10,9 @@ from typing import Any, NoReturn, get_type_hints
 
 from evals.documents import DocumentError, read_json
 from evals.outcomes import TaskInfo
+from optimizer.database.study_url import storage_label
 from optimizer.errors import DamagedError, RunError, StudyFileError
 from optimizer.masking import redacted
-from optimizer.runs.study_url import storage_label
 from optimizer.strict_yaml import read_yaml
 
 FORMAT = 1

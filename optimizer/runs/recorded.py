@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 
 from evals.objectives import objective_names, task_scores
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.database.study_home import stored_trials
 from optimizer.errors import RunError
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
-from optimizer.runs.study_home import stored_trials
 from optimizer.runs.trial import BASE, TrialKind
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, kind_of, layer_of

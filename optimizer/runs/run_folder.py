@@ -29,14 +29,14 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from evals.outcomes import Outcome, TaskInfo
+from optimizer.database.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
+from optimizer.database.study_url import storage_label
 from optimizer.errors import RunError, UnavailableError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import sync_folder, unwritten, write_atomically
 from optimizer.runs.differences import differences
 from optimizer.runs.manifest import FORMAT, read_manifest, stored_study
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes, sound_outcomes, write_outcomes
-from optimizer.runs.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
-from optimizer.runs.study_url import storage_label
 from optimizer.strict_yaml import parse_yaml
 from optimizer.words import printable
 

@@ -24,10 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from evals.errors import TaskError
 from evals.objectives import Scale, objective_names, weak_tasks
 from evals.outcomes import SEARCH, TaskInfo
+from optimizer.database.study_db import unwritable
+from optimizer.database.study_home import storage_file
 from optimizer.errors import SearchError
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.study_db import unwritable
-from optimizer.runs.study_home import storage_file
 from optimizer.runs.trial import DUPLICATE, WORKER_DIED
 from optimizer.search.crew import Crew
 from optimizer.search.events import Event, Reporter

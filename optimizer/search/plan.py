@@ -107,7 +107,7 @@ def make_plan(study: Study) -> Plan:
 
 
 def _look_at_storage(url: str) -> None:
-    from optimizer.runs.study_home import require_usable  # brings Optuna
+    from optimizer.database.study_home import require_usable  # brings Optuna
 
     require_usable(url)
 

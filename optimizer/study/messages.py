@@ -125,7 +125,7 @@ def _address_problems(address: str, workers: int) -> Iterator[Problem]:
 
 
 def _storage_problem(url: str) -> str:
-    from optimizer.runs.study_url import storage_problem  # brings SQLAlchemy, which few studies need
+    from optimizer.database.study_url import storage_problem  # brings SQLAlchemy, which few studies need
 
     return storage_problem(url)
 

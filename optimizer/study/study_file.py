@@ -173,6 +173,6 @@ class _Paths:
 def _absolute_url(url: str | None) -> str | None:
     if url is None:
         return None
-    from optimizer.runs.study_url import absolute_url
+    from optimizer.database.study_url import absolute_url
 
     return absolute_url(url)

@@ -15,22 +15,10 @@ from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.merging.fisher import RowSquares, fisher_mean
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
-from optimizer.run_study import worker_spec
-from optimizer.study.study_file import Study, read_study
+from optimizer.study.study_file import Study
 from optimizer.workers.deriver import MANIFEST, Derivation
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
-from tests.optimizer.small_study import write_study
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return read_study(write_study(tmp_path_factory.mktemp("deriver"), items=8))
-
-
-@pytest.fixture(scope="module")
-def worker(study: Study) -> Worker:
-    return Worker(worker_spec(study))
 
 
 def gram(seed: int, width: int = 6, rows: int = 40) -> Tensor:

@@ -5,25 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 
 from evals.losses import Example
 from optimizer.run_study import worker_spec
-from optimizer.study.study_file import Study, read_study
+from optimizer.study.study_file import Study
 from optimizer.workers.learner import KEPT, Descent, Learned, Lesson, minibatches, split_examples
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
-from tests.optimizer.small_study import write_study
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return read_study(write_study(tmp_path_factory.mktemp("learner"), items=10))
-
-
-@pytest.fixture(scope="module")
-def worker(study: Study) -> Worker:
-    return Worker(worker_spec(study))
 
 
 def lesson(study: Study, **changes: object) -> Lesson:

@@ -18,13 +18,13 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
+from optimizer.database.study_db import APPLICATION_ID
+from optimizer.database.study_server import open_server
+from optimizer.database.study_url import storage_problem
 from optimizer.errors import DamagedError, RunError, UnavailableError
 from optimizer.run import open_run
 from optimizer.runs.manifest import read_manifest
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.study_db import APPLICATION_ID
-from optimizer.runs.study_server import open_server
-from optimizer.runs.study_url import storage_problem
 from optimizer.study.study_file import stored_storage
 from tests.optimizer.fakes import Bench
 from tests.optimizer.small_study import write_study

@@ -18,12 +18,21 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from evals.documents import read_json
+from optimizer.database.stored_trials import read_trials, readable
+from optimizer.database.study_db import (
+    MARK,
+    create,
+    is_ours,
+    no_folder,
+    open_storage,
+    read_storage,
+    stranger,
+    unwritable,
+)
+from optimizer.database.study_server import look_at_server, open_server
+from optimizer.database.study_url import busy_seconds, parsed_url, sqlite_file, storage_label
 from optimizer.errors import DamagedError, RunError
 from optimizer.masking import redacted
-from optimizer.runs.stored_trials import read_trials, readable
-from optimizer.runs.study_db import MARK, create, is_ours, no_folder, open_storage, read_storage, stranger, unwritable
-from optimizer.runs.study_server import look_at_server, open_server
-from optimizer.runs.study_url import busy_seconds, parsed_url, sqlite_file, storage_label
 
 DATABASE = "study.db"
 

@@ -22,11 +22,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from evals.documents import KINDS
+from optimizer.database.stored_trials import read_trials, readable
+from optimizer.database.study_url import BUSY_SECONDS
 from optimizer.errors import DamagedError, RunError, UnavailableError
 from optimizer.masking import redacted
 from optimizer.room import require_room
-from optimizer.runs.stored_trials import read_trials, readable
-from optimizer.runs.study_url import BUSY_SECONDS
 
 APPLICATION_ID = 0x4D464E54  # "MFNT"
 MARK = "mergefront"  # an attribute of our studies: the run folder it belongs to

@@ -8,10 +8,10 @@ from optuna.storages import RDBStorage
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import URL
 
+from optimizer.database.stored_trials import readable
+from optimizer.database.study_db import TABLES, require_ours, require_tables
 from optimizer.errors import DamagedError, RunError, UnavailableError
 from optimizer.masking import redacted
-from optimizer.runs.stored_trials import readable
-from optimizer.runs.study_db import TABLES, require_ours, require_tables
 
 ANSWER_SECONDS = 15
 FILLED = ("version_info", "alembic_version")  # tables that Optuna writes once, as it makes them

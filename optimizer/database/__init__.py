@@ -1,0 +1,1 @@
+"""Where trials are stored: the study's database, in the run folder or elsewhere, read and written with care."""
