@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from evals.losses import Example, task_losses
 from evals.packing import build_trie
 from optimizer.merging.gradients import Gradient
-from search_spaces import Recipe, Setting, group_of
+from search_spaces import METHODS, Recipe, Setting, group_of
 
 if TYPE_CHECKING:
     from evals.engine import Engine
@@ -102,7 +102,7 @@ class Candidate(Protocol):
 
 
 def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Items to learn from and items kept apart: every fifth of a task that has five."""
+    """Split items into those to learn from and those kept apart: every fifth of a task that has five."""
     seen: list[Example] = []
     kept: list[Example] = []
     count: dict[str, int] = {}
@@ -126,11 +126,11 @@ class Places:
         return cls(tuple(experts), tuple(dict.fromkeys(where.values())), where)
 
     def weights(self, recipe: Recipe) -> Array:
-        """The recipe's weights: (experts, places)."""
+        """Read a recipe's weights: (experts, places)."""
         return np.array([[recipe.value("weight", expert=e, group=n) for n in self.names] for e in self.experts])
 
     def gradient(self, found: Mapping[tuple[str, str], float]) -> Array:
-        """By tensor to by place: (experts, places)."""
+        """Sum a gradient by tensor over the places that the tensors belong to: (experts, places)."""
         at = {name: i for i, name in enumerate(self.names)}
         total = np.zeros((len(self.experts), len(self.names)))
         for (expert, tensor), value in found.items():
@@ -138,11 +138,12 @@ class Places:
         return total
 
     def recipe(self, start: Recipe, weights: Array) -> Recipe:
-        """The start with other weights."""
+        """Give the start other weights; random masks stay the start's."""
         kept = [setting for setting in start.settings if setting.parameter != "weight"]
         rows = zip(self.experts, weights.tolist(), strict=True)
         mine = [Setting("weight", e, n, w) for e, row in rows for n, w in zip(self.names, row, strict=True)]
-        return Recipe(start.method, start.base, start.experts, (*kept, *mine))
+        seed = start.mask_seed if METHODS[start.method].random else start.seed
+        return replace(start, settings=(*kept, *mine), seed=seed)
 
 
 class Descent:
@@ -164,7 +165,7 @@ class Descent:
 
 
 def minibatches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
-    """Without end: a few items of every task, each task's in a new order whenever it has been read through."""
+    """Draw a few items of every task again and again; a task's items come in a new order after each time through."""
     rng = np.random.default_rng(seed)
     tasks: dict[str, list[Example]] = {}
     for example in examples:
@@ -256,7 +257,7 @@ class Learner:
         return {task: float(loss) for task, loss in task_losses(examples, found).items()}
 
     def _factors(self, start: Recipe, preference: Mapping[str, float]) -> dict[str, float]:
-        """What each task's loss counts: its side's preference, in shares of what lies between base and expert."""
+        """Weigh each task's loss: its side's preference, in shares of what lies between base and expert."""
         if not self._ends:
             self._ends["base"] = self._losses(_only(start, ""), self._seen)
             self._ends |= {name: self._losses(_only(start, name), self._seen) for name in self._experts}

@@ -1,4 +1,4 @@
-"""Methods that choose element by element which experts speak (SCE, RAM, NearSwap, Arcee Fusion), and passthrough."""
+"""Element-wise selection among experts (SCE, RAM, NearSwap, Arcee Fusion), and passthrough."""
 
 from __future__ import annotations
 

@@ -433,7 +433,7 @@ def rank_mask(magnitude: Array, ranked: Array, seed: Any, place: int, scale: Any
             kept[i] = np.float32(1) if sizes[i] >= asked[i] else np.float32(0)
 
 
-# Which experts speak
+# Element-wise selection among experts
 
 
 @_inlined

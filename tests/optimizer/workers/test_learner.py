@@ -81,3 +81,13 @@ def test_steps_go_downhill_and_fall_to_nothing() -> None:
         places.append(descent.weights.copy())
     assert np.allclose(descent.weights, [[0.2, 0.9]], atol=0.05)
     assert np.abs(places[-1] - places[-2]).max() < 0.01
+
+
+def test_random_masks_are_held_while_weights_are_learned(study: Study, worker: Worker) -> None:
+    plain = Recipe.from_json(lesson(study).start)
+    dropped = (*plain.settings, Setting("density", "clinical", "", 0.5), Setting("normalize", "", "", 0.0))
+    start = Recipe("dare_linear", plain.base, plain.experts, dropped)
+    learned = Recipe.from_json(worker.learn(lesson(study, start=start.to_json(), steps=4)).recipe)
+    assert learned.digest != start.digest
+    assert learned.mask_seed == start.mask_seed
+    assert learned.value("density", expert="clinical") == 0.5
