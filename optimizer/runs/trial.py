@@ -27,7 +27,18 @@ class Role(Enum):
     UNIFORM = auto()  # an anchor of the uniform line: one weight for all layers
     SLOPE = auto()  # an anchor whose weight rises with depth
     START = auto()  # an anchor of a person's own: the recipe that the search starts from
+    DERIVED = auto()  # an anchor that is a derived expert: a closed form of base and expert
+    LEARNED = auto()  # an anchor whose weights were learned by gradients
     SEARCHED = auto()  # no anchor
+
+
+FAMILIES = {
+    EXPERT_PREFIX: Role.EXPERT,
+    "uniform ": Role.UNIFORM,
+    "slope ": Role.SLOPE,
+    "derived ": Role.DERIVED,
+    "learned ": Role.LEARNED,
+}  # the start of an anchor's name, but of the base's and a person's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,8 @@ class TrialKind:
 
     Args:
         stored: the text in the study's database and in a run's frames: "base", "expert:<name>", another anchor's name
-            such as "uniform a=0.25" or "from recipe.json", or "search" (which the database leaves out).
+            such as "uniform a=0.25", "derived regmean 0.4", "learned p=0.60" or "from recipe.json", or "search"
+            (which the database leaves out).
     """
 
     stored: str
@@ -56,8 +68,7 @@ class TrialKind:
         """What the trial is in its study."""
         if self in (BASE, SEARCHED):
             return Role.BASE if self == BASE else Role.SEARCHED
-        families = {EXPERT_PREFIX: Role.EXPERT, "uniform": Role.UNIFORM, "slope": Role.SLOPE}
-        return next((role for start, role in families.items() if self.stored.startswith(start)), Role.START)
+        return next((role for start, role in FAMILIES.items() if self.stored.startswith(start)), Role.START)
 
     @property
     def is_anchor(self) -> bool:
