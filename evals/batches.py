@@ -41,7 +41,7 @@ class Batch:
 
 
 def plain_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
-    """Batch requests as rows that do not branch, of at most so many tokens or one row."""
+    """Make batches of requests as rows that do not branch, of at most so many tokens or one row."""
     return [_batch_of_rows(batch, pairs, device) for batch in rows(pairs, token_budget)]
 
 
@@ -79,7 +79,7 @@ def _batch_of_rows(batch: Sequence[Row], pairs: Mapping[int, Pair], device: torc
 def _predicted(
     predictions: Iterable[tuple[int, ...]], pairs: Mapping[int, Pair], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What a batch predicts: of (node, request, which token of its continuation)."""
+    """Return what a batch predicts: of (node, request, which token of its continuation)."""
     wanted: dict[int, int] = {}
     found = [
         (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request, pairs[request].asks_greedy)

@@ -34,7 +34,7 @@ class DocumentError(ValueError):
 
 
 def checked_path(given: str | Path, *, where: str = "", error: type[Exception] = DocumentError) -> Path:
-    """A path a person typed, with ~ expanded, that the file system can hold; nothing need exist there.
+    """Return a path a person typed, with ~ expanded, that the file system can hold; nothing need exist there.
 
     Args:
         where: the file and key it stands at, for the message.
@@ -63,7 +63,7 @@ def checked_path(given: str | Path, *, where: str = "", error: type[Exception] =
 
 
 def resolved_path(given: str | Path, folder: Path, *, where: str = "", error: type[Exception] = DocumentError) -> Path:
-    """The absolute path a person means by `given` in a file of this folder; arguments and errors as `checked_path`."""
+    """Return the absolute path that `given` means in a file of this folder; arguments and errors as `checked_path`."""
     path = checked_path(folder / checked_path(given, where=where, error=error), where=where, error=error)
     try:
         return path.resolve()
@@ -72,7 +72,7 @@ def resolved_path(given: str | Path, folder: Path, *, where: str = "", error: ty
 
 
 def read_bytes(path: str | Path, *, limit: int = LARGEST, error: type[Exception] = DocumentError) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Args:
         error: the kind of error to raise, made from one message: there is no such file, it is a folder, pipe, device or
@@ -95,7 +95,7 @@ def read_bytes(path: str | Path, *, limit: int = LARGEST, error: type[Exception]
 
 
 def _content(path: str | Path, limit: int) -> tuple[int, int, bytes]:
-    """The kind of a file, its size (above the limit: at least one more), and its content where it is not too large."""
+    """Return a file's kind, its size (above the limit: at least one more), and its content unless it is too large."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # opening a pipe waits for its writer else
     try:
         facts = os.fstat(descriptor)
@@ -110,7 +110,7 @@ def _content(path: str | Path, limit: int) -> tuple[int, int, bytes]:
 
 
 def read_text(path: str | Path, *, limit: int = LARGEST, error: type[Exception] = DocumentError) -> str:
-    """The text of a regular UTF-8 file of at most `limit` bytes; errors as `read_bytes`, and for another encoding."""
+    """Read a regular UTF-8 file of at most `limit` bytes; errors as `read_bytes`, and for another encoding."""
     try:
         return read_bytes(path, limit=limit, error=error).decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -126,7 +126,7 @@ def read_json(
     deepest: int = DEEPEST,
     error: type[Exception] = DocumentError,
 ) -> Any:
-    """The JSON value in a regular file; see `read_text` and `parse_json`."""
+    """Read the JSON value in a regular file; see `read_text` and `parse_json`."""
     text = read_text(path, limit=limit, error=error)
     return parse_json(text, str(path), unique=unique, finite=finite, deepest=deepest, error=error)
 
@@ -140,7 +140,7 @@ def parse_json(
     deepest: int = DEEPEST,
     error: type[Exception] = DocumentError,
 ) -> Any:
-    """The value of JSON text. Whole numbers fit a float, floats do not overflow, texts can be written in UTF-8.
+    """Parse JSON text. Whole numbers fit a float, floats do not overflow, texts can be written in UTF-8.
 
     Args:
         where: the file (and line) the text comes from, for the message.
@@ -217,7 +217,7 @@ def _unique(refuse: Callable[[str], NoReturn]) -> Callable[[list[tuple[str, Any]
 
 
 def _is_deeper(value: Any, deepest: int) -> bool:
-    """Whether more than so many lists and mappings lie in each other; level by level, without recursion."""
+    """Tell whether more than so many lists and mappings lie in each other; level by level, without recursion."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(deepest):
         if not level:

@@ -66,7 +66,7 @@ class Engine:
         return self.encoder.tokenizer
 
     def loglikelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation in nats, and whether it is what greedy decoding would give, if asked.
+        """Return each continuation's log-likelihood in nats, and whether greedy decoding would give it, if asked.
 
         Raises:
             ScoreError: one is not finite.
@@ -77,7 +77,7 @@ class Engine:
         return self._scored(batches, len(pairs))
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """What greedy decoding makes of each prompt, up to the first stop string.
+        """Return what greedy decoding makes of each prompt, up to the first stop string.
 
         Raises:
             ScoreError: logits are not finite.
@@ -148,14 +148,14 @@ class Engine:
             raise ScoreError("the candidate's logits are not finite: its weights are not a usable model")
 
     def batches(self, pairs: Sequence[Pair]) -> list[Batch]:
-        """The forward passes that read these pairs, planned once for all candidates."""
+        """Plan the forward passes that read these pairs, once for all candidates."""
         asked = tuple(pairs)
         if asked not in self._planned:
             self._planned[asked] = self._batches(asked)
         return self._planned[asked]
 
     def _by_reading(self, pairs: Sequence[Pair]) -> tuple[dict[int, Pair], dict[int, Pair]]:
-        """The pairs that one trie can hold, by request, and the others."""
+        """Return the pairs that one trie can hold, by request, and the others."""
         cut = {request: pair.cut(self.max_length) for request, pair in enumerate(pairs)}
         longest = _window(self.model.config) if self.packs else 0
         packed = {i: pair for i, pair in cut.items() if len(pair.context) + len(pair.continuation) - 1 <= longest}
@@ -180,7 +180,7 @@ class Engine:
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
     def _read(self, batches: Sequence[Batch]) -> Generator[tuple[Batch, torch.Tensor], None, None]:
-        """Each batch with the hidden states of every node, or the logits themselves: (B, N, width)."""
+        """Yield each batch with the hidden states of every node, or the logits themselves: (B, N, width)."""
         plain = [batch for batch in batches if batch.plan is None]
         packed = [batch for batch in batches if batch.plan is not None]
         for batch, inputs in zip(plain, self._inputs(plain, ""), strict=True):
@@ -191,7 +191,7 @@ class Engine:
                     yield batch, self._states(**inputs)
 
     def _inputs(self, batches: Sequence[Batch], inner: str) -> Iterator[dict[str, Any]]:
-        """What the model is called with for each batch, one after another.
+        """Yield what the model is called with for each batch, one after another.
 
         Args:
             inner: the attention implementation that the model had before it was to read tries.
@@ -214,7 +214,7 @@ class Engine:
         return states
 
     def _predictions(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the targets (P,) in float32, and whether each is the likeliest token, if asked (P,).
+        """Return log-probabilities of the targets (P,) in float32, and which are the likeliest tokens, if asked (P,).
 
         Args:
             states: what logits are made of at the wanted nodes, hidden states or the logits themselves (Q, width).
@@ -234,7 +234,7 @@ class Engine:
         return chosen, best
 
     def _logprobs(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the targets (P,) in float32, with gradients; logits are made anew on the way back."""
+        """Return log-probabilities of the targets (P,) in float32, with gradients; the way back makes logits anew."""
 
         def part(rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             logits = self._logits(rows)
@@ -255,7 +255,7 @@ class Engine:
         return self.model.get_output_embeddings()(states) if self.gathers else states
 
     def _probe_pairs(self) -> list[Pair]:
-        """Two choices after one context and one after another: a packed row of them branches and starts twice."""
+        """Make two choices after one context and one after another: a packed row of them branches and starts twice."""
         tokens = self._some_tokens(48).tolist()
         context, other = tuple(tokens[:12]), tuple(tokens[24:33])
         choices = (tuple(tokens[12:19]), tuple(tokens[19:24]))
@@ -272,7 +272,7 @@ class Engine:
         return float(logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum())
 
     def _agrees(self, expected: Sequence[float], *, packs: bool, gathers: bool) -> bool:
-        """Whether the probe, read this way, gives the plain log-likelihoods."""
+        """Tell whether the probe, read this way, gives the plain log-likelihoods."""
         pairs = self._probe_pairs()
         before, self.gathers = self.gathers, gathers
         try:  # a trie in three passes, so that a path is carried
@@ -293,7 +293,7 @@ class Engine:
 
 
 def _highest_and_norm(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maximum of each row, and the logarithm of its exponentials' sum, in two readings of the row."""
+    """Return the maximum of each row, and the logarithm of its exponentials' sum, in two readings of the row."""
     highest = logits.amax(-1)
     return highest, highest + (logits - highest[:, None]).exp_().sum(-1).log()
 
@@ -301,7 +301,7 @@ def _highest_and_norm(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def _is_first_best(
     logits: torch.Tensor, highest: torch.Tensor, source: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Whether target p is what argmax gives in row source[p] of the logits: (P,).
+    """Tell whether target p is what argmax gives in row source[p] of the logits: (P,).
 
     argmax over a vocabulary takes ten times as long as its maximum, so only rows whose maximum is a target are asked.
     """
@@ -311,7 +311,7 @@ def _is_first_best(
 
 
 def budget_for(model: PreTrainedModel, room: int) -> int:
-    """Tokens in a forward pass: 2,048 on a CPU, elsewhere what fits in half of the room, from 256 to 16,384.
+    """Return the tokens of a forward pass: 2,048 on a CPU, elsewhere what fits in half of the room, from 256 to 16,384.
 
     A power of two, so that devices with about the same room batch alike.
 
@@ -327,7 +327,7 @@ def budget_for(model: PreTrainedModel, room: int) -> int:
 
 
 def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The context length that lm-eval takes: the config's, else the tokenizer's, else 2048."""
+    """Return the context length that lm-eval takes: the config's, else the tokenizer's, else 2048."""
     text = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(text, name, None) is not None:
@@ -337,7 +337,7 @@ def _max_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _window(config: Any) -> float:
-    """The longest input that a layer reads as full attention would; longer ones are read plainly.
+    """Return the longest input that a layer reads as full attention would; longer ones are read plainly.
 
     Layers with local attention look back only so far, and LongRoPE turns every position of an input otherwise where
     the input is longer than those of the first training.

@@ -12,11 +12,11 @@ class ScoreError(TaskError):
 
 
 def error_text(error: Exception) -> str:
-    """An exception's message; a foreign one's after its kind."""
+    """Return an exception's message; a foreign one's after its kind."""
     return str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {shortened(error)}"
 
 
 def shortened(value: object) -> str:
-    """A value's text on one line, at most 200 characters of it."""
+    """Return a value's text on one line, at most 200 characters of it."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}…"

@@ -43,7 +43,7 @@ def answers(
     max_length: int,
     token_budget: int,
 ) -> list[Answer]:
-    """What a model makes of each prompt, up to the first stop string.
+    """Write what a model makes of each prompt, up to the first stop string.
 
     Args:
         max_length: tokens that the model reads; a prompt is cut on the left until its answer fits behind it.
@@ -59,7 +59,7 @@ def answers(
 
 
 def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]]:
-    """Prompts with the same stops together, the longest first."""
+    """Yield prompts with the same stops together, the longest first."""
 
     def key(i: int) -> tuple[tuple[str, ...], int, int, tuple[int, ...]]:
         return prompts[i].stop, prompts[i].max_new_tokens, -len(prompts[i].tokens), prompts[i].tokens
@@ -81,7 +81,7 @@ def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]
 def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
 ) -> list[Answer]:
-    """Answers to prompts that have the same stops and the same limit."""
+    """Write answers to prompts that have the same stops and the same limit."""
     limit = prompts[0].max_new_tokens
     room = max_length - limit
     if room <= 0:
@@ -127,7 +127,7 @@ def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int
 
 
 def _trailing(tokens: Sequence[int], pad: int) -> int:
-    """How many of a row's last tokens are padding."""
+    """Count how many of a row's last tokens are padding."""
     return next((i for i, token in enumerate(reversed(tokens)) if token != pad), len(tokens))
 
 

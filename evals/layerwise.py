@@ -55,7 +55,7 @@ class LayerByLayer:
 
 
 def layers_of(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
-    """The layers of a model, first to last.
+    """Return the layers of a model, first to last.
 
     Raises:
         ValueError: it has no list of as many modules as its config says it has layers.

@@ -37,7 +37,7 @@ def require_usable(member: object, spec: TaskSpec, *, allow_task_code: bool) -> 
 
 
 def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -> tuple[str, str, bool]:
-    """The metric that is measured, the filter before it, and whether higher is better."""
+    """Choose the metric that is measured, the filter before it, and whether higher is better."""
     first = members[0]
     if any(member.OUTPUT_TYPE != first.OUTPUT_TYPE for member in members):
         raise TaskError(f"group {name} mixes kinds of tasks; name its tasks one by one")

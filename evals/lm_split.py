@@ -28,7 +28,7 @@ class Item:
 
 
 def read_items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, list[Item]], Chances]:
-    """Items by content (one for each member that has it), and the chance of guessing each right."""
+    """Read items by content (one for each member that has it), and the chance of guessing each right."""
     items: dict[str, list[Item]] = {}
     chances: Chances = {}
     for m, member in enumerate(members):
@@ -45,7 +45,7 @@ def read_items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str
 
 
 def content_of(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, float]:
-    """The hash of what a model sees and is asked, whatever the item's other columns, and the chance of guessing."""
+    """Return the hash of what a model sees and is asked, whatever the other columns, and the chance of guessing."""
     text, target = _field(member.doc_to_text, doc), _field(member.doc_to_target, doc)
     choices = _field(member.doc_to_choice, doc) if member.config.doc_to_choice is not None else None
     content = content_hash(json.dumps([text, choices, target], ensure_ascii=False, default=str))
@@ -64,7 +64,7 @@ def _field(read: Callable[[Mapping[str, Any]], Any], doc: Mapping[str, Any]) -> 
 
 
 def choice_index(answer: object, choices: object) -> int:
-    """Which choice an answer is; lm-eval would score a wrong index as never right."""
+    """Return which choice an answer is; lm-eval would score a wrong index as never right."""
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise TaskError(
             "doc_to_choice: an item needs two or more choices that are texts and not empty: "
@@ -81,7 +81,7 @@ def choice_index(answer: object, choices: object) -> int:
 
 
 def error_of_item(member: ConfigurableTask, n: int, error: TaskError) -> TaskError:
-    """The error of an item with its line, or that of the item which made this one wrong."""
+    """Return the error of an item with its line, or that of the item which made this one wrong."""
     rows, split = member.config.custom_dataset, member.config.test_split or member.config.validation_split
     if not isinstance(rows, Rows) or member.config.process_docs is not None:
         return TaskError(f"item {n + 1}: {error}")
@@ -147,7 +147,7 @@ def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int)
 
 
 def _reserved(member: ConfigurableTask, shots: int, items: Mapping[str, list[Item]]) -> int:
-    """How many of the items must be left to the shots, where there are too few examples elsewhere."""
+    """Return how many of the items must be left to the shots, where there are too few examples elsewhere."""
     if not shots:
         return 0
     outside = {_content_of_shot(member, doc) for doc in member.sampler.df} - set(items)
@@ -155,13 +155,13 @@ def _reserved(member: ConfigurableTask, shots: int, items: Mapping[str, list[Ite
 
 
 def _examples(member: ConfigurableTask, shots: int) -> int:
-    """How many examples so many shots need: lm-eval draws one more where an item might be among its own examples."""
+    """Count the examples so many shots need: lm-eval draws one more where an item might be among its own examples."""
     draws_one_more = member.fewshot_cfg.split == member.config.test_split
     return shots + (draws_one_more and not isinstance(member.sampler, FirstNSampler))
 
 
 def shots_of(member: ConfigurableTask, spec: TaskSpec) -> int:
-    """The study's number of worked examples, or else the task's own; lm-eval puts none before a whole text."""
+    """Return the study's number of worked examples, or else the task's own; lm-eval puts none before a whole text."""
     if spec.shots is not None:
         return spec.shots
     own = member.config.num_fewshot or 0

@@ -40,7 +40,7 @@ class Trie:
         return len(self.tokens)
 
     def above(self, node: int) -> list[int]:
-        """The nodes that a node reads beside itself, from its root down: one of each depth."""
+        """Return the nodes that a node reads beside itself, from its root down: one of each depth."""
         path: list[int] = []
         while (node := self.parents[node]) >= 0:
             path.append(node)
@@ -80,7 +80,7 @@ class Row:
 
 
 def build_trie(pairs: Mapping[int, Pair]) -> Trie:
-    """The trie of what the model reads to predict every request's continuation: all but its last token."""
+    """Build the trie of what the model reads to predict every request's continuation: all but its last token."""
     trie = Trie()
     path: list[int] = []
     before: tuple[int, ...] = ()
@@ -105,7 +105,7 @@ def build_trie(pairs: Mapping[int, Pair]) -> Trie:
 
 
 def passes(trie: Trie, token_budget: int) -> Iterator[Pass]:
-    """The trie in as few passes as the budget allows, all of about one size."""
+    """Yield the trie in as few passes as the budget allows, all of about one size."""
     count = -(-len(trie) // token_budget)
     for i in range(count):
         start, stop = i * len(trie) // count, (i + 1) * len(trie) // count
@@ -113,7 +113,7 @@ def passes(trie: Trie, token_budget: int) -> Iterator[Pass]:
 
 
 def _blocks(trie: Trie, start: int, stop: int) -> Iterator[Block]:
-    """Runs of nodes: the deeper, the longer, as each run takes up its path anew."""
+    """Yield runs of nodes: the deeper, the longer, as each run takes up its path anew."""
     while start < stop:
         size = BLOCK * max(1, trie.depths[start] // (2 * BLOCK))
         yield Block(start, min(start + size, stop), trie.above(start))
@@ -121,7 +121,7 @@ def _blocks(trie: Trie, start: int, stop: int) -> Iterator[Block]:
 
 
 def rows(pairs: Mapping[int, Pair], token_budget: int) -> list[list[Row]]:
-    """Batches of rows that do not branch, for models that read nothing else; a row may hold others, its prefixes.
+    """Make batches of rows that do not branch, for models that read nothing else; a row may hold its prefixes.
 
     A batch's rows are of like length, and come longest first, so that a batch that does not fit fails early.
 
@@ -149,7 +149,7 @@ def rows(pairs: Mapping[int, Pair], token_budget: int) -> list[list[Row]]:
 
 
 def _in_order(pairs: Mapping[int, Pair]) -> list[int]:
-    """Requests by what is read for them, a prefix before what it begins."""
+    """Sort requests by what is read for them, a prefix before what it begins."""
     return sorted(pairs, key=lambda request: (_read(pairs[request]), request))
 
 
@@ -158,7 +158,7 @@ def _read(pair: Pair) -> tuple[int, ...]:
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Count the tokens that two sequences begin with alike."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

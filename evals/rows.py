@@ -44,13 +44,13 @@ class Rows:
         return self  # lm-eval copies settings, and need not copy the data
 
     def as_written(self, split: str, n: int) -> dict[str, Any]:
-        """A row before its numbers took the kind of their column."""
+        """Return a row before its numbers took the kind of their column."""
         rows = self.splits[split]
         return dict.fromkeys(_columns(rows)) | rows[n].values
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The items of a file of JSON lines, or of one JSON list.
+    """Read the items of a file of JSON lines, or of one JSON list.
 
     Raises:
         TaskError: naming the file and the line.
@@ -102,7 +102,7 @@ def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
 
 
 def _misfit(rows: Sequence[Row], columns: Mapping[str, list[Any]]) -> str:
-    """Which value does not fit the column it stands in, found by halves."""
+    """Find which value does not fit the column it stands in, by halves."""
     for key, values in columns.items():
         if _fits(key, values):
             continue

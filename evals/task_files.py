@@ -25,7 +25,7 @@ CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
 
 
 def find_task_file(given: str) -> Path:
-    """The YAML file of a task or group: the path itself, or the one in a folder that stands for it."""
+    """Find the YAML file of a task or group: the path itself, or the one in a folder that stands for it."""
     source = resolved_path(given, Path(), error=TaskError)
     if not source.exists():
         raise TaskError(f"no task file or folder at {source}")
@@ -42,7 +42,7 @@ def find_task_file(given: str) -> Path:
 
 
 def task_files_below(folder: Path) -> list[Path]:
-    """The YAML files among which a group's tasks are looked for by name, in lm-eval's order."""
+    """List the YAML files among which a group's tasks are looked for by name, in lm-eval's order."""
     found, seen = [], 0
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in ("__pycache__", ".ipynb_checkpoints")]
@@ -94,7 +94,7 @@ def _require_plain(file: Path, key: str, node: yaml.Node, metrics: frozenset[str
 
 
 def make_paths_absolute(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A copy of a task's or group's settings with relative data files taken from the folder of its YAML file."""
+    """Return a copy of a task's or group's settings with relative data files taken from the folder of its YAML file."""
     config = dict(config)
     options = config.get("dataset_kwargs") or {}
     if not isinstance(options, dict):
@@ -143,7 +143,7 @@ def _compose(path: Path) -> yaml.MappingNode:
 
 
 def _require_bounded(path: Path, node: yaml.Node, sizes: dict[int, int]) -> int:
-    """The size of a node with every alias written out; a few lines of aliases of aliases may stand for any size."""
+    """Count a node's size with every alias written out; a few lines of aliases of aliases may stand for any size."""
     open_, size = -1, sizes.get(id(node))
     if size == open_:
         _refuse(path, node, "an alias stands within what it stands for", "write the value out")
@@ -164,7 +164,7 @@ def _require_bounded(path: Path, node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def _pairs(node: yaml.Node, key: str = "", seen: set[tuple[str, int]] | None = None) -> Iterator[tuple[str, yaml.Node]]:
-    """Every node below, with each key it stands under."""
+    """Yield every node below, with each key it stands under."""
     seen = set() if seen is None else seen
     if (key, id(node)) in seen:
         return

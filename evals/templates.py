@@ -62,7 +62,7 @@ class Sandbox(SandboxedEnvironment):
         self.from_string = lru_cache(maxsize=1024)(self.from_string)  # type: ignore[method-assign, assignment]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator whose result may be far larger than what it is given."""
+        """Call an operator whose result may be far larger than what it is given."""
         self.meter.take(left, right)
         if operator == "*":
             _require(_product(left, right) <= LARGEST, "*")
@@ -74,7 +74,7 @@ class Sandbox(SandboxedEnvironment):
         return self.meter.give(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # jinja2's names
-        """A function, method, macro or loop."""
+        """Call a function, method, macro or loop."""
         receiver = getattr(__obj, "__self__", None)
         name = getattr(__obj, "__name__", "")
         if isinstance(receiver, types.ModuleType):
@@ -87,7 +87,7 @@ class Sandbox(SandboxedEnvironment):
         return __self.meter.give(result)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format`, where the format's widths and fields make a text of a bounded length."""
+        """Return `str.format` such that the format's widths and fields make a text of a bounded length."""
         formatted = super().wrap_str_format(value)
         if formatted is None:
             return None
@@ -107,7 +107,7 @@ class Sandbox(SandboxedEnvironment):
         return counted
 
     def _counted(self, name: str, function: Any) -> Callable[..., Any]:
-        """A filter or test that counts what it takes and gives."""
+        """Make a filter or test count what it takes and gives."""
         skipped = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0  # context or environment
 
         @wraps(function)
@@ -213,7 +213,7 @@ def _counted_output(environment: jinja2.Environment, value: T) -> T:
 
 
 def _size(value: object) -> int:
-    """About how many characters a value has as text; refused above LARGEST, however often parts of it are shared."""
+    """Count about how many characters a value has as text; refuse above LARGEST, however often its parts are shared."""
     size, waiting = 0, [value]
     while waiting:
         part = waiting.pop()
@@ -233,7 +233,7 @@ def _size(value: object) -> int:
 
 
 def _product(left: object, right: object) -> int:
-    """About the size of left * right."""
+    """Estimate the size of left * right."""
     if isinstance(left, int) == isinstance(right, int):
         return _size(left) + _size(right)
     times, repeated = (left, right) if isinstance(left, int) else (right, left)
@@ -241,7 +241,7 @@ def _product(left: object, right: object) -> int:
 
 
 def _length_of_format(text: object, values: Sequence[object]) -> int:
-    """More than the length of a text after its % or {} fields are filled with values."""
+    """Return more than the length of a text after its % or {} fields are filled with values."""
     if not isinstance(text, str):
         return 0
     widths = [

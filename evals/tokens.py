@@ -24,7 +24,7 @@ class Pair:
     asks_greedy: bool = True
 
     def cut(self, max_length: int) -> Pair:
-        """The same with its context cut on the left, as lm-eval does, so that the model's input fits."""
+        """Cut the context on the left, as lm-eval does, so that the model's input fits."""
         if len(self.continuation) > max_length:
             raise TaskError(
                 f"a continuation must fit in the context: {len(self.continuation)} tokens given, the model reads "
@@ -34,7 +34,7 @@ class Pair:
         return replace(self, context=self.context[-room:])
 
     def fits(self, max_length: int) -> bool:
-        """Whether a model of that length reads all of the context."""
+        """Tell whether a model of that length reads all of the context."""
         return len(self.context) + len(self.continuation) <= max_length + 1
 
 
@@ -45,7 +45,7 @@ class Text:
     tokens: tuple[int, ...]
 
     def fits(self, max_length: int) -> bool:
-        """Windows leave nothing out, whatever the length."""
+        """Return true: windows leave nothing out, whatever the length."""
         return True
 
 
@@ -64,7 +64,7 @@ class Prompt:
     max_new_tokens: int
 
     def fits(self, max_length: int) -> bool:
-        """Whether a model of that length reads the whole prompt and has room for the longest answer."""
+        """Tell whether a model of that length reads the whole prompt and has room for the longest answer."""
         return len(self.tokens) + self.max_new_tokens <= max_length
 
 
@@ -80,13 +80,13 @@ class Encoder:
         self._prefix_text = str(tokenizer.decode([prefix]))
 
     def text(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, with the tokenizer's special tokens unless the text itself starts with the first of them."""
+        """Return a text's ids, with the tokenizer's special tokens unless the text itself starts with the first."""
         if text.startswith(self._prefix_text):
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
         return tuple(self.tokenizer.encode(text))
 
     def pair(self, context: str, continuation: str) -> Pair:
-        """Ids of a context and what follows it; spaces at the seam belong to the continuation."""
+        """Return the ids of a context and what follows it; spaces at the seam belong to the continuation."""
         if context:
             kept = context.rstrip()
             whole, head = self.text(context + continuation), self.text(kept)

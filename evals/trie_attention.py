@@ -41,7 +41,7 @@ class Block:
     ends: torch.Tensor
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S)."""
+        """Return 0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S)."""
         nodes = torch.arange(self.nodes.start, self.nodes.stop, device=self.order.device)[:, None]
         hidden = (self.order > nodes) | (self.ends <= nodes)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
@@ -63,7 +63,7 @@ class Plan:
 
     @classmethod
     def of(cls, trie: Trie, this: Pass, following: Pass | None, device: torch.device) -> Plan:
-        """The plan of a pass, which keeps what the following one carries."""
+        """Plan a pass, keeping what the following one carries."""
 
         def tensor(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
@@ -131,7 +131,7 @@ def attend(
     trie: Reading,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention, as transformers asks for it.
+    """Compute one layer's attention, as transformers asks for it.
 
     Args:
         query: (1, heads, T, width).
@@ -156,7 +156,7 @@ def attend(
 
 
 def _inner(module: torch.nn.Module, name: str, device: torch.device) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The implementation of a name; on a CPU one that shares a key's head among queries without copying it."""
+    """Return the implementation of a name; on a CPU one that shares a key's head among queries without copying it."""
     if name == "sdpa" and device.type == "cpu":
         return _sdpa_on_cpu
     eager: Callable[..., tuple[torch.Tensor, Any]] = vars(sys.modules[type(module).__module__])[

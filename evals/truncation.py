@@ -6,7 +6,7 @@ import pandas as pd
 
 
 def cut_short(outcomes: pd.DataFrame) -> list[str]:
-    """A sentence for each task with items that were too long, or answers that were broken off; empty where none is.
+    """Write a sentence for each task with items that were too long or answers that were broken off.
 
     Args:
         outcomes: columns task, item, truncated, broken_off and lengths (see `Outcome`), of any trials and suites;

@@ -358,7 +358,7 @@ def _opened(run: Path, storage: str | None) -> Run:
 
 
 def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
-    """The knee, or the best point that forgets little enough; exits with 3 where there is none."""
+    """Choose the knee, or the best point that forgets little enough; exit with 3 where there is none."""
     from optimizer.errors import NoPointError
 
     try:
@@ -384,7 +384,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The `mergefront` command."""
+    """Run the `mergefront` command."""
     from optimizer.search.interrupt import interrupted_once
 
     with interrupted_once():

@@ -13,7 +13,7 @@ MENDABLE: dict[int | None, int] = {
 
 
 def exit_code(error: Exception) -> int | None:
-    """The exit code of an error made for a person; None for any other."""
+    """Return the exit code of an error made for a person; None for any other."""
     from evals.documents import DocumentError
     from evals.errors import TaskError
     from optimizer.errors import (

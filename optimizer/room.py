@@ -23,7 +23,7 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 def no_room(place: Path, needed: int, error: OSError) -> UnavailableError:
-    """The error for a file or folder that has no room for so many bytes."""
+    """Make the error for a file or folder that has no room for so many bytes."""
     return UnavailableError(
         f"no space: {place} needs {needed:,} bytes ({error.strerror}); nothing that is stored was changed. "
         "Free the disk, or raise the quota or the limit on file sizes, and do the same again"

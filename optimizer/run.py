@@ -35,62 +35,62 @@ class Run(ScoredRun):
     # --- sentences -----------------------------------------------------------------------------------------------
 
     def named(self, trial: int) -> str:
-        """A trial as people call it: its number, and its method where the run has several."""
+        """Name a trial as people call it: its number, and its method where the run has several."""
         return sentences.named(self, trial)
 
     def describe(self, trial: int) -> str:
-        """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
+        """Say in one sentence what a trial keeps and forgets, with intervals, and on which items."""
         return sentences.describe(self, trial)
 
     def how_sure(self, trial: int, max_forgetting: float) -> str:
-        """One sentence on how sure it is that a trial forgets at most so much, by the items that judge it."""
+        """Say in one sentence how sure it is that a trial forgets at most so much, by the items that judge it."""
         return sentences.how_sure(self, trial, max_forgetting)
 
     def verdict(self) -> list[str]:
-        """Whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
+        """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
         return sentences.verdict(self)
 
     def cut_short(self) -> list[str]:
-        """Tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence each,
-        over all finished trials and both suites."""
+        """Name tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence
+        each, over all finished trials and both suites."""
         return sentences.cut_short(self)
 
     def lost(self) -> list[str]:
-        """Finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence for
-        each suite, naming the files."""
+        """Name finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a
+        sentence for each suite, naming the files."""
         return sentences.lost(self)
 
     def findings(self) -> list[str]:
-        """What a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
-        lost outcomes, failed trials."""
+        """Say what a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut
+        short, lost outcomes, failed trials."""
         return sentences.findings(self)
 
     def summary(self) -> str:
-        """The run in a few plain sentences."""
+        """Tell the run in a few plain sentences."""
         return sentences.summary(self)
 
     # --- figures: plotly is imported only where one is drawn -----------------------------------------------------
 
     def plot_front(self) -> go.Figure:
-        """Forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
+        """Draw forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
         from optimizer.views import figures
 
         return figures.front(self)
 
     def plot_weights(self, trial: int) -> go.Figure:
-        """The weights of one trial over the depth of the model, by module and expert."""
+        """Draw the weights of one trial over the depth of the model, by module and expert."""
         from optimizer.views import figures
 
         return figures.weights(self, trial)
 
     def plot_hypervolume(self) -> go.Figure:
-        """The hypervolume over trials, against what the anchors alone cover."""
+        """Draw the hypervolume over trials, against what the anchors alone cover."""
         from optimizer.views import figures
 
         return figures.hypervolume(self)
 
     def plot_retention(self, trial: int) -> go.Figure:
-        """What one trial kept of each general task and won of each domain task, with intervals."""
+        """Draw what one trial kept of each general task and won of each domain task, with intervals."""
         from optimizer.views import figures
 
         return figures.retention(self, trial)

@@ -9,12 +9,12 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Text without an order to a terminal: what is no printable character or line end is written as `\\x1b` is here."""
+    """Return text without orders to a terminal: what is neither printable nor a line end is written as `\\x1b` is."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(name: str) -> str:
-    """A name, printable and on one line."""
+    """Return a name, printable and on one line."""
     return printable(name).replace("\n", "\\n")
 
 
@@ -54,17 +54,17 @@ class Interval:
         return f"[{_number(self.low, digits)}, {_number(self.high, digits)}]"
 
     def text(self, seam: str = " ") -> str:
-        """The value with its interval, where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
+        """Write the value with its interval, where it has one: `92 % [88, 96]`, below ten `6.1 % [3.9, 8.4]`."""
         return seam.join(filter(None, (self.figure, self.bounds)))
 
 
 def percent(share: float) -> str:
-    """A share in per cent: `92 %`, below ten `6.1 %`."""
+    """Write a share in per cent: `92 %`, below ten `6.1 %`."""
     return f"{_number(share, _digits(share))} %"
 
 
 def task_labels(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of tasks, with the expert a domain task is measured by where there are several.
+    """Return the names of tasks, with the expert a domain task is measured by where there are several.
 
     Args:
         rows: of `Run.retention`: task and expert (empty for a general task).
@@ -75,12 +75,12 @@ def task_labels(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 trial`, `2 trials`."""
+    """Write `1 trial`, `2 trials`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(sentences: Sequence[str], shown: int = 3) -> str:
-    """The first few of many clauses, and how many more there are."""
+    """Join the first few of many clauses, and how many more there are."""
     more = [f"and {len(sentences) - shown} more"] if len(sentences) > shown else []
     return "; ".join([*sentences[:shown], *more])
 

@@ -316,7 +316,7 @@ class Space:
         return fmean(self._at(expert, profile, edge, params) for profile in self._profiles)
 
     def _at(self, expert: str, profile: str, layer: int, params: Mapping[str, float]) -> float:
-        """Value of a profile at a layer: its block's, or on the line between two knots."""
+        """Return the value of a profile at a layer: its block's, or on the line between two knots."""
 
         def value(knot: int) -> float:
             return params[self._name(expert, module=profile, suffix=self._knots[knot].suffix)]

@@ -99,19 +99,19 @@ class Checkpoint:
         return DTYPES[self.entries[name].dtype]
 
     def size(self, name: str) -> int:
-        """Size of one tensor in bytes."""
+        """Return the size of one tensor in bytes."""
         return self.entries[name].bytes
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor (of an adapter: the base's)."""
+        """Return the file that holds a tensor (of an adapter: the base's)."""
         return self.entries[name].file
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Safetensors dtype code and shape of one tensor."""
+        """Return the safetensors dtype code and the shape of one tensor."""
         return self.entries[name].dtype, self.entries[name].shape
 
     def read_anew(self) -> Checkpoint:
-        """The same checkpoint, whose tensors are read from the file each time: they take memory only while in use."""
+        """Return the same checkpoint, its tensors read from the file each time: they take memory only while in use."""
         return replace(self, is_mapped=False)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -120,11 +120,11 @@ class Checkpoint:
         return self.deltas[name].folded_into(tensor) if name in self.deltas else tensor
 
     def is_known_as(self, fingerprint: object) -> bool:
-        """Whether a stored fingerprint is of these very files, also one of an earlier run, with their times in it."""
+        """Tell whether a stored fingerprint is of these very files, also one of an earlier run that has their times."""
         return fingerprint in (self.fingerprint, self.dated)
 
     def full_digests(self) -> dict[Path, str]:
-        """The sha256 of each of its files, of an adapter also of its base's, every byte read."""
+        """Compute the sha256 of each of its files, of an adapter also of its base's, every byte read."""
         return {file: full_digest(file) for file in sorted(self.contents)}
 
     def require_unchanged(self) -> None:
@@ -184,6 +184,6 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 
 def sum_is_finite(tensor: torch.Tensor) -> bool:
-    """True proves that every value is finite; false may also be a sum that overflowed."""
+    """Return true only where every value is finite; false also where a sum overflowed."""
     # float16 holds no more than 65504; the sum of bfloat16 is added up in float32 and has its range
     return math.isfinite(float(tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)))

@@ -18,7 +18,7 @@ FREE_CONFIG_KEYS = {
 
 
 def compare(base: Checkpoint, expert: Checkpoint) -> list[str]:
-    """Say, one plain sentence each, why an expert cannot be merged with a base; an empty list means it can."""
+    """Say why an expert cannot be merged with a base, one plain sentence each; an empty list means it can."""
     return [
         *_tensor_mismatches(base, expert),
         *_config_mismatches(base, expert),

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_imple
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, which neither asks for code nor for objects without end.
+    """Read a folder's config.json, which neither asks for code nor for objects without end.
 
     Raises:
         CheckpointError: it does, or cannot be read, or is of quantised weights.
@@ -66,7 +66,7 @@ def full_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(folder: Path) -> PreTrainedConfig:
-    """A folder's config as transformers reads it.
+    """Read a folder's config as transformers does.
 
     Raises:
         CheckpointError: it cannot be read, is of no known kind, or transformers objects to a value, whose key is named.
@@ -87,7 +87,7 @@ def model_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer; no code of the folder is run.
+    """Load a folder's tokenizer; no code of the folder is run.
 
     Raises:
         CheckpointError: a file of it cannot be read, is too large, or transformers objects to it.
@@ -140,13 +140,13 @@ def refused(
 
 
 def shown(value: object) -> str:
-    """A value for a message: its beginning where it is long."""
+    """Write a value for a message: its beginning where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def listed(names: list[str]) -> str:
-    """Names in a message: the first few, and how many more there are."""
+    """Join names in a message: the first few, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(repr(name) for name in names[:SHOWN]) + more
 
@@ -164,7 +164,7 @@ def _key_at_fault(document: Mapping[str, Any], attempt: Callable[[dict[str, Any]
 
 
 def _objects(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A JSON object and those in it, at any depth that the reader lets through."""
+    """Yield a JSON object and those in it, at any depth that the reader lets through."""
     yield value
     for inner in value.values():
         if isinstance(inner, dict):

@@ -72,7 +72,7 @@ def still_holds(file: Path, known: Content) -> Content:
 
 
 def stamp_of(file: Path) -> tuple[int, ...]:
-    """Device, inode, size in bytes and time of change in ns.
+    """Return device, inode, size in bytes and time of change in ns.
 
     Raises:
         CheckpointError: there is no such file.
@@ -85,7 +85,7 @@ def stamp_of(file: Path) -> tuple[int, ...]:
 
 
 def full_digest(file: Path) -> str:
-    """The sha256 of every byte of a file, as `sha256sum` gives it.
+    """Compute the sha256 of every byte of a file, as `sha256sum` gives it.
 
     Raises:
         CheckpointError: it cannot be read, or it lies in a hub cache under the sha256 of other content.

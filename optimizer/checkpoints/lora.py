@@ -122,7 +122,7 @@ def _scale_and_rank(folder: Path, config: Mapping[str, Any], module: str) -> tup
 
 
 def _of_pattern(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """The value of the first pattern, a regular expression, that fits the end of a module's name."""
+    """Return the value of the first pattern, a regular expression, that fits the end of a module's name."""
     patterns = config.get(key) or {}
     try:
         return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)

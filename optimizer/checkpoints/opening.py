@@ -243,6 +243,6 @@ def _hashed(facts: Sequence[object]) -> str:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config; multimodal ones nest it."""
+    """Return the language model's part of a config; multimodal ones nest it."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
-    """The base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
+    """Load the base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
 
     Args:
         dtype: "auto", "bf16" or "float32".
@@ -68,7 +68,7 @@ def require_loadable(base: Checkpoint) -> None:
 
 
 def _loaded(base: Checkpoint, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """The model that the base's config describes, on these tensors; none is left over and none is missing."""
+    """Load the model that the base's config describes, on these tensors; none is left over and none is missing."""
     config = model_config(base.folder)
     floating = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     if floating is None:
@@ -145,7 +145,7 @@ def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]
 
 
 def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
-    """The tensors a merge writes: the model's own, or others in the base's dtype where the model is scored in another.
+    """Return the tensors a merge writes: the model's own, or in the base's dtype where it is scored in another.
 
     A merge is rounded to the base's dtype, whatever it is scored in, since that is what an export will hold.
     """

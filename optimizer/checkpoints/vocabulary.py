@@ -105,7 +105,7 @@ def _json_mismatches(our_file: Path, their_file: Path, *, is_matched: bool) -> I
 
 
 def _ids(file: Path, tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """The row of each token of a tokenizer.json, added ones among them."""
+    """Return the row of each token of a tokenizer.json, added ones among them."""
     vocabulary = _model(file, tokenizer).get("vocab", {})
     try:
         if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the id is the place

@@ -26,7 +26,7 @@ MEND = "it is left as it is. Restore a copy of it, or name another run folder"
 
 
 def read_trials(storage: RDBStorage, study: str, where: object) -> list[FrozenTrial]:
-    """The trials of a study by number, each as `search` writes them.
+    """Read the trials of a study by number, each as `search` writes them.
 
     Args:
         study: its name.
@@ -62,7 +62,7 @@ def readable(where: object) -> Iterator[None]:
 
 
 def _problem(trial: FrozenTrial, objectives: int) -> str:
-    """What no trial of ours has, in words that follow its number; empty where there is nothing."""
+    """Say what no trial of ours has, in words that follow its number; empty where there is nothing."""
     for name, kinds in ATTRIBUTES.items():
         value = trial.user_attrs.get(name)
         if name in trial.user_attrs and (not isinstance(value, kinds) or isinstance(value, bool)):

@@ -72,7 +72,7 @@ def open_storage(database: Path, *, own: bool = True, busy_seconds: float = BUSY
 
 
 def read_storage(database: Path, *, own: bool = True) -> RDBStorage:
-    """A storage over a copy of the study file in memory, as it was at this moment, even while a search writes to it."""
+    """Open a storage over a copy of the study file in memory, as it is at this moment, even while a search writes."""
     return _over(snapshot(database, own=own), database)
 
 
@@ -111,7 +111,7 @@ def require_ours(storage: RDBStorage, where: object) -> None:
 
 
 def is_ours(storage: RDBStorage, name: str) -> bool | None:
-    """Whether a study was made by a search; None for one without a trial, which is nobody's."""
+    """Tell whether a study was made by a search; None for one without a trial, which is nobody's."""
     study_id = storage.get_study_id_from_name(name)
     if MARK in storage.get_study_user_attrs(study_id):
         return True
@@ -130,7 +130,7 @@ def require_tables(names: Iterable[str], where: object) -> None:
 
 
 def stranger(where: object, found: list[str]) -> DamagedError:
-    """The error for a database in which something is not ours."""
+    """Make the error for a database in which something is not ours."""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     what = f" (it holds the {', '.join(found[:3])}{more})" if found else ""
     return DamagedError(
@@ -140,7 +140,7 @@ def stranger(where: object, found: list[str]) -> DamagedError:
 
 
 def unwritable(database: Path | None, error: Exception) -> RunError:
-    """What keeps a study from being written, in words: no room, or whatever the database says."""
+    """Make the error that says why a study cannot be written: no room, or whatever the database says."""
     if database is not None:
         try:
             require_room(database.parent, room_needed(database))
@@ -155,13 +155,13 @@ def unwritable(database: Path | None, error: Exception) -> RunError:
 
 
 def room_needed(database: Path) -> int:
-    """Bytes of the largest file that a search writes beside a study: its backup, or its log grown by some trials."""
+    """Return the bytes of the largest file a search writes beside a study: its backup, or its log grown somewhat."""
     sizes = [path.stat().st_size for path in (database, _beside(database, "-wal")) if path.is_file()]
     return sum(sizes) + GROWTH
 
 
 def no_folder(database: Path) -> RunError:
-    """The error for a file that cannot be made, since its folder does not exist."""
+    """Make the error for a file that cannot be made, since its folder does not exist."""
     return RunError(f"search.storage: the folder {database.parent} does not exist; make it, or name another file")
 
 
@@ -197,7 +197,7 @@ def _connected(database: Path, busy_seconds: float) -> sqlite3.Connection:
 
 
 def _over(copy: sqlite3.Connection, where: object) -> RDBStorage:
-    """A storage over a copy in memory, in which all studies are ours."""
+    """Open a storage over a copy in memory, in which all studies are ours."""
     with readable(where):
         storage = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: copy, "poolclass": StaticPool})
     if _mark(copy) != APPLICATION_ID:
@@ -261,7 +261,7 @@ def _is_wal(database: Path) -> bool:
 
 
 def _no_file(database: Path) -> str:
-    """Why a path cannot be a study's file; empty where it can."""
+    """Say why a path cannot be a study's file; empty where it can."""
     about = database.stat()
     if not stat.S_ISREG(about.st_mode):
         return f"it is {KINDS.get(stat.S_IFMT(about.st_mode), 'something else')}, not a file"

@@ -38,7 +38,7 @@ DATABASE = "study.db"
 
 
 def new_name(folder: Path, url: str | None) -> str:
-    """A study's name: the folder's in a database of its own; where there may be others, one that nobody else has."""
+    """Choose a study's name: the folder's in a database of its own; among others, one that nobody else has."""
     return folder.name if url is None else f"{folder.name}-{uuid.uuid4().hex[:12]}"
 
 
@@ -99,7 +99,7 @@ def take_study(
     url: str | None,
     directions: Sequence[StudyDirection],
 ) -> tuple[optuna.Study, str]:
-    """The run folder's study, for its one writer, and its name: made where no trial was scored yet.
+    """Take the run folder's study, for its one writer, and its name: made where no trial was scored yet.
 
     A folder that is a copy of the one the study belongs to gets a study of its own, with the same past; its name is to
     be remembered in tasks.json.
@@ -127,7 +127,7 @@ def take_study(
 
 
 def stored_trials(folder: Path, manifest: Mapping[str, object], url: str | None) -> list[FrozenTrial]:
-    """A run's trials, for a reader: nothing is written, neither in the folder nor in its database.
+    """Read a run's trials, for a reader: nothing is written, neither in the folder nor in its database.
 
     Raises:
         DamagedError: the database or the study is gone, damaged or another program's.
@@ -160,12 +160,12 @@ def stored_trials(folder: Path, manifest: Mapping[str, object], url: str | None)
 
 
 def has_outcomes(folder: Path) -> bool:
-    """Whether any trial of a run was scored."""
+    """Tell whether any trial of a run was scored."""
     return any(folder.glob("outcomes/*.parquet"))
 
 
 def storage_file(folder: Path, url: str | None) -> Path | None:
-    """The file of a run's study; None where it is on a server."""
+    """Return the file of a run's study; None where it is on a server."""
     return folder / DATABASE if url is None else sqlite_file(parsed_url(url))
 
 
@@ -174,7 +174,7 @@ def _where(folder: Path, url: str | None) -> str:
 
 
 def _find(storage: RDBStorage, folder: Path, manifest: Mapping[str, object], url: str | None) -> str | None:
-    """The name of the run's study, or None where there is none."""
+    """Find the name of the run's study, or None where there is none."""
     where = _where(folder, url)
     known = (str(manifest["study"]), folder.resolve().name)
     with readable(where):
@@ -195,7 +195,7 @@ def _find(storage: RDBStorage, folder: Path, manifest: Mapping[str, object], url
 
 
 def _is_copy(storage: RDBStorage, name: str, folder: Path, manifest: Mapping[str, object]) -> bool:
-    """Whether the study belongs to another folder that is still there, of which this one is a copy."""
+    """Tell whether the study belongs to another folder that is still there, of which this one is a copy."""
     with readable(name):
         home = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(MARK, manifest.get("home"))
     if not isinstance(home, str) or not os.path.isdir(home) or os.path.samefile(home, folder):

@@ -36,7 +36,7 @@ def open_server(url: URL, *, write: bool) -> RDBStorage:
 
 
 def look_at_server(url: URL) -> bool:
-    """Whether a server's database holds Optuna's tables, whole.
+    """Tell whether a server's database holds Optuna's tables, whole.
 
     Raises:
         DamagedError: it holds other tables.

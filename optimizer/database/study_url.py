@@ -16,7 +16,7 @@ PACKAGES = {"MySQLdb": "mysqlclient", "psycopg": "psycopg[binary]", "psycopg2": 
 
 
 def storage_problem(text: str) -> str:
-    """What is wrong with a storage URL, in words; empty where nothing is."""
+    """Say what is wrong with a storage URL, in words; empty where nothing is."""
     try:
         url = make_url(text)
         dialect = url.get_dialect()
@@ -34,7 +34,7 @@ def storage_problem(text: str) -> str:
 
 
 def parsed_url(text: str) -> URL:
-    """The URL, whose driver is there.
+    """Parse the URL; its driver is there.
 
     Raises:
         RunError: it is none, or its driver is not installed.
@@ -56,7 +56,7 @@ def parsed_url(text: str) -> URL:
 
 
 def sqlite_file(url: URL) -> Path | None:
-    """The file of a SQLite URL; None for a server's."""
+    """Return the file of a SQLite URL; None for a server's."""
     if url.get_backend_name() != "sqlite":
         return None
     assert url.database
@@ -64,12 +64,12 @@ def sqlite_file(url: URL) -> Path | None:
 
 
 def busy_seconds(url: URL) -> float:
-    """How long to wait for another program that has a SQLite file locked."""
+    """Return how long to wait for another program that has a SQLite file locked."""
     return _seconds(url) or BUSY_SECONDS
 
 
 def absolute_url(text: str) -> str:
-    """The URL with a SQLite file by its whole path, so that it means the same from every folder."""
+    """Return the URL with a SQLite file by its whole path, so that it means the same from every folder."""
     if storage_problem(text):
         return text
     url = make_url(text)
@@ -79,12 +79,12 @@ def absolute_url(text: str) -> str:
 
 
 def storage_label(text: str | None) -> str | None:
-    """A storage as it is stored and compared: without user and password, a SQLite file by its whole path."""
+    """Return a storage as it is stored and compared: without user and password, a SQLite file by its whole path."""
     return text and redacted(absolute_url(text)).split("?timeout=")[0]
 
 
 def _seconds(url: URL) -> float | None:
-    """The timeout a SQLite URL gives, or ours; None where it is no positive number."""
+    """Return the timeout a SQLite URL gives, or ours; None where it is no positive number."""
     try:
         seconds = float(str(url.query.get("timeout", BUSY_SECONDS)))
     except ValueError:

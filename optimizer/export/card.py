@@ -88,7 +88,7 @@ def public_name(checkpoint: Checkpoint) -> str:
 
 
 def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
-    """One row per layer group (or tensor with numbers of its own), one column per number that differs between them."""
+    """Write a row per layer group (or tensor with numbers of its own), a column per number that differs."""
     groups = [*group_tensors(names), *sorted(recipe.tensors)]
     columns: dict[str, list[float]] = {}
     for parameter in METHODS[recipe.method].parameters:

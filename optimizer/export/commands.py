@@ -81,7 +81,7 @@ def _write_stack(stack: Stack, out: Path) -> Path:
 
 
 def _base_of(document: Mapping[str, Any], path: Path) -> str:
-    """The base's path: `base_model: path`, `base_model: {model: {path: path}}`, or else the first model there is."""
+    """Find the base's path: `base_model: path`, `base_model: {model: {path: path}}`, or else the first model."""
     given = document.get("base_model")
     base = _first_model(document) if given is None else given
     if isinstance(base, dict):
@@ -103,7 +103,7 @@ def _first_model(document: Mapping[str, Any]) -> object:
 
 
 def _with_present_paths(run: Run, recipe: Recipe) -> Recipe:
-    """The recipe with the models where the run's study file has them: they may have been moved since it was scored."""
+    """Return the recipe with the models where the run's study file has them: they may have been moved since."""
     models = read_yaml(run.path / "study.yaml").get("models") if (run.path / "study.yaml").is_file() else None
     if not isinstance(models, dict):
         return recipe
@@ -128,7 +128,7 @@ def _require_as_scored(run: Run, sources: Sources) -> None:
 
 
 def _scores(run: Run, trial: int, scored: bool) -> dict[str, dict[str, float]]:
-    """For the card: each task's score of the base and of the merge, and what was gained or kept."""
+    """Return for the card each task's score of the base and of the merge, and what was gained or kept."""
     if not scored:
         return {}
     columns = {"base_score": "base", "score": "merge", "share": "share gained (domain) or kept (general)"}

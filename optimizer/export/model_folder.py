@@ -106,7 +106,7 @@ def write_model_folder(
 
 
 def _mergekit_document(recipe: Recipe, sources: Sources) -> tuple[dict[str, Any] | None, str]:
-    """The recipe in mergekit's words, or None and why mergekit has none for it."""
+    """Write the recipe in mergekit's words, or None and why mergekit has none for it."""
     base = sources.base
     adapters = [name for name, expert in sources.experts.items() if expert.is_adapter]
     try:

@@ -76,7 +76,7 @@ def _scaled(tensor: torch.Tensor, scale: float, dtype: torch.dtype, name: str) -
 
 
 def _config(stack: Stack, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """The first model's config with the stack's depth, and what it says of each layer moved with the layers."""
+    """Return the first model's config with the stack's depth, and what it says of each layer moved with the layers."""
     first = models[stack.layers[0][0]]
     config = json.loads(json.dumps(first.config))
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config

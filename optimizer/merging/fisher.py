@@ -28,7 +28,7 @@ class RowSquares:
         self._sizes[name] = gradient.shape[-1]
 
     def means(self) -> dict[str, Tensor]:
-        """The mean square of each row (rows,), in the unit of the mean over all elements."""
+        """Compute the mean square of each row (rows,), in the unit of the mean over all elements."""
         total = sum(float(rows.sum(dtype=torch.float64)) for rows in self._sums.values())
         count = sum(len(rows) * self._sizes[name] for name, rows in self._sums.items())
         unit = total / count or 1.0
@@ -36,7 +36,7 @@ class RowSquares:
 
 
 def fisher_mean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor, share: float) -> Tensor:
-    """A tensor between base and expert.
+    """Compute a tensor between base and expert.
 
     Args:
         base, expert: of any shape.

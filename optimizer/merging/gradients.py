@@ -99,7 +99,7 @@ def _whole_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _owners(places: Mapping[str, Tensor]) -> dict[int, list[str]]:
-    """The floating checkpoint tensors that lie in each piece of memory."""
+    """Return the floating checkpoint tensors that lie in each piece of memory."""
     owners: dict[int, list[str]] = {}
     for name, place in places.items():
         if place.is_floating_point():
@@ -108,7 +108,7 @@ def _owners(places: Mapping[str, Tensor]) -> dict[int, list[str]]:
 
 
 def _part(parameter: Tensor, place: Tensor) -> Tensor:
-    """The part of a parameter's gradient that belongs to a place in the parameter, contiguous."""
+    """Return the part of a parameter's gradient that belongs to a place in the parameter, contiguous."""
     assert parameter.grad is not None, "the hook runs when a gradient is there"
     gradient = parameter.grad.contiguous()
     offset = place.storage_offset() - parameter.data.storage_offset()

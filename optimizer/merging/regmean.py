@@ -31,7 +31,7 @@ class Grams:
     rows: dict[str, int] = field(default_factory=dict)
 
     def mean(self, name: str) -> Tensor:
-        """The mean of x x^T (in, in), off-diagonals shrunk."""
+        """Compute the mean of x x^T (in, in), off-diagonals shrunk."""
         gram = self.sums[name] / self.rows[name]
         diagonal = gram.diagonal().clone()
         gram *= OFF_DIAGONAL
@@ -68,7 +68,7 @@ class Grams:
 
 
 def regmean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor, share: float) -> Tensor:
-    """A linear layer between base and expert.
+    """Compute a linear layer between base and expert.
 
     Args:
         base, expert: weights (out, in).

@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def unwritten(path: Path, size: int, error: OSError) -> RunError:
-    """The error for a file that could not be written, with the bytes it needs where there is no room."""
+    """Make the error for a file that could not be written, with the bytes it needs where there is no room."""
     if error.errno in NO_ROOM:
         return no_room(path, size, error)
     return RunError(f"cannot write {path} ({size:,} bytes): {error.strerror}")

@@ -32,7 +32,7 @@ class Gap:
 
 
 def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
-    """A trial against a line of anchors, with an interval for the same question asked of resampled items.
+    """Measure a trial against a line of anchors, with an interval for the same question asked of resampled items.
 
     How much each point forgets is as uncertain as what it gains; so where the line is met, and which of its points
     count, is found anew for every resampling.
@@ -55,7 +55,7 @@ def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
 
 
 def most_domain(target: float, forgetting: Array, domain: Array) -> float:
-    """The most domain gain on a line at a forgetting.
+    """Find the most domain gain on a line at a forgetting.
 
     The line joins its points in the order of what they forget, without those another one beats; between two of them
     lies what sharing the items between them would give, as gain and forgetting are linear in an item's value. Beyond

@@ -16,7 +16,7 @@ LONGEST_SHOWN = 300  # characters: a path has to be whole
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, old_study: Mapping[str, Any], new_study: Mapping[str, Any]
 ) -> list[str]:
-    """A line for each thing that changed between two manifests; empty where none did.
+    """Write a line for each thing that changed between two manifests; empty where none did.
 
     Args:
         old, new: tasks.json as it is stored and as it would be written.
@@ -44,7 +44,7 @@ class _Settings:
         self.old, self.new = old, new
 
     def changed(self, *start: str) -> list[str]:
-        """A line for each setting below a key that is not the same."""
+        """Write a line for each setting below a key that is not the same."""
         keys = [key for key in dict.fromkeys([*self.old, *self.new]) if key[: len(start)] == start]
         return [_arrow(".".join(key), *self.pair(key)) for key in keys if self.pair(key)[0] != self.pair(key)[1]]
 
@@ -106,7 +106,7 @@ def _brief(value: Any) -> str:
 
 
 def _flat(manifest: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The comparable part of a manifest by path, tasks by name."""
+    """Return the comparable part of a manifest by path, tasks by name."""
     tasks = {task["name"]: task for task in manifest["tasks"]}
     return _joined({**manifest["fingerprint"], "tasks": tasks, "storage": manifest["storage"]})
 

@@ -10,5 +10,5 @@ Row = dict[str, Any]
 
 
 def rows_of(frame: pd.DataFrame) -> dict[Any, Row]:
-    """A frame's rows in order, by index: column name to value."""
+    """Return a frame's rows in order, by index: column name to value."""
     return {index: {str(name): value for name, value in row.items()} for index, row in frame.to_dict("index").items()}

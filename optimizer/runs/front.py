@@ -45,7 +45,7 @@ def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
 
 
 def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
-    """The volume between the points and a reference point: larger is better, exact in any number of objectives.
+    """Compute the volume between the points and a reference point: larger is better, exact in any number of objectives.
 
     A point that is not better than the reference in every objective covers nothing.
 
@@ -75,7 +75,7 @@ def _sliced(points: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
 
 
 def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) -> int:
-    """The point farthest above the straight line from the base (0, 0) to the expert (its forgetting, 1).
+    """Find the point farthest above the straight line from the base (0, 0) to the expert (its forgetting, 1).
 
     A point better than the base at general tasks counts as one that forgot nothing: no such luck buys domain skill.
 
@@ -95,7 +95,7 @@ def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) 
 
 
 def knee_of(losses: ArrayLike, is_expert: ArrayLike) -> int:
-    """The knee of a study's points, experts among them: the one a search tells of and a run recommends.
+    """Find the knee of a study's points, experts among them: the one a search tells of and a run recommends.
 
     Args:
         losses: (n, m) the negated domain gain of each expert, then forgetting.
@@ -111,7 +111,7 @@ def knee_of(losses: ArrayLike, is_expert: ArrayLike) -> int:
 
 
 def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: float) -> int | None:
-    """The point with the most domain gain among those that forget at most so much, or None where there is none.
+    """Find the point with the most domain gain among those that forget at most so much, or None where there is none.
 
     Returns:
         The position of the point; of equals the one that forgets least, then the first.
@@ -124,7 +124,7 @@ def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: floa
 
 
 def widest_gaps(values: ArrayLike) -> list[tuple[int, int]]:
-    """The neighbours on a front of two objectives, those farthest apart first.
+    """Find the neighbours on a front of two objectives, those farthest apart first.
 
     Args:
         values: (n, 2), a front in the order of either objective; distances are in shares of its extent.

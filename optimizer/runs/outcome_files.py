@@ -61,7 +61,7 @@ def write_outcomes(folder: Path, trial: int, suite: str, digest: str, outcomes: 
 
 
 def read_outcomes(path: Path) -> pd.DataFrame:
-    """One stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had no such column.
+    """Read a stored outcomes file: columns trial and OUTCOME_COLUMNS; null where an earlier version had none.
 
     Raises:
         RunError: the file is missing, damaged, or no outcomes file.
@@ -71,14 +71,14 @@ def read_outcomes(path: Path) -> pd.DataFrame:
 
 
 def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
-    """One trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
+    """Return one trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
     frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
     frame.insert(0, "trial", trial)
     return frame
 
 
 def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> pa.Table:
-    """One trial's stored outcomes, where they are whole and its own.
+    """Read one trial's stored outcomes, where they are whole and its own.
 
     Args:
         digest: of the trial's recipe.
@@ -105,7 +105,7 @@ def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: 
 
 
 def _outcomes_table(path: Path) -> pa.Table:
-    """A stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
+    """Read a stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
     if not path.is_file():
         raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
     try:

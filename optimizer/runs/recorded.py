@@ -46,8 +46,8 @@ class RecordedRun:
     # --- trials --------------------------------------------------------------------------------------------------
 
     def trials(self) -> pd.DataFrame:
-        """Every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), merge method, seconds,
-        reason of failure or of why a complete trial has no figures, and the recipe's digest."""
+        """Return every trial by number: state, kind ("base", "expert:…", an anchor's name, "search"), merge method,
+        seconds, reason of failure or of why a complete trial has no figures, and the recipe's digest."""
         rows = {
             number: (
                 trial.state.name.lower(),
@@ -85,7 +85,7 @@ class RecordedRun:
     # --- one trial -----------------------------------------------------------------------------------------------
 
     def recipe(self, trial: int) -> Recipe:
-        """The recipe of a trial."""
+        """Return the recipe of a trial."""
         self.require_trial(trial)
         if "recipe" not in self._frozen[trial].user_attrs:
             raise RunError(f"trial {trial} of run {self.name} has no recipe: it is {self._ended(trial)}")
@@ -95,13 +95,13 @@ class RecordedRun:
             raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
 
     def method(self, trial: int) -> str:
-        """The merge method of a trial; empty where it has no recipe."""
+        """Return the merge method of a trial; empty where it has no recipe."""
         self.require_trial(trial)
         return self._methods.get(trial, "")
 
     def weights(self, trial: int) -> pd.DataFrame:
-        """How much of each expert a trial took in each group: group, kind, layer (-1 for embed and head), expert,
-        weight; groups in the order data flows through them."""
+        """Return how much of each expert a trial took in each group: group, kind, layer (-1 for embed and head),
+        expert, weight; groups in the order data flows through them."""
         recipe = self.recipe(trial)
         spec = METHODS[recipe.method]
         parameter = spec.parameter(spec.scale)
@@ -117,7 +117,7 @@ class RecordedRun:
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
 
     def scores(self, trial: int, suite: str) -> dict[str, float]:
-        """A trial's score on each task of a suite, in the metric's own unit."""
+        """Return a trial's score on each task of a suite, in the metric's own unit."""
         outcomes = self.outcomes(suite)
         scores = task_scores(outcomes[outcomes["trial"] == trial], suite)
         return dict(zip(scores["task"], scores["score"], strict=True))
@@ -131,11 +131,11 @@ class RecordedRun:
     # --- outcomes ------------------------------------------------------------------------------------------------
 
     def outcomes(self, suite: str) -> pd.DataFrame:
-        """The stored outcomes of finished trials, but for those that are lost."""
+        """Return the stored outcomes of finished trials, but for those that are lost."""
         return self._stored[suite][0]
 
     def lost_outcomes(self, suite: str) -> dict[int, str]:
-        """What is wrong with the outcomes of finished trials that every figure of a suite leaves out, by trial."""
+        """Say what is wrong with the outcomes of finished trials that every figure of a suite leaves out, by trial."""
         return self._stored[suite][1]
 
     @cached_property
@@ -153,7 +153,7 @@ class RecordedRun:
         return {suite: self._read_outcomes(suite) for suite in (SEARCH, HOLDOUT)}
 
     def _read_outcomes(self, suite: str) -> tuple[pd.DataFrame, dict[int, str]]:
-        """The stored outcomes of finished trials, and what is wrong with the files of others, by trial."""
+        """Read the stored outcomes of finished trials, and what is wrong with the files of others, by trial."""
         frames, faults = [], {}
         for number, trial in self._frozen.items():
             path = outcomes_path(self.path, number, suite)
@@ -177,9 +177,9 @@ class RecordedRun:
         return {n: self.recipe(n).method for n, trial in self._frozen.items() if "recipe" in trial.user_attrs}
 
     def _ended(self, trial: int) -> str:
-        """The state of a trial, and why it has no figures."""
+        """Say the state of a trial, and why it has no figures."""
         return ", ".join(filter(None, (self._frozen[trial].state.name.lower(), self._reason(trial))))
 
     def _reason(self, trial: int) -> str:
-        """Why a trial failed, or why a complete one has no figures."""
+        """Say why a trial failed, or why a complete one has no figures."""
         return str(self._frozen[trial].user_attrs.get("reason", self.lost_outcomes(SEARCH).get(trial, "")))

@@ -111,7 +111,7 @@ class RunFolder:
         return open_study_storage(self.path, url)
 
     def study(self, storage: RDBStorage, url: str | None, directions: Sequence[StudyDirection]) -> optuna.Study:
-        """This folder's study in its storage, made where there is none; see `take_study`."""
+        """Take this folder's study in its storage, made where there is none; see `take_study`."""
         manifest = read_manifest(self.path)
         study, name = take_study(storage, self.path, manifest, url, directions)
         if url is not None and name != manifest["study"]:
@@ -128,11 +128,11 @@ class RunFolder:
         return write_outcomes(self.path, trial, suite, digest, outcomes)
 
     def has_outcomes(self, trial: int, suite: str) -> bool:
-        """Whether there is something under the name of a trial's outcomes, of whatever worth."""
+        """Tell whether there is something under the name of a trial's outcomes, of whatever worth."""
         return os.path.lexists(outcomes_path(self.path, trial, suite))
 
     def outcomes_fault(self, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> str:
-        """What keeps a trial's stored outcomes from being used, in words that name the file; empty where nothing does.
+        """Say what keeps a trial's stored outcomes from use, in words that name the file; empty where nothing does.
 
         Args:
             digest, tasks: as of `sound_outcomes`.
@@ -144,7 +144,7 @@ class RunFolder:
         return ""
 
     def read_outcomes(self, trial: int, suite: str) -> pd.DataFrame:
-        """The stored outcomes of one trial: columns trial and OUTCOME_COLUMNS."""
+        """Read the stored outcomes of one trial: columns trial and OUTCOME_COLUMNS."""
         return read_outcomes(outcomes_path(self.path, trial, suite))
 
     def log(self, text: str) -> None:
@@ -203,12 +203,12 @@ class RunLock:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, sound or not."""
+    """Tell whether a folder is a run's, sound or not."""
     return (folder / "tasks.json").is_file()
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a search writes to a run folder now; asking leaves the folder as it is."""
+    """Tell whether a search writes to a run folder now; asking leaves the folder as it is."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -225,7 +225,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _opened_lock(path: Path) -> IO[str]:
-    """The lock file, made where there is none. A link would have us empty the file it points to; a pipe would wait."""
+    """Open the lock file, made where there is none. A link would let us empty another file; a pipe would wait."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o644)

@@ -44,7 +44,7 @@ class Failures:
 
 
 def not_finite(outcomes: Sequence[Outcome]) -> str:
-    """Where a value is NaN or infinite, in words; empty where none is."""
+    """Say where a value is NaN or infinite, in words; empty where none is."""
     for row in outcomes:
         if not math.isfinite(row.value):
             return f"score not finite: task {row.task}, item {row.item}"
@@ -52,7 +52,7 @@ def not_finite(outcomes: Sequence[Outcome]) -> str:
 
 
 def _too_many(which: str, reasons: Sequence[str]) -> SearchError:
-    """The error that ends a search whose trials fail: which did, the commonest reason and its latest example."""
+    """Make the error that ends a search whose trials fail: which did, the commonest reason and its latest example."""
     causes = Counter(WORKER_DIED if text.startswith(WORKER_DIED) else text for text in reasons)
     commonest, times = causes.most_common(1)[0]
     example = next(text for text in reversed(reasons) if text.startswith(commonest))

@@ -60,7 +60,7 @@ def interruptible() -> Iterator[Interrupt]:
 
 @contextmanager
 def interrupted_once() -> Iterator[None]:
-    """For a process that ends with this block: the way out of a first KeyboardInterrupt is not interrupted again."""
+    """Keep a first KeyboardInterrupt's way out from being interrupted again, in a process that ends with this block."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt_once)
     try:

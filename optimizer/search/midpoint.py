@@ -26,7 +26,7 @@ def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | s
 
 
 def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:
-    """Params halfway between two trials'; None where they are of different methods."""
+    """Return params halfway between two trials'; None where they are of different methods."""
     if one.keys() != other.keys():
         return None
     between: dict[str, float | str] = {}

@@ -15,7 +15,7 @@ from optimizer.search.ledger import Ledger
 
 
 def objectives_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[float, ...]:
-    """A trial's objectives, in the study's order; its outcomes are in the run folder, or it is a reference."""
+    """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is a reference."""
     if trial not in (scale.base, *scale.experts.values()):
         own = ledger.run.read_outcomes(trial, SEARCH)
         scale = replace(scale, outcomes=pd.concat([scale.outcomes, own], ignore_index=True))

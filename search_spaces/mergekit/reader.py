@@ -212,7 +212,7 @@ class _Reader:
         return found
 
     def _share(self, model: _Model | None, tensor: str) -> float:
-        """Weight of a model in a merge in which base and experts make 1."""
+        """Return the weight of a model in a merge in which base and experts make 1."""
         weight, method = self.spec.parameters[0], self.spec.name
         switch = {"linear": "normalize", "multislerp": "normalize_weights"}.get(method)
         if all(listed.source != self.base for listed in self.models):

@@ -88,7 +88,7 @@ class _Place:
 
 
 def _places(slices: Sequence[Slice], groups: Mapping[str, tuple[str, ...]]) -> Iterator[_Place]:
-    """Embeddings belong to the first slice and the head to the last, both at its beginning."""
+    """Yield the slices' places: embeddings belong to the first and the head to the last, both at its beginning."""
     ends = [part.sources[0].last for part in slices]
     for tensor in (name for names in groups.values() for name in names):
         layer = split_name(tensor)[1]

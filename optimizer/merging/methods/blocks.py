@@ -71,7 +71,7 @@ class Tensors:
         return [tensor for _, tensor in self.experts]
 
     def only(self, expert: str) -> Tensors:
-        """The base and one of the experts."""
+        """Return the base and one of the experts."""
         return Tensors(self.name, self.base, [pair for pair in self.experts if pair[0] == expert], self.facts)
 
     def get_or_compute(self, what: str, compute: Callable[[], T]) -> T:
@@ -79,7 +79,7 @@ class Tensors:
         return self.facts.get_or_compute((self.name, *(name for name, _ in self.experts), what), compute)
 
     def arrays(self, out: Tensor | None = None) -> Arrays | None:
-        """The numbers as compiled passes take them; None where they are not on a CPU.
+        """Return the numbers as compiled passes take them; None where they are not on a CPU.
 
         Args:
             out: where the merge goes; without it the base stands there, for passes that only read.
@@ -191,12 +191,12 @@ def blend_in_one_pass(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
 
 
 def _numbers(factors: Sequence[Factor]) -> kernels.Array | None:
-    """Factors as an array; None where one is not a single number."""
+    """Return factors as an array; None where one is not a single number."""
     return np.array(factors, np.float32) if all(isinstance(factor, float) for factor in factors) else None
 
 
 def _at(factor: Factor, block: Tensor, start: int) -> Factor:
-    """The factor of a block: a number, the rows' own, or the columns' own."""
+    """Return the factor of a block: a number, the rows' own, or the columns' own."""
     if isinstance(factor, float):
         return factor
     rows = factor if factor.shape[0] == 1 else factor[start : start + block.shape[0]]
@@ -211,7 +211,7 @@ def _add(total: Tensor, block: Tensor, factor: Factor) -> None:
 
 
 def row_width(tensor: Tensor) -> int:
-    """Length of a row: the last dimension; a vector is one row."""
+    """Return the length of a row: the last dimension; a vector is one row."""
     return tensor.shape[-1] if tensor.dim() else 1
 
 

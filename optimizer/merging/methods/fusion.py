@@ -46,7 +46,7 @@ def ram(tensors: Tensors, values: Values) -> Blend:
 
 
 def ramplus_tl(tensors: Tensors, values: Values) -> Blend:
-    """RAM in which what only one expert changed is amplified by 1 + r * min(alpha, shared / unique), both counted.
+    """Blend as RAM does, what only one expert changed amplified by 1 + r * min(alpha, shared / unique), both counted.
 
     Source: arXiv 2601.13572, the tensor-local variant.
     """
@@ -166,7 +166,7 @@ class SelectedSum:
 
 
 def _selection(tensors: Tensors, topk: float) -> Cut | None:
-    """The cut of variances for a share of those that are not 0; None for all, a cut of nothing where none is."""
+    """Find the cut of variances for a share of those that are not 0; None for all, a cut of nothing where none is."""
     if topk >= 1:
         return None
     table = tensors.get_or_compute("variance table", lambda: RankTable.of(_variances(tensors), tensors.base.numel()))
@@ -191,7 +191,7 @@ def _variances(tensors: Tensors) -> Iterator[Tensor]:
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Mean square distance to the mean: as `kernels` has it, bit for bit, since thresholds are compared."""
+    """Compute the mean square distance to the mean: as `kernels` has it, bit for bit, since thresholds are compared."""
     if len(deltas) == 2:
         return (deltas[0] - deltas[1]).mul_(0.5).square_()
     mean = sum_of(deltas).div_(len(deltas))
@@ -199,7 +199,7 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def _energies(tensors: Tensors, cut: Cut | None) -> list[float]:
-    """The experts' mean squares where they are selected."""
+    """Compute the experts' mean squares where they are selected."""
     size = max(1, tensors.base.numel())
     if (arrays := tensors.arrays()) is not None:
         return (kernels.energies(arrays.base, arrays.experts, *_cut_fields(cut)) / size).tolist()
@@ -244,7 +244,7 @@ class SharedAndUnique:
 
 
 def _count(changes: Sequence[Tensor]) -> Tensor:
-    """How many experts changed each element."""
+    """Count how many experts changed each element."""
     count = torch.zeros_like(changes[0])
     for change in changes:
         count.add_(torch.sign(change).abs_())
@@ -252,7 +252,7 @@ def _count(changes: Sequence[Tensor]) -> Tensor:
 
 
 def _overlaps(tensors: Tensors, epsilon: float) -> list[tuple[int, int]]:
-    """For each expert, how many of the elements it changed others changed too, and how many no other did."""
+    """Count for each expert how many of the elements it changed others changed too, and how many no other did."""
     totals = np.zeros((len(tensors.experts), 2), np.int64)
     for _, b, xs in tensors.blocks():
         changes = [hardshrink(x.sub_(b), epsilon) for x in xs]

@@ -51,7 +51,7 @@ PRUNE = np.dtype(
 
 
 def bits_of(tensor: Tensor) -> Array:
-    """The flat numbers of a contiguous CPU tensor, or their bits where numpy has no such type; no copy."""
+    """Return the flat numbers of a contiguous CPU tensor, or their bits where numpy has no such type; no copy."""
     flat = tensor.detach().reshape(-1)
     if tensor.dtype == torch.bfloat16:
         return flat.view(torch.uint16).numpy()
@@ -94,7 +94,7 @@ def _of_bfloat16(builder: Any, bits: Any) -> Any:
 
 @_in_llvm(types.uint16, types.float32)
 def _to_bfloat16(builder: Any, number: Any) -> Any:
-    """To the nearest, and of two to the even one. A NaN may come out as another number."""
+    """Round to the nearest, and of two to the even one. A NaN may come out as another number."""
     bits = builder.bitcast(number, I32)
     up = builder.add(I32(0x7FFF), builder.and_(builder.lshr(bits, I32(16)), I32(1)))
     return builder.trunc(builder.lshr(builder.add(bits, up), I32(16)), I16)
@@ -112,7 +112,7 @@ def _to_float16(builder: Any, number: Any) -> Any:
 
 @_in_llvm(types.int32, types.float32)
 def _magnitude(builder: Any, number: Any) -> Any:
-    """The bits of |number|, which sort as the magnitudes do, NaN last."""
+    """Return the bits of |number|, which sort as the magnitudes do, NaN last."""
     return builder.and_(builder.bitcast(number, I32), I32(0x7FFFFFFF))
 
 
@@ -122,7 +122,7 @@ def _larger(builder: Any, one: Any, other: Any) -> Any:
 
 
 def _read(array: Array, i: int) -> Any:
-    """The number at a place, as float32."""
+    """Read the number at a place, as float32."""
 
 
 def _write(array: Array, i: int, number: Any, worst: Any) -> Any:
@@ -176,7 +176,7 @@ def _load_deltas(base: Array, experts: Any, start: int, n: int, b: Array, deltas
 
 @_kernel
 def line(base: Array, expert: Array, weight: Any, out: Array) -> Any:
-    """base + weight * (expert - base), from the nearer end, so that both ends are exact."""
+    """Compute base + weight * (expert - base), from the nearer end, so that both ends are exact."""
     worst = np.int32(0)
     if weight < 0.5:
         for i in range(out.size):
@@ -192,7 +192,7 @@ def line(base: Array, expert: Array, weight: Any, out: Array) -> Any:
 
 @_kernel
 def mixture(base: Array, experts: Any, ours: Any, theirs: Array, out: Array) -> Any:
-    """ours * base + sum of theirs * expert."""
+    """Compute ours * base + sum of theirs * expert."""
     worst = np.int32(0)
     total = np.empty(CHUNK, np.float32)
     for start in range(0, out.size, CHUNK):
@@ -211,7 +211,7 @@ def mixture(base: Array, experts: Any, ours: Any, theirs: Array, out: Array) -> 
 
 @_kernel
 def scaled(base: Array, factor: Any, out: Array) -> Any:
-    """factor * base."""
+    """Compute factor * base."""
     worst = np.int32(0)
     for i in range(out.size):
         worst = _write(out, i, factor * _read(base, i), worst)
@@ -220,7 +220,7 @@ def scaled(base: Array, factor: Any, out: Array) -> Any:
 
 @_kernel
 def deltas_sum(base: Array, experts: Any, factors: Array, out: Array) -> Any:
-    """base + sum of factor * (expert - base)."""
+    """Compute base + sum of factor * (expert - base)."""
     worst = np.int32(0)
     if len(experts) == 2:  # the usual number is a third faster without buffers
         one, two, factor, other = experts[0], experts[-1], factors[0], factors[-1]
@@ -249,7 +249,7 @@ def deltas_sum(base: Array, experts: Any, factors: Array, out: Array) -> Any:
 
 @_kernel
 def pruned_sum(base: Array, experts: Any, prunes: Array, masks: Array, place: int, out: Array) -> Any:
-    """base + sum of factor * what is kept of (expert - base).
+    """Compute base + sum of factor * what is kept of (expert - base).
 
     Args:
         prunes: (experts,) of PRUNE; what is left of equal magnitudes is counted down, for the next part of a tensor.
@@ -279,7 +279,7 @@ def pruned_sum(base: Array, experts: Any, prunes: Array, masks: Array, place: in
 def agreeing_sum(
     base: Array, experts: Any, prunes: Array, masks: Array, place: int, scale: Any, normalize: bool, out: Array
 ) -> Any:
-    """base + scale * sum of those factor * delta whose sign is the sign of the sum of all (a sum of 0 counts as +).
+    """Compute base + scale * sum of those factor * delta that have the sign of the sum of all (0 counts as +).
 
     Args:
         normalize: divide by the weights of those that agree, where they do not sum to 0.
@@ -371,7 +371,7 @@ def _zero_equal(numbers: Array, n: int, size: Any, first: int, stop: int) -> Non
 
 @_kernel
 def _mask_above(variance: Array, n: int, threshold: Any, left: int, mask: Array) -> Any:
-    """1.0 above the threshold, and at it for the first `left`, else 0.0; return how many are left then."""
+    """Fill with 1.0 above the threshold, and at it for the first `left`, else 0.0; return how many are left then."""
     lowest = _magnitude(threshold) if left > 0 else np.int32(_magnitude(threshold) + 1)
     equal = np.int32(0)
     for i in range(n):
@@ -388,7 +388,7 @@ def _mask_above(variance: Array, n: int, threshold: Any, left: int, mask: Array)
 
 @_inlined
 def _steps(words: Array, seed: Any, place: int, n: int) -> Array:
-    """`randomness.random_steps` as uint16, in the memory of `words`, which holds n // 4 + 1 of 64 bits."""
+    """Draw `randomness.random_steps` as uint16, in the memory of `words`, which holds n // 4 + 1 of 64 bits."""
     first = place // 4
     for i in range((place + n + 3) // 4 - first):
         x = seed + np.uint64(first + i + 1) * np.uint64(GOLDEN)
@@ -400,14 +400,14 @@ def _steps(words: Array, seed: Any, place: int, n: int) -> Array:
 
 @_kernel
 def magnitudes(base: Array, expert: Array, out: Array) -> None:
-    """|expert - base| as the bits of its float32 in int32, which sort as the numbers do."""
+    """Compute |expert - base| as the bits of its float32 in int32, which sort as the numbers do."""
     for i in range(out.size):
         out[i] = _magnitude(_read(expert, i) - _read(base, i))
 
 
 @_kernel
 def rank_mask(magnitude: Array, ranked: Array, seed: Any, place: int, scale: Any, shift: Any, mask: Array) -> None:
-    """1.0 where a number between 0 and 1 asks for a rank that the magnitude reaches in its row, as in `pruning`.
+    """Fill with 1.0 where a number from 0 to 1 asks for a rank that the magnitude reaches in its row, as `pruning`.
 
     Args:
         magnitude: (rows, width) of int32.
@@ -438,7 +438,7 @@ def rank_mask(magnitude: Array, ranked: Array, seed: Any, place: int, scale: Any
 
 @_inlined
 def _variances(deltas: Array, n: int, mean: Array, variance: Array) -> None:
-    """Mean square distance of the experts' numbers to their mean, step by step as `fusion._variance` has it."""
+    """Compute the mean square distance of the experts' numbers to their mean, in the steps of `fusion._variance`."""
     if len(deltas) == 2:
         one, other = deltas[0], deltas[1]
         for i in range(n):
@@ -475,7 +475,7 @@ def _select(deltas: Array, n: int, threshold: Any, left: int, mean: Array, varia
 
 @_kernel
 def energies(base: Array, experts: Any, threshold: Any, left: int) -> Array:
-    """Sums of squares of the deltas where they are selected: (experts,) in float64.
+    """Sum the squares of the deltas where they are selected: (experts,) in float64.
 
     Args:
         threshold, left: least variance, and how many of the elements at it are selected; negative: all are.
@@ -506,7 +506,7 @@ def energies(base: Array, experts: Any, threshold: Any, left: int) -> Array:
 def selected_sum(
     base: Array, experts: Any, threshold: Any, left: int, weights: Array, shares: Array, out: Array
 ) -> Any:
-    """base + the mean, by shares, of those weighted deltas that agree with the sign of their sum, where selected.
+    """Compute base + the mean, by shares, of the weighted deltas that have the sign of their sum, where selected.
 
     Args:
         threshold, left: as of `energies`.
@@ -541,7 +541,7 @@ def selected_sum(
 
 @_kernel
 def shared_and_unique(base: Array, experts: Any, epsilon: Any, weights: Array, amplified: Array, out: Array) -> Any:
-    """base + what one expert alone changed, amplified, and the mean of what several changed, by more than epsilon."""
+    """Compute base + what one expert changed by more than epsilon, amplified, and the mean of what several did."""
     worst = np.int32(0)
     b, deltas = np.empty(CHUNK, np.float32), np.empty((len(experts), CHUNK), np.float32)
     count, total = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
@@ -569,7 +569,7 @@ def shared_and_unique(base: Array, experts: Any, epsilon: Any, weights: Array, a
 
 @_kernel
 def step(base: Array, expert: Array, longest: Any, weight: Any, out: Array) -> Any:
-    """base + weight * (expert - base), the delta no longer than `longest`."""
+    """Compute base + weight * (expert - base), the delta no longer than `longest`."""
     worst = np.int32(0)
     for i in range(out.size):
         b = _read(base, i)
@@ -581,7 +581,7 @@ def step(base: Array, expert: Array, longest: Any, weight: Any, out: Array) -> A
 
 @_kernel
 def important(base: Array, expert: Array, rows: Array, threshold: Any, weight: Any, out: Array) -> Any:
-    """base + weight * those deltas that are, times their row's number, at least a threshold long."""
+    """Compute base + weight * those deltas that are, times their row's number, at least a threshold long."""
     worst = np.int32(0)
     width = out.size // max(rows.size, 1)
     for row in range(rows.size):

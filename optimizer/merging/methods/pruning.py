@@ -37,7 +37,7 @@ class Prune(Protocol):
         ...
 
     def fields(self) -> dict[str, float]:
-        """What `kernels.PRUNE` says of it."""
+        """Return what `kernels.PRUNE` says of it."""
         ...
 
 
@@ -77,7 +77,7 @@ def drop(pair: Tensors, i: int, values: Values) -> Prune | None:
 
 
 def drop_by_rank(pair: Tensors, i: int, values: Values) -> Prune | None:
-    """MAGPRUNE: the chance runs along the ranks of a row from density - epsilon (smallest) to density + epsilon.
+    """Drop by rank (MAGPRUNE): the chance runs along a row's ranks, density - epsilon (smallest) to density + epsilon.
 
     Epsilon is at most what keeps chances between 0 and 1, so that density 1 drops nothing.
     """
@@ -189,7 +189,7 @@ class RankChance:
         kernels.rank_mask(magnitudes, ranked, np.uint64(self.seed), start, np.float32(scale), np.float32(shift), mask)
 
     def _halves_asked(self, width: int) -> tuple[float, float]:
-        """Scale and shift of a number of 65,536ths to the rank asked for, in halves, from -1 on."""
+        """Return scale and shift of a number of 65,536ths to the rank asked for, in halves, from -1 on."""
         scale = 2 * (width - 1) / self.span
         return scale / STEPS, scale * (0.5 / STEPS - self.lowest) + 2
 
@@ -208,7 +208,7 @@ class RankChance:
 
 
 def _rank_weights(pair: Tensors) -> tuple[float, float]:
-    """Sums over a delta of |x|, and of |x| * rank / (n - 1)."""
+    """Sum |x| over a delta, and |x| * rank / (n - 1)."""
     plain = ranked = 0.0
     width = row_width(pair.base)
     places = torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.full((1,), 0.5).double()

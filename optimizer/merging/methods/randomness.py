@@ -29,12 +29,12 @@ def random_mask(count: int, density: float, *, seed: int, start: int, device: to
 
 
 def steps_of(density: float) -> int:
-    """How many of 65,536 steps keep an element: at least one."""
+    """Return how many of 65,536 steps keep an element: at least one."""
     return max(1, round(density * STEPS))
 
 
 def rounded(density: float) -> float:
-    """The chance that a mask uses for a density: the nearest 65,536th, at least one."""
+    """Return the chance that a mask uses for a density: the nearest 65,536th, at least one."""
     return steps_of(density) / STEPS
 
 

@@ -96,7 +96,7 @@ def multislerp(tensors: Tensors, values: Values) -> Blend:
 
 
 def karcher(tensors: Tensors, values: Values) -> Blend:
-    """The point on the sphere with the least sum of squared angles to base and experts, at their mean length.
+    """Find the point on the sphere with the least sum of squared angles to base and experts, at their mean length.
 
     The base has what the experts' shares leave of 1; mergekit knows equal shares only. Found by gradient descent in
     the tangent space; every iterate is a mixture of the tensors, so it is done on the factors alone.
@@ -161,12 +161,12 @@ def model_stock(tensors: Tensors, values: Values) -> Blend:
 
 
 def _length(factors: Array, dots: Array) -> float:
-    """Length of a mixture of vectors with the given dot products."""
+    """Compute the length of a mixture of vectors with the given dot products."""
     return math.sqrt(max(0.0, float(factors @ dots @ factors)))
 
 
 def _arc(dots: Array, t: float) -> tuple[Array, Array]:
-    """Factors of two vectors (2, 2, vectors) at the place t on the arc between them; on a line where it is flat."""
+    """Compute two vectors' factors (2, 2, vectors) at t on the arc between them; on a line where it is flat."""
     lengths = np.maximum(np.sqrt(dots[[0, 1], [0, 1]]), 1e-7)
     cosine = np.clip(dots[0, 1] / (lengths[0] * lengths[1]), -1.0, 1.0)
     flat = 1 - cosine**2 <= COLLINEAR
@@ -177,7 +177,7 @@ def _arc(dots: Array, t: float) -> tuple[Array, Array]:
 
 
 def _mixed(ours: Factor, theirs: Sequence[Factor]) -> Blend:
-    """Mix; exactly the expert where nothing but it is left."""
+    """Mix them; exactly the expert where nothing but it is left."""
     only_expert = len(theirs) == 1 and isinstance(ours, float) and (ours, theirs[0]) == (0.0, 1.0)
     return Line(1.0) if only_expert else Mixture(ours, theirs)
 
@@ -200,7 +200,7 @@ def _nonzero(number: float, tensors: Tensors, problem: str) -> float:
 
 
 def _dots(tensors: Tensors, axis: Axis, *, deltas: bool) -> Array:
-    """Dot products of base and experts, or of the deltas: (k, k, vectors), a vector being the whole tensor, a row, …"""
+    """Compute the dot products of base and experts, or of the deltas, as vectors along an axis: (k, k, vectors)."""
     if tensors.base.dim() < 2:
         axis = "whole"
     return tensors.get_or_compute(f"dots {axis} {deltas}", lambda: _measured_dots(tensors, axis, deltas))

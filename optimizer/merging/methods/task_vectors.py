@@ -27,12 +27,12 @@ from optimizer.merging.methods.pruning import (
 
 
 def task_arithmetic(tensors: Tensors, values: Values) -> Blend:
-    """base + lambda * sum of w (expert - base). Source: arXiv 2212.04089."""
+    """Compute base + lambda * sum of w (expert - base). Source: arXiv 2212.04089."""
     return _sum_of_all(tensors, values, keep_whole)
 
 
 def linear(tensors: Tensors, values: Values) -> Blend:
-    """Weighted mean in which the base has what the experts leave of 1; equals task arithmetic with lambda 1.
+    """Average with weights of which the base has what the experts leave of 1; equals task arithmetic with lambda 1.
 
     Source: arXiv 2203.05482 and, for one expert, arXiv 2109.01903.
     """
@@ -195,7 +195,7 @@ def agreeing_sum(deltas: Sequence[Tensor], weights: Sequence[float] | None) -> T
 
 
 def agreeing(deltas: Sequence[Tensor]) -> list[Tensor]:
-    """Where each delta has the sign of the sum of all."""
+    """Tell where each delta has the sign of the sum of all."""
     up = sum_of(deltas) >= 0
     return [torch.where(up, delta > 0, delta < 0) for delta in deltas]
 
