@@ -14,7 +14,6 @@ from evals.lm_split import Item
 from evals.outcomes import TaskSpec
 
 ROLLING_METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
-ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
 NOT_A_NUMBER = ("likelihood",)  # lm-eval averages it, but each item's is a pair
 GREEDY_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})  # last three: unused
 

@@ -122,6 +122,11 @@ def split_items(
         holdout = spec.holdout_items
     if holdout < 1 or holdout > left:
         asked = "the rest" if spec.holdout_items == REST else str(holdout)
+        if not spec.search_items:  # a sentinel
+            raise TaskError(
+                f"too few items: task {name} has {len(order)} different items, {asked} holdout items asked for; "
+                "lower holdout_items, in evals or for this task"
+            )
         raise TaskError(
             f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
             "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"

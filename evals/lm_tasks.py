@@ -26,9 +26,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.errors import TaskError, error_text
 from evals.lm_harness import Harness, LoadedTask
-from evals.lm_metric import ACCURACIES, choose_metric, metric_notes, require_measured, require_pooled, require_usable
+from evals.lm_metric import choose_metric, metric_notes, require_measured, require_pooled, require_usable
 from evals.lm_split import content_of, error_of_item, read_items, shots_of, split_items
-from evals.outcomes import HOLDOUT, REST, SEARCH, SUITES, TaskInfo, TaskSpec
+from evals.outcomes import ACCURACIES, HOLDOUT, REST, SEARCH, SENTINEL, SUITES, TaskInfo, TaskSpec
 from evals.rows import Rows, read_rows
 from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
 from evals.templates import Sandbox
@@ -59,7 +59,10 @@ def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, all
 
 
 def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
-    if spec.search_items < 1 or (spec.holdout_items <= 0 and spec.holdout_items != REST):
+    if spec.role == SENTINEL and spec.search_items:
+        raise TaskError(f"the search has no items of a sentinel task: task {spec.name} has {spec.search_items}")
+    least = 0 if spec.role == SENTINEL else 1
+    if spec.search_items < least or (spec.holdout_items <= 0 and spec.holdout_items != REST):
         raise TaskError(f"each suite needs items: task {spec.name} has {spec.search_items} and {spec.holdout_items}")
     try:
         name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evals.errors import TaskError
-from evals.outcomes import TaskInfo
+from evals.outcomes import SENTINEL, TaskInfo
 
 Array = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ class Scale:
 
     Args:
         outcomes: columns `trial` and those of `Outcome`.
-        tasks: the study's tasks; all are used.
+        tasks: the study's tasks; a sentinel is used by `sentinel_changes` alone, all others by all else.
         suite: "search" or "holdout".
         base: the trial that is the base.
         experts: expert name to the trial that is this expert.
@@ -75,6 +75,17 @@ class Scale:
     def rows(self) -> pd.DataFrame:
         """The outcomes of the suite."""
         return self.outcomes[self.outcomes["suite"] == self.suite]
+
+    @property
+    def measured_by(self) -> list[TaskInfo]:
+        """The tasks that objectives are made of."""
+        return [task for task in self.tasks if task.role != SENTINEL]
+
+    def require_references(self, trials: NDArray[np.int64]) -> None:
+        """Raise TaskError where the base or an expert is not among the trials (T,) that have outcomes."""
+        for trial in (self.base, *self.experts.values()):
+            if trial not in trials:
+                raise TaskError(f"base and experts must be scored first: trial {trial} has no {self.suite} outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +219,27 @@ def task_retention(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd
     return pd.concat(frames, ignore_index=True)
 
 
+def sentinel_changes(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """How each trial does on each sentinel task against the base; arguments and errors as `draw_objectives`.
+
+    Returns:
+        A frame of trial, task, score (in the metric's own direction), change (score minus the base's, in the metric's
+        unit, turned so that higher is better), and the change's 95 % interval low, high. Empty without a sentinel.
+    """
+    rows, frames = scale.rows, [pd.DataFrame(columns=["trial", "task", "score", "change", "low", "high"])]
+    for task in (task for task in scale.tasks if task.role == SENTINEL):
+        table = _table(rows, task.name)
+        scale.require_references(table.trials)
+        base = table.column(scale.base)
+        scores = _turned(task, table.scores)
+        samples = _turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
+        low, high = interval(samples - samples[:, base, None])
+        change = scores - scores[base]
+        columns = {"score": table.scores, "change": change, "low": low, "high": high}
+        frames.append(pd.DataFrame({"trial": table.trials, "task": task.name, **columns}))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
 def weak_tasks(scale: Scale) -> list[str]:
     """Why some tasks cannot carry the search, in plain words; empty when all can.
 
@@ -215,7 +247,7 @@ def weak_tasks(scale: Scale) -> list[str]:
     must show the base above chance, and some expert below the base.
     """
     findings, rows = [], scale.rows
-    for task in scale.tasks:
+    for task in scale.measured_by:
         table = _table(rows, task.name)
         why = _no_gain if task.role == "domain" else _no_loss
         findings += why(task, table, scale.base, scale.experts)
@@ -278,11 +310,9 @@ class _Measure:
 def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
     base, experts, suite, rows = scale.base, scale.experts, scale.suite, scale.rows
     measures: list[_Measure] = []
-    for task in scale.tasks:
+    for task in scale.measured_by:
         table = _table(rows, task.name)
-        for trial in (base, *experts.values()):
-            if trial not in table.trials:
-                raise TaskError(f"base and experts must be scored first: trial {trial} has no {suite} outcome")
+        scale.require_references(table.trials)
         if measures and not np.array_equal(table.trials, measures[0].trials):
             odd = sorted(set(table.trials.tolist()) ^ set(measures[0].trials.tolist()))
             raise TaskError(f"every trial needs outcomes of every task: trial {odd[0]} lacks some of the {suite} suite")

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 SEARCH = "search"
 HOLDOUT = "holdout"
 SUITES = (SEARCH, HOLDOUT)
+SENTINEL = "sentinel"  # the role of a task that the search never sees
 REST = -1  # as a number of holdout items: all that the search leaves
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
 OUTCOME_COLUMNS = ("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off")
 
 
@@ -21,9 +23,10 @@ class TaskSpec:
     Args:
         name: an lm-eval task or group name, or the path of a task's YAML file or of the folder that holds it. A group
             is one task of all its items.
-        role: "domain" (what the expert learned) or "general" (what it may forget).
+        role: "domain" (what the expert learned), "general" (what it may forget) or "sentinel" (in no objective and
+            never searched on: it tells ability that was kept from a form that was learned).
         expert: domain tasks only: the expert measured here; "" is every expert.
-        search_items: items the search scores.
+        search_items: items the search scores; 0 for a sentinel.
         holdout_items: items that judge the front, disjoint from the search items: a number, a share of the task's
             items (a float between 0 and 1), or `REST`, all that remain.
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).

@@ -50,6 +50,11 @@ class Run(ScoredRun):
         """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
         return sentences.verdict(self)
 
+    def sentinel_words(self, trial: int) -> list[str]:
+        """One sentence on a trial and the sentinel tasks: whether ability was kept, or a form learned; none without
+        them."""
+        return sentences.sentinels(self, trial)
+
     def cut_short(self) -> list[str]:
         """Name tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence
         each, over all finished trials and both suites."""

@@ -58,6 +58,55 @@ class Interval:
         return seam.join(filter(None, (self.figure, self.bounds)))
 
 
+POINTS = "points"  # the unit of what is a share
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How far a score lies from the base's, turned so that higher is better, and its 95 % interval.
+
+    Args:
+        value, low, high: in the unit, where that is no share; NaN where it was not measured, or has none.
+        unit: "points" for differences of shares (0.01 is one point), else the metric's name.
+    """
+
+    value: float
+    low: float
+    high: float
+    unit: str
+
+    @property
+    def figure(self) -> str:
+        """The value: `-1.2` points, `-0.012` bits per byte; empty where there is none."""
+        return self.number(self.value) if math.isfinite(self.value) else ""
+
+    @property
+    def bounds(self) -> str:
+        """The interval: `[-3.0, 0.6]`; empty where there is none."""
+        if not all(map(math.isfinite, (self.value, self.low, self.high))) or self.low == self.value == self.high:
+            return ""
+        return f"[{self.number(self.low)}, {self.number(self.high)}]"
+
+    def text(self, seam: str = " ") -> str:
+        """The value with its interval, where it has one."""
+        return seam.join(filter(None, (self.figure, self.bounds)))
+
+    @property
+    def from_base(self) -> str:
+        """As said of a trial: `1.2 points below the base [-3.0, 0.6]`; empty where there is no value."""
+        figure = self.figure
+        if not figure:
+            return ""
+        below, above = ("below", "above") if self.unit == POINTS else ("worse than", "better than")
+        far = f"{figure.removeprefix('-')} {self.unit} {below if figure.startswith('-') else above}"
+        return " ".join(filter(None, (far if float(figure) else "level with", "the base", self.bounds)))
+
+    def number(self, value: float) -> str:
+        """A number in the unit."""
+        text = f"{100 * value:.1f}" if self.unit == POINTS else f"{value:.3f}"
+        return text.removeprefix("-") if float(text) == 0 else text
+
+
 def percent(share: float) -> str:
     """Write a share in per cent: `92 %`, below ten `6.1 %`."""
     return f"{_number(share, _digits(share))} %"

@@ -52,12 +52,18 @@ def _task(name: str, role: str, metric: str, chance: float, base: float, change:
     accuracy = metric == "acc"
     kind = "multiple_choice" if accuracy else "loglikelihood_rolling"
     counts = {suite: n if accuracy else n // 4 for suite, n in ITEMS.items()}
+    if role == "sentinel":
+        counts["search"] = 0
     info = TaskInfo(name, role, expert, kind, metric, accuracy, chance, counts["search"], counts["holdout"])
     return ToyTask(info, base, change)
 
 
-def toy_tasks(experts: Sequence[str], *, shared: bool = False) -> list[ToyTask]:
-    """Three general tasks, and two domain tasks for each expert or, shared, two that name none and so measure all."""
+def toy_tasks(experts: Sequence[str], *, shared: bool = False, sentinel: bool = False) -> list[ToyTask]:
+    """Three general tasks, and two domain tasks for each expert or, shared, two that name none and so measure all.
+
+    Args:
+        sentinel: two more, of which the search has no items.
+    """
     tasks = []
     if shared:
         tasks = [
@@ -65,6 +71,10 @@ def toy_tasks(experts: Sequence[str], *, shared: bool = False) -> list[ToyTask]:
             _task("notes", "domain", "bits_per_byte", 0.0, 1.30, -0.42),
         ]
         experts = ()
+    sentinels = [
+        _task("minimal_pairs", "sentinel", "acc", 0.5, 1.2, -1.8),
+        _task("letters", "sentinel", "bits_per_byte", 0.0, 1.1, 0.12),
+    ]
     for name in experts:
         expert = name if len(experts) > 1 else ""
         tasks += [
@@ -76,6 +86,7 @@ def toy_tasks(experts: Sequence[str], *, shared: bool = False) -> list[ToyTask]:
         _task("science", "general", "acc", 0.25, 0.9, -1.5),
         _task("grammar", "general", "acc", 0.5, 1.6, -2.0),
         _task("plain_text", "general", "bits_per_byte", 0.0, 0.95, 0.16),
+        *(sentinels if sentinel else ()),
     ]
 
 
@@ -102,6 +113,7 @@ def toy_run(
     seed: int = 0,
     holdout: bool = True,
     shared: bool = False,
+    sentinel: bool = False,
 ) -> Path:
     """Write a finished run folder: the anchors, then so many search trials, one of them failed; return its path.
 
@@ -109,17 +121,18 @@ def toy_run(
         folder: does not exist yet.
         holdout: the front and the anchors were scored again on the holdout suite.
         shared: the domain tasks name no expert.
+        sentinel: there are two sentinel tasks too.
     """
-    shutil.copytree(_built(trials, experts, seed, holdout, shared), folder)
+    shutil.copytree(_built(trials, experts, seed, holdout, shared, sentinel), folder)
     return folder
 
 
 @cache
-def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shared: bool) -> Path:
+def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shared: bool, sentinel: bool) -> Path:
     """The run, written once per process: a database of fifty trials takes seconds."""
     parent = Path(tempfile.mkdtemp(prefix="toy-run-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    space, tasks = toy_space(experts), toy_tasks(experts, shared=shared)
+    space, tasks = toy_space(experts), toy_tasks(experts, shared=shared, sentinel=sentinel)
     infos = [task.info for task in tasks]
     run = RunFolder.create_or_resume(parent / "toy", STUDY, {"seed": seed, "toy": True}, tasks=infos)
     rng = np.random.default_rng(seed)
@@ -191,9 +204,7 @@ def _outcomes(
     n = info.search_items if suite == "search" else info.holdout_items
     luck = np.random.default_rng([len(info.name), len(suite), n])  # the same items for every trial
     effect = (
-        harm
-        if info.role == "general"
-        else (skill[info.expert] if info.expert else float(np.mean(list(skill.values()))))
+        harm if info.role != "domain" else (skill[info.expert] if info.expert else float(np.mean(list(skill.values()))))
     )
     level = task.base + task.change * effect
     items = [f"{luck.integers(2**63):016x}" for _ in range(n)]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from evals.documents import DocumentError, read_json
-from evals.outcomes import TaskInfo
+from evals.outcomes import SENTINEL, TaskInfo
 from optimizer.database.study_url import storage_label
 from optimizer.errors import DamagedError, RunError, StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import read_yaml
 
 FORMAT = 1
-ROLES = ("domain", "general")
+ROLES = ("domain", "general", SENTINEL)
 KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole number"}
 
 
@@ -105,7 +105,10 @@ def _task(given: object, path: Path, key: str) -> TaskInfo:
         if kind is int and value < 0:
             _refuse(path, place, "must be a whole number", value)
     if given["role"] not in ROLES:
-        _refuse(path, f"{key}.role", f"must be {' or '.join(ROLES)}", given["role"])
+        _refuse(path, f"{key}.role", f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}", given["role"])
+    if given["role"] == SENTINEL and given["search_items"]:
+        rule = "must be 0, since the search has no items of a sentinel task"
+        _refuse(path, f"{key}.search_items", rule, given["search_items"])
     return TaskInfo(**given)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evals.outcomes import OUTCOME_COLUMNS, SEARCH, Outcome, TaskInfo
+from evals.outcomes import OUTCOME_COLUMNS, SEARCH, SENTINEL, Outcome, TaskInfo
 from optimizer.errors import RunError
 from optimizer.runs.atomic_file import write_atomically
 
@@ -95,7 +95,11 @@ def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: 
     for name, known in {"trial": str(trial), "suite": suite, "recipe": digest}.items():
         if (found := _facts(table)[name]) != known:
             raise RunError(f"{path} is of {name} {found!r}, not {known!r}")
-    promised = {task.name: task.search_items if suite == SEARCH else task.holdout_items for task in tasks}
+    promised = {
+        task.name: task.search_items if suite == SEARCH else task.holdout_items
+        for task in tasks
+        if not (suite == SEARCH and task.role == SENTINEL)
+    }
     counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
     if counts != promised or table["suite"].unique().to_pylist() != [suite]:
         raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")

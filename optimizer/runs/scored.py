@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from evals.errors import TaskError
-from evals.objectives import Draws, Scale, draw_objectives, objectives, task_retention
-from evals.outcomes import HOLDOUT, SEARCH
+from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel_changes, task_retention
+from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
@@ -121,6 +121,23 @@ class ScoredRun(RecordedRun):
             }
         )
         return frame.reset_index(drop=True)
+
+    def sentinels(self) -> pd.DataFrame:
+        """What the front and the anchors won or lost on the sentinel tasks, which neither search nor learning has seen.
+
+        Returns:
+            trial, task, metric, base_score, score, change (score minus the base's, in the metric's unit, turned so
+            that higher is better), and the change's 95 % interval low, high. Empty where nothing was scored.
+        """
+        names = ["trial", "task", "metric", "base_score", "score", "change", "low", "high"]
+        metrics = {task.name: task.metric for task in self.tasks if task.role == SENTINEL}
+        if not metrics or self._points.empty or self.judging_suite != HOLDOUT:
+            return pd.DataFrame(columns=names)
+        changes = sentinel_changes(self.scale(HOLDOUT))
+        shown = self._points.index[self._points["front"] | (self._roles != Role.SEARCHED)]
+        changes["metric"] = changes["task"].map(metrics)
+        changes["base_score"] = changes["task"].map(self.scores(self._measured_from[0], HOLDOUT))
+        return changes.loc[changes["trial"].isin(shown), names].reset_index(drop=True)
 
     # --- picking a point -----------------------------------------------------------------------------------------
 

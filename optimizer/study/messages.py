@@ -159,7 +159,7 @@ def _range_problem(spec: MethodSpec, name: str, low: float, high: float) -> str:
 
 
 def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
-    domain, general = study.evals.domain, study.evals.general
+    domain = study.evals.domain
     for i, entry in enumerate(domain):
         if entry.expert and entry.expert not in experts:
             close = difflib.get_close_matches(entry.expert, experts, n=1, cutoff=0.5)
@@ -168,12 +168,15 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
     measured = {entry.expert for entry in domain}
     if "" not in measured and (unmeasured := [name for name in experts if name not in measured]):
         yield "evals.domain", f"must measure every expert; no task is for {', '.join(unmeasured)}"
-    for i, entry in enumerate(general):
-        if entry.expert:
-            yield f"evals.general.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
+    for i, entry in enumerate(study.evals.sentinel):
+        if entry.items is not None:
+            rule = "the search scores no item of a sentinel task"
+            yield f"evals.sentinel.{i}.items", f"{rule}; given {entry.items}; say holdout_items"
     seen: set[str] = set()
-    for role, entries in (("domain", domain), ("general", general)):
+    for role, entries in study.evals.roles.items():
         for i, entry in enumerate(entries):
+            if entry.expert and role != "domain":
+                yield f"evals.{role}.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
             if entry.task in seen:
                 yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
             seen.add(entry.task)

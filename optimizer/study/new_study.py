@@ -106,6 +106,7 @@ evals:
 {domain_text}
   general:  # what it may have forgotten
 {general_text}
+  # sentinel: [path/to/other_task.yaml]  # of another form, and never searched on: was ability kept, or a form learned?
   items: 100  # of each task, scored by the search; more items, narrower intervals
   holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
   seed: 0  # chooses the items

@@ -240,6 +240,11 @@ class EvalsSection(Section):
 
     domain: Tasks = Field(min_length=1, description="Tasks of the expert's domain.")
     general: Tasks = Field(min_length=1, description="Tasks of general ability.")
+    sentinel: Tasks = Field(
+        default=(),
+        description="Tasks of another form than the general ones, never seen by the search: scored at the end, in no "
+        "objective, to tell ability that was kept from a form that was learned. They take no items and no expert.",
+    )
     items: int = Field(default=100, ge=1, le=MOST_ITEMS, description="Items of each task that the search scores.")
     holdout_items: Holdout = Field(
         default=100,
@@ -255,6 +260,11 @@ class EvalsSection(Section):
         default="auto", description="Number format of the scoring; auto: the base's own."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Chooses the items of each suite.")
+
+    @property
+    def roles(self) -> dict[str, Tasks]:
+        """The tasks by role."""
+        return {"domain": self.domain, "general": self.general, "sentinel": self.sentinel}
 
 
 class SearchSection(Section):

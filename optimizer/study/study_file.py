@@ -134,7 +134,7 @@ def _with_absolute_paths(study: Study, path: Path) -> Study:
     }
     tasks = {
         role: tuple(paths.task(f"evals.{role}.{i}.task", entry) for i, entry in enumerate(entries))
-        for role, entries in (("domain", evals.domain), ("general", evals.general))
+        for role, entries in evals.roles.items()
     }
     start = study.space.from_ and paths.absolute("space.from", study.space.from_)
     return study.model_copy(

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from evals.outcomes import REST, TaskSpec
+from evals.outcomes import REST, SENTINEL, TaskSpec
 from optimizer.study.schema import Study
 
 
 def task_specs(study: Study) -> tuple[TaskSpec, ...]:
-    """Return what the study asks of each task, domain tasks first."""
+    """Return what the study asks of each task: domain tasks, general ones, sentinels."""
     evals = study.evals
     return tuple(
         TaskSpec(
             name=entry.task,
             role=role,
             expert=entry.expert,
-            search_items=evals.items if entry.items is None else entry.items,
+            search_items=0 if role == SENTINEL else evals.items if entry.items is None else entry.items,
             holdout_items=_items(evals.holdout_items if entry.holdout_items is None else entry.holdout_items),
             shots=entry.shots,
             metric=entry.metric,
         )
-        for role, entries in (("domain", evals.domain), ("general", evals.general))
+        for role, entries in evals.roles.items()
         for entry in entries
     )
 

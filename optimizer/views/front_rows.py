@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from evals.outcomes import SUITES
+from evals.outcomes import ACCURACIES, SUITES
 from optimizer.runs.frames import rows_of
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
-from optimizer.words import Interval
+from optimizer.words import POINTS, Change, Interval, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,55 @@ def limit_rows(run: ScoredRun) -> list[LimitRow]:
         )
         for row in rows_of(run.by_limit()).values()
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class SentinelRow:
+    """What one point of the front, or an anchor, won or lost on the sentinel tasks.
+
+    Args:
+        changes: by task; a task that a trial was not scored on is not among them.
+    """
+
+    trial: int
+    kind: TrialKind
+    method: str
+    on_front: bool
+    is_knee: bool
+    changes: Mapping[str, Change]
+
+
+def sentinel_rows(run: ScoredRun) -> list[SentinelRow]:
+    """The front and the anchors on the sentinel tasks, in the order of `front_rows`; empty where nothing was scored."""
+    changes: dict[int, dict[str, Change]] = {}
+    for row in rows_of(run.sentinels()).values():
+        changes.setdefault(int(row["trial"]), {})[row["task"]] = change_of(row)
+    return [
+        SentinelRow(row.trial, row.kind, row.method, row.on_front, row.is_knee, changes[row.trial])
+        for row in (front_rows(run, anchors=True) if changes else [])
+        if row.trial in changes
+    ]
+
+
+def change_of(row: Mapping[str, Any]) -> Change:
+    """What a trial won or lost on a sentinel task.
+
+    Args:
+        row: of `ScoredRun.sentinels`.
+    """
+    unit = POINTS if row["metric"] in ACCURACIES else one_line(row["metric"])
+    return Change(row["change"], row["low"], row["high"], unit)
+
+
+def sentinel_titles(run: ScoredRun) -> dict[str, str]:
+    """Each sentinel task that was scored, its unit and the base's score, by the task's name."""
+    first = {row["task"]: row for row in reversed(rows_of(run.sentinels()).values())}
+    titles = {}
+    for task in (task.name for task in run.tasks if task.name in first):
+        unit, score = change_of(first[task]).unit, first[task]["base_score"]
+        base = f"{100 * score:.1f}" if unit == POINTS else f"{score:.3f}"
+        titles[task] = f"{one_line(task)}, {unit}, base at {base}"
+    return titles
 
 
 def share_of(row: Mapping[str, Any]) -> Interval:

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from evals.documents import read_text
-from evals.outcomes import HOLDOUT, SEARCH
+from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
@@ -26,9 +26,9 @@ from optimizer.runs.front import SURE
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import figures, sentences
-from optimizer.views.front_rows import FrontRow, front_rows, limit_rows
+from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
 from optimizer.views.plots import DARK, library_script
-from optimizer.words import Interval, count, percent
+from optimizer.words import Change, Interval, count, percent
 
 WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
@@ -66,7 +66,7 @@ def report_html(run: ScoredRun) -> str:
         cards=_cards(run) + _limits(run) if scored else "",
         findings=_findings(run),
         figures=_figures(run) if scored else "",
-        table=_table(run) if scored else "",
+        table=_table(run) + _sentinels(run) if scored else "",
         words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
         study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
@@ -83,17 +83,21 @@ def _part(name: str) -> str:
 def _what_was_merged(run: ScoredRun) -> str:
     states = run.trials()["state"]
     done = f"{int((states == 'complete').sum())} of {count(len(states), 'trial')} finished"
-    tasks = ", ".join(task.name for task in run.tasks)
+    tasks = ", ".join(task.name for task in run.tasks if task.role != SENTINEL)
+    sentinels = ", ".join(task.name for task in run.tasks if task.role == SENTINEL)
     if not run.experts:
         return f"{done}."
     experts = "Experts" if len(run.experts) > 1 else "Expert"
-    return f"{experts} {', '.join(run.experts)} merged into the base. {done}. Tasks: {tasks}."
+    return f"{experts} {', '.join(run.experts)} merged into the base. {done}. Tasks: {tasks}." + (
+        f" Sentinel tasks: {sentinels}." if sentinels else ""
+    )
 
 
 def _lead(run: ScoredRun) -> list[str]:
     if run.points().empty:
         return [sentences.summary(run)]
-    return [sentences.describe(run, run.knee()), *sentences.verdict(run)]
+    knee = run.knee()
+    return [sentences.describe(run, knee), *sentences.verdict(run), *sentences.sentinels(run, knee)]
 
 
 def _cards(run: ScoredRun) -> str:
@@ -196,6 +200,22 @@ def _table(run: ScoredRun) -> str:
     )
 
 
+def _sentinels(run: ScoredRun) -> str:
+    """What the front and the anchors won or lost on the sentinel tasks; nothing where there are none."""
+    titles, rows = sentinel_titles(run), sentinel_rows(run)
+    if not titles:
+        return ""
+    cells = [(row.trial, _what(row.kind), *(row.changes.get(task, "") for task in titles)) for row in rows]
+    knee = next((place for place, row in enumerate(rows) if row.is_knee), None)
+    grid = _grid(("trial", "what", *titles.values()), cells, marked=knee)
+    return (
+        "<section><h2>Sentinel tasks: ability kept, or a form learned</h2>"
+        '<p class="soft">How far each merge is above or below the base on tasks of another form, which neither search '
+        "nor learning has seen and which are in no other figure; higher is better.</p>"
+        f"{grid}</section>"
+    )
+
+
 def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: int | None = None) -> str:
     """A table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
 
@@ -215,9 +235,9 @@ def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: in
 
 def _cell(value: object) -> str:
     """A cell; a figure may be broken from its interval only."""
-    if isinstance(value, Interval) and value.bounds:
+    if isinstance(value, Interval | Change) and value.bounds:
         return f"<div><span>{_text(value.figure)}</span> <span>{_text(value.bounds)}</span></div>"
-    text = value.text() if isinstance(value, Interval) else str(value)
+    text = value.text() if isinstance(value, Interval | Change) else str(value)
     return f"<div>{_breakable(text)}</div>" if text else ""
 
 

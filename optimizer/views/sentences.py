@@ -10,7 +10,8 @@ from evals.truncation import cut_short as cut_short_tasks
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import NOT_COUNTED
-from optimizer.words import Interval, count, listed, percent
+from optimizer.views.front_rows import change_of
+from optimizer.words import Interval, count, listed, one_line, percent
 
 
 def named(run: ScoredRun, trial: int) -> str:
@@ -63,6 +64,23 @@ def gap_sentence(gap: Row) -> str:
     if gap["line_forgetting"] > gap["forgetting"]:
         return f"No point with {line} forgets so little; the nearest, at {percent(gap['line_forgetting'])}, {kept}"
     return f"At the same forgetting, {line} {kept}"
+
+
+def sentinels(run: ScoredRun, trial: int) -> list[str]:
+    """One sentence on a trial and the sentinel tasks: whether ability was kept or a form learned; none without them."""
+    frame = run.sentinels()
+    changes = {row["task"]: change_of(row) for row in rows_of(frame[frame["trial"] == trial]).values()}
+    if not changes:
+        return []
+    told = ", ".join(f"{change.from_base} on {one_line(task)}" for task, change in changes.items())
+    won_general = rows_of(run.points(HOLDOUT))[trial]["forgetting_high"] < 0
+    if any(change.high < 0 for change in changes.values()):
+        meaning = "there it lost ability"
+    elif any(change.low > 0 for change in changes.values()):
+        meaning = "there it won ability too" if won_general else "there it won ability"
+    else:
+        meaning = "what it won on the general tasks may be their form" if won_general else "that shows no loss"
+    return [f"Sentinel tasks, which neither search nor learning has seen: {named(run, trial)} is {told}; {meaning}."]
 
 
 def cut_short(run: ScoredRun) -> list[str]:

@@ -18,12 +18,14 @@ from optimizer.runs.run_folder import is_locked
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import sentences
-from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, share_of
+from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, sentinel_rows, sentinel_titles, share_of
 from optimizer.words import Interval, percent, printable, task_labels
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+
+SENTINELS = "Sentinel tasks"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
@@ -58,8 +60,8 @@ def _breaks(texts: Iterable[str]) -> bool:
 
 
 def print_front(run: ScoredRun, console: Console) -> None:
-    """Print the front beside the anchors, the answer for some limits on forgetting, the tasks of the knee, whether the
-    search was worth it, and what was cut."""
+    """Print the front beside the anchors, the answer for some limits on forgetting, the tasks of the knee, the sentinel
+    tasks, whether the search was worth it, and what was cut."""
     if not len(run.front()):
         console.print(sentences.summary(run), highlight=False, markup=False)
         return
@@ -68,7 +70,10 @@ def print_front(run: ScoredRun, console: Console) -> None:
     if answers := limit_rows(run):
         console.print(limits_table(answers, width=console.width))
     console.print(retention_table(run, knee, width=console.width))
-    words = (sentences.describe(run, knee), *sentences.verdict(run), *sentences.cut_short(run), *sentences.lost(run))
+    if titles := sentinel_titles(run):
+        console.print(sentinels_table(run, titles, width=console.width))
+    said = (sentences.describe(run, knee), *sentences.sentinels(run, knee), *sentences.verdict(run))
+    words = (*said, *sentences.cut_short(run), *sentences.lost(run))
     for line in words:
         console.print(line, highlight=False, markup=False)
 
@@ -124,6 +129,28 @@ def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
     return table(title, columns, rows, right=["at most", "trial", *columns[3:]])
 
 
+def sentinels_table(run: ScoredRun, titles: Mapping[str, str], *, width: int) -> Table:
+    """Front and anchors on the sentinel tasks: what each won or lost against the base, with 95 % intervals.
+
+    Args:
+        titles: `sentinel_titles(run)`, with an entry.
+        width: of the console, in characters; where it is narrow, intervals stand below their values.
+    """
+    seam = _seam(width, 30 + 24 * len(titles))
+    columns = {task: title.replace(", ", "\n") for task, title in titles.items()}
+    rows = (
+        (
+            "*" if row.is_knee else "+" if row.on_front else "",
+            row.trial,
+            row.kind.label,
+            *(row.changes[task].text(seam) if task in row.changes else "" for task in titles),
+        )
+        for row in sentinel_rows(run)
+    )
+    title = f"{SENTINELS}, unseen by search and learning: how far above or below the base (higher is better)"
+    return table(title, ["", "trial", "kind", *columns.values()], rows, right=["trial", *columns.values()])
+
+
 def _seam(width: int, needed: int) -> str:
     """What stands between a value and its interval: they share a line where the console is wide enough."""
     return " " if width >= needed else "\n"
@@ -147,6 +174,7 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
             for row in rows
         ],
         "limits": _records(run.by_limit()),
+        "sentinels": _records(run.sentinels()),
         "findings": sentences.findings(run),
     }
 

@@ -12,8 +12,18 @@ import pytest
 
 from evals.engine import Engine
 from evals.errors import ScoreError, TaskError
-from evals.outcomes import HOLDOUT, REST, SEARCH, TaskSpec
+from evals.lm_examples import examples
+from evals.lm_tasks import load_tasks
+from evals.outcomes import HOLDOUT, REST, SEARCH, SENTINEL, TaskSpec
 from tests.evals.conftest import load, questions, words, write_task
+
+TEXTS = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "doc_to_choice": None,
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
 
 
 def refused(match: str, *paths: Path | str, **options: Any) -> None:
@@ -227,3 +237,31 @@ def test_many_processes_load_the_same_task_at_once(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = pool.map(_load_in_a_process, [str(folder)] * 4, chunksize=1)
     assert all(result == results[0] for result in results)
+
+
+def test_a_sentinel_has_no_search_item_and_teaches_nothing(tmp_path: Path, engine: Engine) -> None:
+    general = TaskSpec(str(write_task(tmp_path / "g", questions())), "general", search_items=6, holdout_items=6)
+    path = str(write_task(tmp_path / "s", [{"text": f"{i} {words(i, 5)}"} for i in range(9)], **TEXTS))
+    sentinel = TaskSpec(path, SENTINEL, search_items=0, holdout_items=REST)
+    harness = load_tasks([general, sentinel], seed=0, chat_template=False, allow_task_code=False)
+    assert (harness.infos[1].search_items, harness.infos[1].holdout_items) == (0, 9)
+    assert harness.suite_hash(SEARCH)["s"] == []
+    for suite in (SEARCH, HOLDOUT):
+        harness.prepare(engine.tokenizer, suite)
+    assert {outcome.task for outcome in harness.score(engine, SEARCH)} == {"g"}
+    assert [outcome.task for outcome in harness.score(engine, HOLDOUT)].count("s") == 9
+    assert {example.task for example in examples(harness, SEARCH, engine)} == {"g"}
+    assert [row["search_tokens"] > 0 for row in harness.describe()] == [True, False]
+
+
+def test_only_a_sentinel_may_have_no_search_item(tmp_path: Path) -> None:
+    path = str(write_task(tmp_path / "t", questions(10)))
+    for role, items, holdout, message in (
+        ("general", 0, 3, "each suite needs items: task .* has 0 and 3"),
+        (SENTINEL, 2, 3, "the search has no items of a sentinel task: task .* has 2"),
+        (SENTINEL, 0, 0, "each suite needs items"),
+        (SENTINEL, 0, 11, "has 10 different items, 11 holdout items asked for; lower holdout_items"),
+    ):
+        spec = TaskSpec(path, role, search_items=items, holdout_items=holdout)
+        with pytest.raises(TaskError, match=message):
+            load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)

@@ -17,6 +17,7 @@ from evals.objectives import (
     draw_objectives,
     objective_names,
     objectives,
+    sentinel_changes,
     task_retention,
     task_scores,
     weak_tasks,
@@ -25,6 +26,7 @@ from evals.outcomes import TaskInfo
 
 DOMAIN = TaskInfo("terms", "domain", "", "multiple_choice", "acc", True, 0.25, 0, 0)
 GENERAL = TaskInfo("prose", "general", "", "loglikelihood_rolling", "bits_per_byte", False, 0.0, 0, 0)
+SENTINEL = replace(GENERAL, name="letters", role="sentinel")
 
 
 def rows(trial: int, task: str, values: Sequence[float], weights: Sequence[float] | None = None) -> pd.DataFrame:
@@ -205,3 +207,54 @@ def test_hundreds_of_trials_take_about_a_second() -> None:
     start = time.process_time()
     measured(outcomes, experts={"x": 199})
     assert time.process_time() - start < 3  # about 0.5 s on a free core
+
+
+def with_sentinel() -> pd.DataFrame:
+    """The study, and a sentinel of eight items for each of its trials."""
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(20, 200, 8)
+    return pd.concat([study(), *(rows(t, "letters", sizes * (1 + 0.1 * t + rng.random(8)), sizes) for t in range(4))])
+
+
+def test_a_sentinel_moves_no_objective_and_no_finding() -> None:
+    with_it, without = with_sentinel(), study()
+    tasks = (DOMAIN, GENERAL, SENTINEL)
+    pd.testing.assert_frame_equal(measured(with_it, tasks=tasks), measured(without))
+    scales = [Scale(with_it, tasks, "search", 0, {"x": 3}), Scale(without, (DOMAIN, GENERAL), "search", 0, {"x": 3})]
+    pd.testing.assert_frame_equal(*map(task_retention, scales))
+    one, other = map(weak_tasks, scales)
+    assert one == other
+    # nor need the search have any item of it
+    pd.testing.assert_frame_equal(measured(without, tasks=tasks), measured(without))
+    assert weak_tasks(Scale(without, tasks, "search", 0, {"x": 3})) == other
+
+
+def test_a_sentinels_change_is_paired_and_turned_so_that_higher_is_better() -> None:
+    outcomes = with_sentinel()
+    changes = sentinel_changes(Scale(outcomes, (DOMAIN, GENERAL, SENTINEL), "search", 0, {"x": 3}), replicates=4000)
+    assert changes[["trial", "task"]].to_numpy().tolist() == [[t, "letters"] for t in range(4)]
+    assert changes.loc[0, ["change", "low", "high"]].tolist() == [0, 0, 0]
+    mine = outcomes[outcomes["task"] == "letters"]
+    values = mine.pivot(index="item", columns="trial", values="value").to_numpy()
+    sizes = mine[mine["trial"] == 0]["weight"].to_numpy()
+    scores = values.sum(axis=0) / sizes.sum()
+    assert changes["score"].to_numpy() == pytest.approx(scores)
+    assert changes["change"].to_numpy() == pytest.approx(scores[0] - scores)  # fewer bits are better
+    rng, draws = np.random.default_rng(1), []
+    for _ in range(4000):
+        picked = rng.integers(len(sizes), size=len(sizes))
+        drawn = values[picked].sum(axis=0) / sizes[picked].sum()
+        draws.append(drawn[0] - drawn[2])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert changes.loc[2, ["low", "high"]].to_numpy() == pytest.approx([low, high], abs=0.1 * (high - low))
+
+
+def test_without_a_sentinel_there_is_no_change() -> None:
+    assert sentinel_changes(Scale(study(), (DOMAIN, GENERAL), "search", 0, {"x": 3})).empty
+
+
+def test_a_sentinels_change_needs_the_base() -> None:
+    outcomes = with_sentinel()
+    lacking = outcomes[(outcomes["task"] != "letters") | (outcomes["trial"] > 0)]
+    with pytest.raises(TaskError, match="trial 0 has no search outcome"):
+        sentinel_changes(Scale(lacking, (DOMAIN, GENERAL, SENTINEL), "search", 0, {"x": 3}))

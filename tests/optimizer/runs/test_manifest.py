@@ -39,9 +39,18 @@ def test_a_plain_manifest_is_read(tmp_path: Path) -> None:
     assert (task.name, task.chance, task.higher_is_better) == ("notes", 0.25, True)
 
 
+def test_a_sentinel_is_read(tmp_path: Path) -> None:
+    run = crafted(tmp_path / "run", manifest(tasks=[TASK, TASK | {"name": "s", "role": "sentinel", "search_items": 0}]))
+    assert [task.role for task in tasks_of(read_manifest(run), run / "tasks.json")] == ["domain", "sentinel"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            manifest(tasks=[TASK | {"role": "sentinel"}]),
+            "tasks.0.search_items must be 0, since the search has no items of a sentinel task; given 8",
+        ),
         ("[" * 100_000, "is not a run folder: .*tasks.json: lists and objects may lie 64 deep"),
         ("9" * 5000, "is not a run folder: .*a whole number may have 300 digits"),
         ("[]", "tasks.json must hold format, tasks and fingerprint; given a list"),
@@ -53,7 +62,7 @@ def test_a_plain_manifest_is_read(tmp_path: Path) -> None:
         (manifest(tasks={}), "tasks must be a list of tasks; given {}"),
         (manifest(tasks=["notes"]), 'tasks.0 must hold keys and values; given "notes"'),
         (manifest(tasks=[TASK | {"name": 3}]), "tasks.0.name must be a text; given 3"),
-        (manifest(tasks=[TASK | {"role": "both"}]), 'tasks.0.role must be domain or general; given "both"'),
+        (manifest(tasks=[TASK | {"role": "both"}]), 'tasks.0.role must be domain, general or sentinel; given "both"'),
         (manifest(tasks=[TASK | {"chance": "x"}]), 'tasks.0.chance must be a number; given "x"'),
         (manifest(tasks=[TASK | {"chance": float("nan")}]), "numbers must be finite; given NaN"),
         (manifest(tasks=[TASK | {"higher_is_better": 1}]), "tasks.0.higher_is_better must be true or false; given 1"),

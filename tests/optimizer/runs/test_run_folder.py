@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,13 +17,15 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 
-from evals.outcomes import Outcome, TaskInfo
+from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
 from optimizer.errors import RunError
 from optimizer.masking import redacted
+from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.outcome_files import FRAME_COLUMNS
 from optimizer.runs.run_folder import RunFolder, is_locked
 from search_spaces.recipe import Recipe, Setting
+from tests.toy_run import toy_run
 
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
@@ -106,6 +109,38 @@ def test_changed_tasks_are_refused(tmp_path: Path) -> None:
     made(tmp_path / "toy")
     with pytest.raises(RunError, match="task science: is in the stored study only"):
         RunFolder.create_or_resume(tmp_path / "toy", "", FINGERPRINT, tasks=TASKS[:1])
+
+
+def test_a_sentinel_makes_another_study_and_is_named_once(tmp_path: Path) -> None:
+    """Also where it was a general task before."""
+    made(tmp_path / "toy")
+    new = replace(TASKS[0], name="pairs", role="sentinel", search_items=0)
+    items = {"items": {"search": {"notes": ["a" * 16] * 40, "pairs": []}, "holdout": {"pairs": ["c" * 16]}}}
+    with pytest.raises(RunError) as caught:
+        RunFolder.create_or_resume(tmp_path / "toy", "", FINGERPRINT | items, tasks=[*TASKS, new])
+    assert changes_of(caught.value) == ["task pairs: is in this study only"]
+    turned = replace(TASKS[1], role="sentinel", search_items=0)
+    with pytest.raises(RunError) as caught:
+        RunFolder.create_or_resume(tmp_path / "toy", "", FINGERPRINT, tasks=[TASKS[0], turned])
+    assert changes_of(caught.value)[0] == "task science: role: general -> sentinel"
+
+
+def changes_of(error: RunError) -> list[str]:
+    """The lines of a refusal that say what changed."""
+    return [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+
+
+def test_a_sentinels_items_are_of_the_holdout_suite_alone(tmp_path: Path) -> None:
+    path = toy_run(tmp_path / "toy", trials=3, sentinel=True)
+    run = RunFolder(path)
+    tasks, digest = open_run(path).tasks, open_run(path).recipe(0).digest
+    assert run.outcomes_fault(0, "search", digest=digest, tasks=tasks) == ""
+    assert run.outcomes_fault(0, "holdout", digest=digest, tasks=tasks) == ""
+    whole = [Outcome(*row) for row in run.read_outcomes(0, "holdout")[list(OUTCOME_COLUMNS)].itertuples(index=False)]
+    run.write_outcomes(0, "holdout", digest, [row for row in whole if row.task != "letters"])
+    assert "60 items of letters" in run.outcomes_fault(0, "holdout", digest=digest, tasks=tasks)
+    run.write_outcomes(0, "search", digest, [replace(row, suite="search") for row in whole])
+    assert "240 items of minimal_pairs" in run.outcomes_fault(0, "search", digest=digest, tasks=tasks)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -158,3 +158,40 @@ def test_unusable_holdout_outcomes_have_a_fault_before_any_figure_is_asked_for(t
     (path / "outcomes" / "00000-holdout.parquet").unlink()
     assert open_run(path).holdout_fault.endswith("trial 0 has no holdout outcome")
     assert open_run(toy_run(tmp_path / "unscored", trials=12, holdout=False)).holdout_fault == ""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run as it is with two sentinels."""
+    return open_run(toy_run(tmp_path_factory.mktemp("runs") / "toy", trials=12, sentinel=True))
+
+
+def test_sentinels_enter_no_figure_of_a_run(run: Run, watched: Run) -> None:
+    pd.testing.assert_frame_equal(watched.points(), run.points())
+    assert set(watched.retention(watched.knee())["task"]) == set(run.retention(run.knee())["task"])
+    assert watched.findings() == run.findings()
+
+
+def test_sentinels_are_told_against_the_base_for_front_and_anchors(watched: Run) -> None:
+    frame = watched.sentinels()
+    assert set(frame["trial"]) == {*watched.front().index, *watched.anchors().index}
+    assert set(frame["task"]) == {"minimal_pairs", "letters"}
+    base = frame[frame["trial"] == 0]
+    assert (base[["change", "low", "high"]] == 0).all(axis=None)
+    expert = frame[frame["trial"] == 1].set_index("task")
+    assert expert["metric"].to_dict() == {"minimal_pairs": "acc", "letters": "bits_per_byte"}
+    scores = {trial: watched.scores(trial, "holdout") for trial in (0, 1)}
+    for task, sign in (("minimal_pairs", 1), ("letters", -1)):
+        assert expert["change"][task] == pytest.approx(sign * (scores[1][task] - scores[0][task]))
+        assert expert["low"][task] <= expert["change"][task] <= expert["high"][task] < 0
+        assert expert["base_score"][task] == scores[0][task]
+
+
+def test_there_is_no_sentinel_row_where_nothing_was_scored(run: Run, tmp_path: Path) -> None:
+    assert run.sentinels().empty
+    unjudged = open_run(toy_run(tmp_path / "toy", trials=12, sentinel=True, holdout=False))
+    assert unjudged.sentinels().empty
+    assert unjudged.sentinels().columns.tolist() == run.sentinels().columns.tolist()
+    nothing = open_run(toy_run(tmp_path / "lost", trials=3, sentinel=True))
+    (nothing.path / "outcomes" / "00000-holdout.parquet").unlink()
+    assert nothing.sentinels().empty  # holdout_fault says why

@@ -91,6 +91,17 @@ def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path
     assert hellaswag.search_items == 30
 
 
+def test_a_sentinel_is_a_task_without_search_items(tmp_path: Path, good: str) -> None:
+    text = good.replace("  items: 100", "  sentinel: [./pairs, {task: copa, holdout_items: 0.5}]\n  items: 100")
+    study = read_study(written(tmp_path, text))
+    *others, pairs, copa = task_specs(study)
+    assert "sentinel" not in {spec.role for spec in others}
+    assert pairs == TaskSpec(str(tmp_path / "pairs"), "sentinel", search_items=0, holdout_items=100)
+    assert copa == TaskSpec("copa", "sentinel", search_items=0, holdout_items=0.5)
+    assert read_study(written(tmp_path, dump_study(study))) == study
+    jsonschema.validate(read_yaml(tmp_path / "study.yaml"), study_schema())
+
+
 def test_shots_that_are_not_given_are_left_to_the_task(tmp_path: Path, good: str) -> None:
     """And a study file that an earlier version wrote out, with shots: 0 in every task, still means none."""
     text = good.replace("- arc_easy", "- {task: arc_easy, shots: 0}")
@@ -245,6 +256,17 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
         ("- ./tasks/notes.yaml", "- {task: x, expert: clinicl}", "evals.domain.0.expert: .*; did you mean .clinical"),
         ("- arc_easy", "- {task: arc_easy, expert: clinical}", "evals.general.0.expert: only a domain task"),
         ("- arc_easy", "- hellaswag", "evals.general.1.task: a task may stand once"),
+        ("  items: 100", "  sentinel: [hellaswag]\n  items: 100", "evals.sentinel.0.task: a task may stand once"),
+        (
+            "  items: 100",
+            "  sentinel: [x, {task: y, items: 5}]\n  items: 100",
+            "evals.sentinel.1.items: the search scores no item of a sentinel task; given 5; say holdout_items",
+        ),
+        (
+            "  items: 100",
+            "  sentinel: [{task: y, expert: clinical}]\n  items: 100",
+            "evals.sentinel.0.expert: only a domain task belongs to an expert; given 'clinical'",
+        ),
         ("    - ./tasks/notes.yaml", "    []", "evals.domain: must have at least 1 item"),
         ("holdout_items: 100", "token_budget: 8", "evals.token_budget: must be .*, 16 or more, or the word"),
         ("threads: auto", "threads: 0", "workers.threads: must be .*, 1 or more, or the word auto; given 0"),
