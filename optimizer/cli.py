@@ -260,7 +260,8 @@ def export(
     from evals.documents import checked_path
     from optimizer.export.commands import export_trial  # brings torch
 
-    _say(f"wrote {export_trial(opened, number, out and checked_path(out, where='--out'))}")
+    folder = out and checked_path(out, where="--out")
+    _say(f"wrote {export_trial(opened, number, folder, describe=opened.describe)}")
     if number in opened.points().index:
         _say(opened.describe(number))
         if max_forgetting is not None:

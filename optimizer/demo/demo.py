@@ -59,7 +59,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
     knee = run.knee()
     model = out / "models" / f"trial-{knee}"
     if not model.exists():  # the same trial of the same run has the same bytes
-        export_trial(run, knee, model)
+        export_trial(run, knee, model, describe=run.describe)
     console.print(run.describe(knee), markup=False)
     for what, path in (("model", model), ("report", out / "report.html"), ("study file", study_file)):
         console.print(f"{what:>11}  {path}", markup=False, highlight=False, soft_wrap=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evals.documents import read_json
 from optimizer.errors import RunError, StudyFileError
@@ -14,21 +14,20 @@ from optimizer.export.model_folder import export_model, float_dtype
 from optimizer.merging.merge import Sources
 from optimizer.runs.frames import rows_of
 from optimizer.runs.manifest import read_manifest
+from optimizer.runs.scored import ScoredRun
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml, shown
 from optimizer.words import task_labels
 from search_spaces.mergekit.reader import from_mergekit
 from search_spaces.mergekit.stack import Stack, is_stack, stack_of, stack_sources
 from search_spaces.recipe import Recipe
 
-if TYPE_CHECKING:
-    from optimizer.run import Run
 
-
-def export_trial(run: Run, trial: int, out: Path | None = None) -> Path:
+def export_trial(run: ScoredRun, trial: int, out: Path | None = None, *, describe: Callable[[int], str]) -> Path:
     """Write one trial of a run as a model folder whose card has its scores, and return the folder.
 
     Args:
         out: the new folder; None is exports/trial-N in the run's folder.
+        describe: says in a sentence what a scored trial keeps and forgets, for the card.
 
     Raises:
         RunError: there is no such trial, or a checkpoint has changed since it was scored.
@@ -38,7 +37,7 @@ def export_trial(run: Run, trial: int, out: Path | None = None) -> Path:
     sources = Sources.open(recipe.base, dict(recipe.experts))
     _require_as_scored(run, sources)
     scored = trial in run.points().index
-    card = f"{run.describe(trial)} Intervals hold 95 %." if scored else f"Trial {trial} was not scored."
+    card = f"{describe(trial)} Intervals hold 95 %." if scored else f"Trial {trial} was not scored."
     return export_model(
         recipe, sources, out or run.path / "exports" / f"trial-{trial}", scores=_scores(run, trial, scored), card=card
     )
@@ -102,7 +101,7 @@ def _first_model(document: Mapping[str, Any]) -> object:
     return place
 
 
-def _with_present_paths(run: Run, recipe: Recipe) -> Recipe:
+def _with_present_paths(run: ScoredRun, recipe: Recipe) -> Recipe:
     """Return the recipe with the models where the run's study file has them: they may have been moved since."""
     models = read_yaml(run.path / "study.yaml").get("models") if (run.path / "study.yaml").is_file() else None
     if not isinstance(models, dict):
@@ -115,7 +114,7 @@ def _with_present_paths(run: Run, recipe: Recipe) -> Recipe:
     )
 
 
-def _require_as_scored(run: Run, sources: Sources) -> None:
+def _require_as_scored(run: ScoredRun, sources: Sources) -> None:
     stored = read_manifest(run.path)["fingerprint"]
     assert isinstance(stored, dict)
     known = {"base": stored.get("base"), **stored.get("experts", {})}
@@ -127,7 +126,7 @@ def _require_as_scored(run: Run, sources: Sources) -> None:
             )
 
 
-def _scores(run: Run, trial: int, scored: bool) -> dict[str, dict[str, float]]:
+def _scores(run: ScoredRun, trial: int, scored: bool) -> dict[str, dict[str, float]]:
     """Return for the card each task's score of the base and of the merge, and what was gained or kept."""
     if not scored:
         return {}
