@@ -27,6 +27,7 @@ class Batch:
         plan: of the attention in a trie's pass.
         nodes: (Q,) where logits are wanted, counted through the rows.
         source, target, request: (P,) of which of the Q, of which token, and whose log-likelihood it adds to.
+        place: (P,) which token of the request's continuation it is.
         asks_greedy: (P,) whether it is asked if the token is the likeliest.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     source: torch.Tensor
     target: torch.Tensor
     request: torch.Tensor
+    place: torch.Tensor
     asks_greedy: torch.Tensor
 
 
@@ -82,12 +84,12 @@ def _predicted(
     """Return what a batch predicts: of (node, request, which token of its continuation)."""
     wanted: dict[int, int] = {}
     found = [
-        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request, pairs[request].asks_greedy)
+        (wanted.setdefault(node, len(wanted)), pairs[request].continuation[i], request, i, pairs[request].asks_greedy)
         for node, request, i in predictions
     ]
-    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 4)
+    table = torch.tensor(found, dtype=torch.long, device=device).reshape(-1, 5)
     return {
         "nodes": torch.tensor([*wanted], dtype=torch.long, device=device),
-        **dict(zip(("source", "target", "request"), table[:, :3].unbind(1), strict=True)),
-        "asks_greedy": table[:, 3].bool(),
+        **dict(zip(("source", "target", "request", "place"), table[:, :4].unbind(1), strict=True)),
+        "asks_greedy": table[:, 4].bool(),
     }

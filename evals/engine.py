@@ -14,26 +14,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from evals.batches import Batch, packed_batches, plain_batches
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
 from evals.layerwise import LayerByLayer
+from evals.predictions import Predictions
+from evals.teachers import Beliefs, Taught
 from evals.tokens import Encoder, Pair, Prompt
 from evals.trie_attention import Reading, reads_tries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGIT_BYTES = {"cpu": 24 * 2**20}  # float32 logits made at a time: malloc maps anew, and clears, what is above 32 MiB
-LOGIT_BYTES_ELSEWHERE = 2**28
-CACHED_ROWS = 32  # of which the log-sum is taken at a time: they stay in a CPU's cache, so it takes a third as long
 TOKEN_BUDGET, MOST_TOKENS = 2048, 16384  # tokens in a pass on a CPU; at most on a GPU, where more is no faster
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model and tokenizer that state none
 # How far packed and plain log-likelihoods of the probe may lie apart per token, in nats: rounding, not another model.
 PROBE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 PROBE_TOLERANCE_FLOAT32 = 1e-3
+
+Found = Callable[[Batch, torch.Tensor], torch.Tensor]  # of a batch and its states (Q, width): a number a token, (P,)
 
 
 class Engine:
@@ -54,6 +54,7 @@ class Engine:
         self.encoder = Encoder(tokenizer)
         self.token_budget = token_budget
         self.max_length = _max_length(model.config, tokenizer)
+        self._predictions = Predictions(self._logits, model.config.get_text_config().vocab_size)
         self._planned: dict[tuple[Pair, ...], list[Batch]] = {}
         self.packs = self.gathers = False
         expected = self._probe_plainly()
@@ -87,10 +88,48 @@ class Engine:
             self.check_finite()
         return answers(self.model, self.tokenizer, prompts, max_length=self.max_length, token_budget=self.token_budget)
 
-    def backward(self, pairs: Sequence[Pair], loss: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    def beliefs(self, pairs: Sequence[Pair]) -> list[Beliefs]:
+        """Find what the model holds likely at each token of each continuation; kept in the CPU's memory."""
+        found: list[Beliefs] = []
+        places = []
+        with torch.inference_mode(), closing(self._read(self.batches(pairs))) as read:
+            for batch, states in read:
+                found.append(self._predictions.beliefs(batch, states.flatten(0, 1)[batch.nodes]))
+                places += list(zip(batch.request.tolist(), batch.place.tolist(), strict=True))
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        ordered, sizes = Beliefs.join(found).at(order), [len(pair.continuation) for pair in pairs]
+        parts = zip(*(part.split(sizes) for part in (ordered.tokens, ordered.logprobs, ordered.rest)), strict=True)
+        return [Beliefs(*part) for part in parts]
+
+    def agreements(self, pairs: Sequence[Pair], beliefs: Sequence[Beliefs]) -> list[float]:
+        """Return minus the divergence from a teacher's beliefs, in nats, summed over each continuation.
+
+        Raises:
+            ScoreError: one is not finite.
+        """
+        batches = self.batches(pairs)
+        if any(batch.plan is None for batch in batches):
+            self.check_finite()
+        with torch.inference_mode():
+            found = self._summed(batches, len(pairs), self._agreements(pairs, beliefs))
+        if not torch.isfinite(found).all():
+            raise ScoreError("a divergence from a teacher is not finite: the candidate is not a usable model")
+        return found.tolist()
+
+    def backward(
+        self,
+        pairs: Sequence[Pair],
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        beliefs: Sequence[Beliefs] | None = None,
+    ) -> float:
         """Run a loss of the pairs' log-likelihoods (n,) backwards into the parameters that ask for gradients.
 
         All that is read together stays in memory until its gradients are there, so give few pairs at a time.
+
+        Args:
+            pairs: n of them.
+            loss: of their log-likelihoods; with beliefs of their `agreements`.
+            beliefs: a teacher's, of each pair.
 
         Returns:
             The loss.
@@ -101,15 +140,11 @@ class Engine:
         device = self.model.device
         packed, plain = self._by_reading(pairs)
         batches = plain_batches(plain, self.token_budget, device) + packed_batches(packed, sys.maxsize, device)
-        sums = torch.zeros(len(pairs), dtype=torch.float64, device=device)
-        with closing(self._read(batches)) as read:
-            for batch, states in read:
-                logprobs = self._logprobs(batch, states.flatten(0, 1)[batch.nodes])
-                sums = sums.index_add(0, batch.request, logprobs.double())
-            value = loss(sums)
-            if not torch.isfinite(value):
-                raise ScoreError("the loss is not finite: the candidate is not a usable model")
-            value.backward()
+        of = self._predictions.logprobs if beliefs is None else self._agreements(pairs, beliefs)
+        value = loss(self._summed(batches, len(pairs), of))
+        if not torch.isfinite(value):
+            raise ScoreError("the loss is not finite: the candidate is not a usable model")
+        value.backward()
         return float(value.detach())
 
     @contextmanager
@@ -166,12 +201,24 @@ class Engine:
         device = self.model.device
         return plain_batches(plain, self.token_budget, device) + packed_batches(packed, self.token_budget, device)
 
+    def _agreements(self, pairs: Sequence[Pair], beliefs: Sequence[Beliefs]) -> Found:
+        return partial(self._predictions.agreements, taught=Taught.of(pairs, beliefs))
+
+    def _summed(self, batches: Sequence[Batch], requests: int, of: Found) -> torch.Tensor:
+        """Sum what `of` finds (P,) in each batch over each request, in float64."""
+        sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
+        with closing(self._read(batches)) as read:
+            for batch, states in read:
+                found = of(batch, states.flatten(0, 1)[batch.nodes])
+                sums = sums.index_add(0, batch.request, found.double())
+        return sums
+
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
         sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
         greedy = torch.ones(requests, dtype=torch.bool, device=self.model.device)
         with torch.inference_mode(), closing(self._read(batches)) as read:  # else an error here leaves it open
             for batch, states in read:
-                logprobs, best = self._predictions(batch, states.flatten(0, 1)[batch.nodes])
+                logprobs, best = self._predictions.scores(batch, states.flatten(0, 1)[batch.nodes])
                 sums.index_add_(0, batch.request, logprobs.double())
                 greedy[batch.request[~best]] = False  # also where it is not asked
         if not torch.isfinite(sums).all():
@@ -213,44 +260,6 @@ class Engine:
             states = self.model(**inputs, use_cache=False).logits
         return states
 
-    def _predictions(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probabilities of the targets (P,) in float32, and which are the likeliest tokens, if asked (P,).
-
-        Args:
-            states: what logits are made of at the wanted nodes, hidden states or the logits themselves (Q, width).
-        """
-        size = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES_ELSEWHERE)
-        step = max(1, size // (4 * self.model.config.get_text_config().vocab_size))
-        chosen = torch.empty(len(batch.target), dtype=torch.float32, device=states.device)
-        best = torch.zeros(len(batch.target), dtype=torch.bool, device=states.device)
-        for start in range(0, len(states), step):
-            logits = self._logits(states[start : start + step]).float()  # (step, V)
-            wanted = ((batch.source >= start) & (batch.source < start + step)).nonzero()[:, 0]
-            source, target = batch.source[wanted] - start, batch.target[wanted]
-            highest, norms = map(torch.cat, zip(*map(_highest_and_norm, logits.split(CACHED_ROWS)), strict=True))
-            chosen[wanted] = logits[source, target] - norms[source]
-            asked = batch.asks_greedy[wanted]
-            best[wanted[asked]] = _is_first_best(logits, highest, source[asked], target[asked])
-        return chosen, best
-
-    def _logprobs(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities of the targets (P,) in float32, with gradients; the way back makes logits anew."""
-
-        def part(rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            logits = self._logits(rows)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            return logits.log_softmax(-1)[source, target]
-
-        size = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES_ELSEWHERE)
-        step = max(1, size // (4 * self.model.config.get_text_config().vocab_size))
-        found, order = [], []
-        for start in range(0, len(states), step):
-            wanted = ((batch.source >= start) & (batch.source < start + step)).nonzero()[:, 0]
-            given = states[start : start + step], batch.source[wanted] - start, batch.target[wanted]
-            found.append(checkpoint(part, *given, use_reentrant=False))
-            order.append(wanted)
-        return torch.cat(found)[torch.cat(order).argsort()]
-
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(states) if self.gathers else states
 
@@ -290,24 +299,6 @@ class Engine:
 
     def _some_tokens(self, n: int) -> torch.Tensor:
         return (7 + 31 * torch.arange(n, device=self.model.device)) % self.model.config.get_text_config().vocab_size
-
-
-def _highest_and_norm(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum of each row, and the logarithm of its exponentials' sum, in two readings of the row."""
-    highest = logits.amax(-1)
-    return highest, highest + (logits - highest[:, None]).exp_().sum(-1).log()
-
-
-def _is_first_best(
-    logits: torch.Tensor, highest: torch.Tensor, source: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Tell whether target p is what argmax gives in row source[p] of the logits: (P,).
-
-    argmax over a vocabulary takes ten times as long as its maximum, so only rows whose maximum is a target are asked.
-    """
-    best = logits[source, target] == highest[source]
-    best[best.clone()] = logits[source[best]].argmax(-1) == target[best]  # of equal ones the first
-    return best
 
 
 def budget_for(model: PreTrainedModel, room: int) -> int:

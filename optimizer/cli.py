@@ -300,13 +300,27 @@ def learn(
     start: Annotated[float, typer.Option(help="The weight to begin at: 0 the base, 1 the expert.", min=0, max=1)] = 0.5,
     steps: Annotated[int, typer.Option(help="Steps; each reads a few items of every task.", min=1, max=10_000)] = 24,
     by: Annotated[str, typer.Option(help="A weight for every tensor, or for every layer group.")] = "tensor",
+    loss: Annotated[
+        str, typer.Option(help="labels: the items' own; teachers: how far the merge is from base and experts.")
+    ] = "labels",
 ) -> None:
     """Learn one recipe's weights by gradients on the search items."""
     from optimizer.learn import learn_weights
 
     if by not in ("tensor", "group"):
         _fail(f"--by is tensor or group; given {by}", WRONG)
-    learned = learn_weights(study, sets, out, preference=preference, start=start, steps=steps, by=by)  # type: ignore[arg-type]
+    if loss not in ("labels", "teachers"):
+        _fail(f"--loss is labels or teachers; given {loss}", WRONG)
+    learned = learn_weights(
+        study,
+        sets,
+        out,
+        preference=preference,
+        start=start,
+        steps=steps,
+        by=by,  # type: ignore[arg-type]
+        loss=loss,  # type: ignore[arg-type]
+    )
     _say(f"wrote {out}; merge it with: mergefront merge {out} FOLDER")
     _say(
         f"Loss on items kept apart {learned.kept_before:.3f} -> {learned.kept:.3f} (on those learned from "

@@ -32,6 +32,7 @@ def learn_weights(
     start: float,
     steps: int,
     by: Literal["tensor", "group"],
+    loss: Literal["labels", "teachers"],
 ) -> Learned:
     """Learn merge weights on a study's search items, and write them as a recipe.
 
@@ -42,6 +43,7 @@ def learn_weights(
         start: the sum of the weights to begin at, in equal parts.
         steps: how many.
         by: whether every tensor or every layer group has a weight of its own.
+        loss: on the items' labels, or the divergence from base and experts.
 
     Raises:
         MergefrontError: the study or the file is not usable, or a merge is not finite.
@@ -61,6 +63,7 @@ def learn_weights(
         steps=steps,
         bounds=BOUNDS,
         seed=study.search.seed,
+        loss=loss,
     )
     learned = Worker(worker_spec(study)).learn(lesson)
     write_atomically(out, (learned.recipe + "\n").encode())

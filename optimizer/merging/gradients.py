@@ -50,6 +50,7 @@ def taking_gradients(
         parameter.grad = None
 
     with ExitStack() as stack:
+        stack.callback(model.zero_grad, set_to_none=True)  # what an error left would be added to later
         stack.callback(model.requires_grad_, False)
         for parameter in model.parameters():
             if parameter.data.untyped_storage().data_ptr() in owners:

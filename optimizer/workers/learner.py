@@ -7,24 +7,20 @@ the weights towards their mean, since a weight for every tensor can learn the it
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from evals.losses import Example, task_losses
-from evals.packing import build_trie
-from optimizer.merging.gradients import Gradient
+from evals.losses import Example
+from optimizer.workers.aims import Aims, Candidate, Loss, size_of
 from search_spaces import METHODS, Recipe, Setting, group_of
 
 if TYPE_CHECKING:
-    from evals.engine import Engine
     from evals.outcomes import TaskInfo
 
 Array = NDArray[np.float64]
@@ -34,7 +30,6 @@ KEPT = 5  # every so many-th item of a task is kept apart, where the task has as
 RATE, MOMENTUM, SMOOTHING = 0.12, 0.8, 0.9  # of the steps, which fall to 0; of the gradient and of its square
 LOOKS = (0.5, 0.75, 1.0)  # shares of the steps after which the kept items are asked
 PULLS = (0.25, 0.5)  # towards the mean of an expert's weights, of the best of those
-LEAST_SCALE = 0.05  # of a task's loss at the base: an expert that hardly moved it gives no scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +43,10 @@ class Lesson:
         steps: how many.
         bounds: what the weights stay within.
         seed: of the items' order.
+        loss: the items' own, or the divergence from the experts on their domains' items and from the base on the
+            general ones (Expert Merging, arXiv 2509.25712).
+        questions, texts: how many of each task a step reads.
+        pulls: the shares that are tried of the way towards the mean of an expert's weights.
     """
 
     start: str
@@ -56,6 +55,10 @@ class Lesson:
     steps: int
     bounds: tuple[float, float]
     seed: int
+    loss: Loss = "labels"
+    questions: int = QUESTIONS
+    texts: int = TEXTS
+    pulls: tuple[float, ...] = PULLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,11 @@ class Learned:
         recipe: as JSON.
         steps: after how many steps the weights were taken.
         pull: how far they were pulled towards their mean, a share.
-        seen, kept: the loss on the items that were learned from and on those kept apart, after; in shares of what
-            lies between base and expert.
+        seen, kept: the loss on the items of the first step and on those kept apart, after; in shares of what lies
+            between base and expert.
         seen_before, kept_before: the same at the start.
-        candidates: the cost, as a multiple of reading the search suite once; a step backward counts three times.
+        candidates: the cost, as a multiple of reading the search suite once; a step backward counts three times. The
+            first lesson of its loss in a process also pays for base and experts.
         seconds: what it took.
     """
 
@@ -82,23 +86,6 @@ class Learned:
     kept_before: float
     candidates: float
     seconds: float
-
-
-class Candidate(Protocol):
-    """The resident model, as a learner uses it."""
-
-    @property
-    def engine(self) -> Engine: ...
-
-    @property
-    def tensors(self) -> Sequence[str]:
-        """Names of the base's floating tensors."""
-
-    def merge(self, recipe: Recipe) -> None:
-        """Make the model the merge of a recipe."""
-
-    def gradients(self, recipe: Recipe) -> AbstractContextManager[Gradient]:
-        """`weight_gradients` of the recipe that was merged last."""
 
 
 def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -164,7 +151,7 @@ class Descent:
         self.weights = np.clip(self.weights - rate * move, *self._bounds)
 
 
-def minibatches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
+def minibatches(examples: Sequence[Example], seed: int, *, questions: int, texts: int) -> Iterator[list[Example]]:
     """Draw a few items of every task again and again; a task's items come in a new order after each time through."""
     rng = np.random.default_rng(seed)
     tasks: dict[str, list[Example]] = {}
@@ -174,7 +161,7 @@ def minibatches(examples: Sequence[Example], seed: int) -> Iterator[list[Example
     while True:
         batch = []
         for task, items in tasks.items():
-            for _ in range(min(len(items), QUESTIONS if items[0].right else TEXTS)):
+            for _ in range(min(len(items), questions if items[0].right else texts)):
                 if not queues[task]:
                     queues[task] = [items[i] for i in rng.permutation(len(items))]
                 batch.append(queues[task].pop())
@@ -187,11 +174,10 @@ class Learner:
     def __init__(
         self, candidate: Candidate, examples: Sequence[Example], *, tasks: Sequence[TaskInfo], experts: Sequence[str]
     ) -> None:
-        self._candidate, self._tasks, self._experts = candidate, tasks, tuple(experts)
+        self._candidate, self._experts = candidate, tuple(experts)
         self._seen, self._kept = split_examples(examples)
-        self._tokens = 0  # read so far; backward counts three times
-        self._whole = _size(examples)
-        self._ends: dict[str, dict[str, float]] = {}  # the losses of base and experts, on the items learned from
+        self._aims = Aims(candidate, self._seen, self._kept, tasks=tasks, experts=experts)
+        self._whole = size_of(examples)
 
     def learn(self, lesson: Lesson) -> Learned:
         """Learn from the start of a lesson; the same lesson gives the same weights.
@@ -200,95 +186,39 @@ class Learner:
             MergeError: a gradient or a merge is not finite; the tensor is named.
             ScoreError: a loss is not finite.
         """
-        begun, self._tokens = time.perf_counter(), 0
+        begun, self._aims.tokens = time.perf_counter(), 0
         start = Recipe.from_json(lesson.start)
         places = Places.of(self._candidate.tensors, self._experts, lesson.by)
-        factors = self._factors(start, dict(lesson.preference))
+        aim = self._aims.aim(lesson.loss, start, dict(lesson.preference))
+        before = aim.read_start(start, self._kept)
+        found = [(before, 0, 0.0, places.weights(start))]
+
+        def look(weights: Array, step: int, pull: float) -> None:
+            found.append((aim.read(places.recipe(start, weights), self._kept), step, pull, weights.copy()))
+
         descent = Descent(places.weights(start), lesson.steps, lesson.bounds)
         looks = {max(1, round(share * lesson.steps)) for share in LOOKS}
-        before = self._loss(start, self._kept, factors)
-        found = [(before, 0, 0.0, places.weights(start))]
-        for step, batch in zip(range(1, lesson.steps + 1), minibatches(self._seen, lesson.seed), strict=False):
-            descent.step(self._gradient(places, places.recipe(start, descent.weights), batch, factors))
+        batches = minibatches(self._seen, lesson.seed, questions=lesson.questions, texts=lesson.texts)
+        first, seen_before = next(batches), 0.0
+        for step, batch in zip(range(1, lesson.steps + 1), chain([first], batches), strict=False):
+            gradient, loss = aim.gradient(places.recipe(start, descent.weights), batch)
+            seen_before = loss if step == 1 else seen_before
+            descent.step(places.gradient(gradient))
             if step in looks:
-                found.append(self._look(start, places, factors, descent.weights, step, 0.0))
-        _, steps, _, weights = min(found, key=lambda look: look[0])
-        for pull in PULLS if steps else ():
-            pulled = weights + pull * (weights.mean(axis=1, keepdims=True) - weights)
-            found.append(self._look(start, places, factors, pulled, steps, pull))
-        kept, steps, pull, weights = min(found, key=lambda look: look[0])
+                look(descent.weights, step, 0.0)
+        _, steps, _, weights = min(found, key=lambda found: found[0])
+        for pull in lesson.pulls if steps else ():
+            look(weights + pull * (weights.mean(axis=1, keepdims=True) - weights), steps, pull)
+        kept, steps, pull, weights = min(found, key=lambda found: found[0])
         recipe = places.recipe(start, weights) if steps else start
         return Learned(
             recipe=recipe.to_json(),
             steps=steps,
             pull=pull,
-            seen=self._loss(recipe, self._seen, factors),
+            seen=aim.read(recipe, first) if steps else seen_before,
             kept=kept,
-            seen_before=self._loss(start, self._seen, factors),
+            seen_before=seen_before,
             kept_before=before,
-            candidates=self._tokens / self._whole,
+            candidates=self._aims.tokens / self._whole,
             seconds=time.perf_counter() - begun,
         )
-
-    def _look(
-        self, start: Recipe, places: Places, factors: Mapping[str, float], weights: Array, step: int, pull: float
-    ) -> tuple[float, int, float, Array]:
-        recipe = places.recipe(start, weights)
-        return self._loss(recipe, self._kept, factors), step, pull, weights.copy()
-
-    def _gradient(
-        self, places: Places, recipe: Recipe, batch: Sequence[Example], factors: Mapping[str, float]
-    ) -> Array:
-        self._candidate.merge(recipe)
-        self._tokens += 3 * _size(batch)
-        pairs = [pair for example in batch for pair in example.pairs]
-        with self._candidate.gradients(recipe) as found:
-            self._candidate.engine.backward(pairs, lambda x: _weighted(task_losses(batch, x), factors))
-        return places.gradient(found)
-
-    def _loss(self, recipe: Recipe, examples: Sequence[Example], factors: Mapping[str, float]) -> float:
-        return float(sum(factors[task] * loss for task, loss in self._losses(recipe, examples).items()))
-
-    def _losses(self, recipe: Recipe, examples: Sequence[Example]) -> dict[str, float]:
-        self._candidate.merge(recipe)
-        self._tokens += _size(examples)
-        pairs = [pair for example in examples for pair in example.pairs]
-        found = torch.tensor([x for x, _ in self._candidate.engine.loglikelihoods(pairs)], dtype=torch.float64)
-        return {task: float(loss) for task, loss in task_losses(examples, found).items()}
-
-    def _factors(self, start: Recipe, preference: Mapping[str, float]) -> dict[str, float]:
-        """Weigh each task's loss: its side's preference, in shares of what lies between base and expert."""
-        if not self._ends:
-            self._ends["base"] = self._losses(_only(start, ""), self._seen)
-            self._ends |= {name: self._losses(_only(start, name), self._seen) for name in self._experts}
-        base = self._ends["base"]
-        factors = dict.fromkeys(base, 0.0)
-        for name, share in preference.items():
-            mine = [t.name for t in self._tasks if t.role == "domain" and t.expert in ("", name)]
-            for task in mine:
-                factors[task] += share / len(mine) / _scale(base[task] - self._ends[name][task], base[task])
-        general = [t.name for t in self._tasks if t.role == "general"]
-        for task in general:
-            lost = max(self._ends[name][task] for name in self._experts) - base[task]
-            factors[task] += (1 - math.fsum(preference.values())) / len(general) / _scale(lost, base[task])
-        return factors
-
-
-def _scale(difference: float, at_base: float) -> float:
-    return max(difference, LEAST_SCALE * abs(at_base))
-
-
-def _only(start: Recipe, expert: str) -> Recipe:
-    """The base (""), or one expert, as a recipe of the start's models."""
-    settings = [Setting("weight", name, "", float(name == expert)) for name, _ in start.experts]
-    return Recipe("task_arithmetic", start.base, start.experts, tuple(settings))
-
-
-def _weighted(losses: Mapping[str, torch.Tensor], factors: Mapping[str, float]) -> torch.Tensor:
-    return torch.stack([factors[task] * loss for task, loss in losses.items()]).sum()
-
-
-def _size(examples: Sequence[Example]) -> int:
-    """Distinct tokens that are read."""
-    pairs = (pair for example in examples for pair in example.pairs)
-    return len(build_trie(dict(enumerate(pairs))))

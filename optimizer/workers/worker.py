@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evals.outcomes import SEARCH, Outcome, TaskSpec
+from evals.outcomes import SEARCH, Outcome, TaskInfo, TaskSpec
 from optimizer.workers.memory import lack_of_memory_in_words
 from search_spaces.recipe import Recipe
 
@@ -136,7 +136,7 @@ class Worker:
 
         with lack_of_memory_in_words(self._sources.base.bytes):
             if self._learner is None:
-                examples, experts = self._examples(), list(self._sources.experts)
+                examples, experts = self.examples(), list(self._sources.experts)
                 self._learner = Learner(self, examples, tasks=self._harness.infos, experts=experts)
             return self._learner.learn(lesson)
 
@@ -152,17 +152,33 @@ class Worker:
 
         tasks = {task.name: task for task in self._harness.infos}
         with lack_of_memory_in_words(self._sources.base.bytes):
-            examples = self._examples()
+            examples = self.examples()
             general = [e for e in examples if tasks[e.task].role == "general"]
             domain = [
                 e for e in examples if tasks[e.task].role == "domain" and tasks[e.task].expert in ("", path.expert)
             ]
             return Deriver(self.engine, self._parameters, self._sources, general, domain).derive(path)
 
+    def examples(self) -> list[Example]:
+        """Return the search items as losses, in the order they are scored.
+
+        Raises:
+            TaskError: an item has nothing to learn from.
+        """
+        from evals.lm_examples import examples
+
+        self._prepare(SEARCH)
+        return examples(self._harness, SEARCH, self._engine)
+
     @property
     def engine(self) -> Engine:
         """What reads the resident model."""
         return self._engine
+
+    @property
+    def tasks(self) -> tuple[TaskInfo, ...]:
+        """What is known of each task."""
+        return tuple(self._harness.infos)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -186,12 +202,6 @@ class Worker:
         from optimizer.merging.gradients import weight_gradients
 
         return weight_gradients(self._engine.model, self._parameters, self._sources, recipe, self._cache)
-
-    def _examples(self) -> list[Example]:
-        from evals.lm_examples import examples
-
-        self._prepare(SEARCH)
-        return examples(self._harness, SEARCH, self._engine)
 
     def _prepare(self, suite: str) -> None:
         if suite not in self._prepared:

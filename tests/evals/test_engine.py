@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from evals.engine import Engine, budget_for
 from evals.errors import ScoreError, TaskError
 from evals.packing import Trie, build_trie, passes, rows
+from evals.predictions import Predictions
 from evals.tokens import Encoder, Pair, Prompt
 from tests.pico import byte_tokenizer
 
@@ -161,7 +162,7 @@ def test_an_error_between_passes_leaves_the_model_as_it_was(monkeypatch: pytest.
     model = toy("llama")
     engine = Engine(model, byte_tokenizer(), token_budget=256)
     before = model.config._attn_implementation
-    monkeypatch.setattr(engine, "_predictions", lambda *_: 1 / 0)
+    monkeypatch.setattr(Predictions, "scores", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:  # keeps the traceback, and so the frames
         engine.loglikelihoods(pairs())
     assert model.config._attn_implementation == before, caught

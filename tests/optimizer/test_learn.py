@@ -35,6 +35,14 @@ def test_a_learned_recipe_merges(study: Path, tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "model").names
 
 
+def test_teachers_teach_without_labels(study: Path, tmp_path: Path) -> None:
+    code, said = mergefront("learn", study, tmp_path / "labels.json", "--steps", 2)
+    code, said = mergefront("learn", study, tmp_path / "teachers.json", "--steps", 2, "--loss", "teachers")
+    assert code == 0, said
+    learned = [Recipe.from_json((tmp_path / f"{loss}.json").read_text()).digest for loss in ("labels", "teachers")]
+    assert learned[0] != learned[1]
+
+
 def test_a_recipe_that_is_there_is_not_replaced(study: Path, tmp_path: Path) -> None:
     out = tmp_path / "recipe.json"
     out.write_text("mine")
@@ -62,6 +70,7 @@ def test_a_derived_expert_is_a_model_and_is_found_again(study: Path, tmp_path: P
         (("derive", "--form", "mean"), "regmean or fisher"),
         (("derive", "--expert", "nobody"), "the study's experts are clinical"),
         (("learn", "--by", "layer"), "tensor or group"),
+        (("learn", "--loss", "both"), "labels or teachers"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: tuple[object, ...], told: str, study: Path, tmp_path: Path) -> None:

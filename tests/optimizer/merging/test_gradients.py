@@ -1,8 +1,8 @@
-"""The gradient by merge weights is the derivative of the loss: against finite differences in float64."""
+"""The gradient by merge weights is the derivative of the loss, on labels and against teachers: finite differences."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from evals.engine import Engine
+from evals.teachers import Beliefs
 from evals.tokens import Pair
 from optimizer.checkpoints.resident import resident_model, tensor_places
 from optimizer.errors import MergeError
@@ -40,16 +41,22 @@ class Bench:
         self.places = tensor_places(self.model, sources.base)
         self.engine = Engine(self.model, AutoTokenizer.from_pretrained(folder), token_budget=64)
 
-    def loss(self, weights: Mapping[tuple[str, str], float]) -> float:
+    def loss(self, weights: Mapping[tuple[str, str], float], beliefs: Sequence[Beliefs] | None = None) -> float:
         self.fill(weights)
         with torch.inference_mode():
-            return float(loss_of(torch.stack([self.loglikelihood(pair) for pair in PAIRS])))
+            if beliefs is None:
+                return float(loss_of(torch.stack([self.loglikelihood(pair) for pair in PAIRS])))
+            parts = [held.divergences(self.logits(pair)).sum() for pair, held in zip(PAIRS, beliefs, strict=True)]
+            return float(loss_of(-torch.stack(parts)))
 
     def loglikelihood(self, pair: Pair) -> Tensor:
+        return self.logits(pair).log_softmax(-1).gather(-1, torch.tensor(pair.continuation)[:, None]).sum()
+
+    def logits(self, pair: Pair) -> Tensor:
+        """What predicts each token of the continuation, plainly read: (T, V)."""
         tokens = torch.tensor([pair.context + pair.continuation])
-        logprobs = self.model(input_ids=tokens[:, :-1], use_cache=False).logits[0].log_softmax(-1)
-        first = len(pair.context) - 1
-        return logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum()
+        logits: Tensor = self.model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
+        return logits[len(pair.context) - 1 :]
 
     def fill(self, weights: Mapping[tuple[str, str], float]) -> None:
         merger = Merger(self.sources, self.recipe, self.cache)
@@ -74,6 +81,15 @@ def loss_of(loglikelihoods: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", LEARNABLE)
 @pytest.mark.parametrize("experts", [1, 2])
 def test_gradient_is_the_derivative_of_the_loss_by_every_weight(method: str, experts: int, tmp_path: Path) -> None:
+    _require_derivative(method, experts, tmp_path, teachers=False)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties"])
+def test_gradient_is_the_derivative_of_the_divergence_from_teachers(method: str, tmp_path: Path) -> None:
+    _require_derivative(method, 2, tmp_path, teachers=True)
+
+
+def _require_derivative(method: str, experts: int, tmp_path: Path, *, teachers: bool) -> None:
     base = pico_llama(tmp_path / "base", seed=0)
     names = ("law", "code")[:experts]
     sources = {n: str(pico_expert(base, tmp_path / n, seed=i + 1)) for i, n in enumerate(names)}
@@ -84,17 +100,25 @@ def test_gradient_is_the_derivative_of_the_loss_by_every_weight(method: str, exp
     recipe = Recipe(method, str(base), tuple(sources.items()), tuple(settings))
     bench = Bench(base, recipe, Sources.open(base, sources))
     weights = {(n, t): 0.4 + 0.3 * i for i, n in enumerate(names) for t in bench.places}
+    held = None
+    if teachers:  # the first expert's, then the base's
+        sides = [{w: side * (w[0] == names[0]) for w in weights} for side in (1.0, 0.0)]
+        parts = []
+        for side, pairs in zip(sides, (PAIRS[:2], PAIRS[2:]), strict=True):
+            bench.fill(side)
+            parts += bench.engine.beliefs(pairs)
+        held = parts
     bench.fill(weights)
     with weight_gradients(bench.model, bench.places, bench.sources, recipe, bench.cache) as found:
-        bench.engine.backward(PAIRS[:2], lambda x: loss_of(torch.cat([x, x.new_zeros(2)])))
-        bench.engine.backward(PAIRS[2:], lambda x: loss_of(torch.cat([x.new_zeros(2), x])))
+        bench.engine.backward(PAIRS[:2], lambda x: loss_of(torch.cat([x, x.new_zeros(2)])), held and held[:2])
+        bench.engine.backward(PAIRS[2:], lambda x: loss_of(torch.cat([x.new_zeros(2), x])), held and held[2:])
     largest = max(map(abs, found.values()))
     assert largest > 0
     groups: dict[str, list[tuple[str, str]]] = {}
     for expert, tensor in found:
         groups.setdefault(f"{expert} {group_of(tensor)}", []).append((expert, tensor))
     for group, members in groups.items():
-        ends = [bench.loss(weights | {m: weights[m] + step for m in members}) for step in (STEP, -STEP)]
+        ends = [bench.loss(weights | {m: weights[m] + step for m in members}, held) for step in (STEP, -STEP)]
         measured = (ends[0] - ends[1]) / (2 * STEP)
         told = sum(found[m] for m in members)
         assert told == pytest.approx(measured, rel=1e-4, abs=1e-7 * largest), group

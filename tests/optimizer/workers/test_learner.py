@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from evals.losses import Example
+from evals.packing import build_trie
+from evals.tokens import Pair
+from optimizer.errors import MergeError
 from optimizer.run_study import worker_spec
 from optimizer.study.study_file import Study
-from optimizer.workers.learner import KEPT, Descent, Learned, Lesson, minibatches, split_examples
+from optimizer.workers.aims import Aims, only, size_of
+from optimizer.workers.learner import KEPT, PULLS, Descent, Learned, Lesson, minibatches, split_examples
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
@@ -25,23 +33,34 @@ def lesson(study: Study, **changes: object) -> Lesson:
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
+@pytest.fixture
+def fresh(study: Study) -> Worker:
+    """A worker that has learned nothing yet."""
+    return Worker(worker_spec(study))
+
+
 def weights(learned: Learned) -> list[float]:
     return [setting.value for setting in Recipe.from_json(learned.recipe).settings if setting.parameter == "weight"]
 
 
-def test_what_is_learned_has_a_lower_loss_than_the_start(study: Study, worker: Worker) -> None:
-    learned = worker.learn(lesson(study))
+@pytest.mark.parametrize("loss", ["labels", "teachers"])
+def test_what_is_learned_has_a_lower_loss_than_the_start(loss: str, study: Study, worker: Worker) -> None:
+    learned = worker.learn(lesson(study, loss=loss))
     assert learned.steps > 0
     assert learned.kept < learned.kept_before
     assert learned.seen < learned.seen_before
     assert learned.candidates > 3  # eight steps backward over part of the items, and the looks
 
 
-def test_the_same_lesson_gives_the_same_weights_on_any_worker_and_in_any_order(study: Study, worker: Worker) -> None:
-    first = worker.learn(lesson(study))
+@pytest.mark.parametrize("loss", ["labels", "teachers"])
+def test_the_same_lesson_gives_the_same_weights_on_any_worker_and_in_any_order(
+    loss: str, study: Study, worker: Worker, fresh: Worker
+) -> None:
+    first = worker.learn(lesson(study, loss=loss))
     worker.learn(lesson(study, preference=(("clinical", 1.0),)))
-    other = Worker(worker_spec(study)).learn(lesson(study))
-    again = worker.learn(lesson(study))
+    worker.learn(lesson(study, loss="teachers"))
+    other = fresh.learn(lesson(study, loss=loss))
+    again = worker.learn(lesson(study, loss=loss))
     assert first.recipe == again.recipe == other.recipe
     assert (first.kept, first.seen) == (again.kept, again.seen) == (other.kept, other.seen)
 
@@ -54,9 +73,10 @@ def test_weights_are_by_tensor_or_by_group_and_within_their_bounds(study: Study,
     assert all(0.45 <= weight <= 0.55 for weight in weights(narrow))
 
 
-def test_a_preference_leads_to_its_own_side(study: Study, worker: Worker) -> None:
-    domain = worker.learn(lesson(study, preference=(("clinical", 1.0),), steps=12))
-    general = worker.learn(lesson(study, preference=(("clinical", 0.0),), steps=12))
+@pytest.mark.parametrize("loss", ["labels", "teachers"])
+def test_a_preference_leads_to_its_own_side(loss: str, study: Study, worker: Worker) -> None:
+    domain = worker.learn(lesson(study, preference=(("clinical", 1.0),), steps=12, loss=loss))
+    general = worker.learn(lesson(study, preference=(("clinical", 0.0),), steps=12, loss=loss))
     scores = {name: [o.value for o in worker.evaluate(recipe, "search").outcomes if o.task == "skill"]
               for name, recipe in (("domain", domain.recipe), ("general", general.recipe))}  # fmt: skip
     assert sum(scores["domain"]) < sum(scores["general"])  # bits of the domain's texts
@@ -67,7 +87,7 @@ def test_kept_items_are_never_learned_from() -> None:
     seen, kept = split_examples(examples)
     assert len(kept) == 2 * (11 // KEPT)
     assert not {(e.task, e.item) for e in seen} & {(e.task, e.item) for e in kept}
-    batches = minibatches(seen, seed=1)
+    batches = minibatches(seen, 1, questions=10, texts=2)
     drawn = [(e.task, e.item) for _ in range(9) for e in next(batches)]
     assert set(drawn) == {(e.task, e.item) for e in seen}
     assert max(map(drawn.count, drawn)) - min(map(drawn.count, drawn)) <= 1  # read through before any is read again
@@ -91,3 +111,79 @@ def test_random_masks_are_held_while_weights_are_learned(study: Study, worker: W
     assert learned.digest != start.digest
     assert learned.mask_seed == start.mask_seed
     assert learned.value("density", expert="clinical") == 0.5
+
+
+def test_divergences_count_in_shares_of_that_between_base_and_expert(study: Study, worker: Worker) -> None:
+    seen, kept = split_examples(worker.examples())
+    aims = Aims(worker, seen, kept, tasks=worker.tasks, experts=("clinical",))
+    start = Recipe.from_json(lesson(study).start)
+    for preference in (1.0, 0.0):
+        aim = aims.aim("teachers", start, {"clinical": preference})
+        base, expert = (aim.read(only(start, name), seen) for name in ("", "clinical"))
+        assert expert - base == pytest.approx(1 - 2 * preference, abs=1e-5)
+
+
+def test_teachers_at_their_own_place_ask_for_no_step(study: Study, worker: Worker) -> None:
+    start = only(Recipe.from_json(lesson(study).start), "clinical").to_json()
+    learned = worker.learn(lesson(study, start=start, preference=(("clinical", 1.0),), loss="teachers", steps=2))
+    assert learned.kept_before == pytest.approx(0.0, abs=1e-4)
+    assert learned.steps == 0
+
+
+def test_the_cost_is_that_of_the_steps_and_little_more(
+    study: Study, fresh: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = {"forward": 0, "backward": 0}
+
+    def count(name: str, kind: str) -> None:
+        real = getattr(fresh.engine, name)
+
+        def counted(pairs: Sequence[Pair], *more: object) -> object:
+            read[kind] += len(build_trie(dict(enumerate(pairs))))
+            return real(pairs, *more)
+
+        monkeypatch.setattr(fresh.engine, name, counted)
+
+    examples = fresh.examples()
+    whole, (seen, kept) = size_of(examples), split_examples(examples)
+    for name, kind in (("loglikelihoods", "forward"), ("agreements", "forward"), ("beliefs", "forward")):
+        count(name, kind)
+    count("backward", "backward")
+    for i, (loss, ends) in enumerate((("labels", 2), ("labels", 0), ("teachers", 0))):
+        read |= {"forward": 0, "backward": 0}
+        learned = fresh.learn(lesson(study, loss=loss))
+        assert learned.candidates == pytest.approx((read["forward"] + 3 * read["backward"]) / whole, abs=1e-9)
+        at_start = i != 1  # the second lesson knows what base, expert and start lose
+        first = next(minibatches(seen, 0, questions=10, texts=2))
+        looks = (3 + len(PULLS) + at_start) * size_of(kept) + size_of(first)
+        sides = [[e for e in seen if e.task == task] for task in ("skill", "manners")]
+        everything = [[e for e in examples if e.task == task] for task in ("skill", "manners")]
+        taught = sum(map(size_of, sides + everything))  # beliefs of all, each side's divergence at the other's end
+        assert read["forward"] == looks + (taught if loss == "teachers" else ends * size_of(seen)), (loss, i)
+
+
+def test_items_that_count_nothing_are_not_read(study: Study, worker: Worker) -> None:
+    worker.learn(lesson(study))
+    both, one = (worker.learn(lesson(study, preference=(("clinical", p),))).candidates for p in (0.5, 1.0))
+    assert one < 0.7 * both
+
+
+def test_a_gradient_that_is_no_number_names_its_tensor(study: Study, worker: Worker) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, states: torch.Tensor) -> torch.Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return gradient * torch.nan
+
+    before = worker.learn(lesson(study))
+    (module,) = (m for name, m in worker.engine.model.named_modules() if name.endswith("layers.1.mlp.down_proj"))
+    hook = module.register_forward_hook(lambda _module, _given, states: Broken.apply(states))
+    try:
+        with pytest.raises(MergeError, match=r"must be finite.*clinical.*layers\.1\.mlp\.down_proj\.weight is nan"):
+            worker.learn(lesson(study))
+    finally:
+        hook.remove()
+    assert worker.learn(lesson(study)).recipe == before.recipe
