@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,6 @@ from optimizer.merging.merge import Sources, merged_tensor
 from search_spaces import METHODS, Recipe, Setting
 from search_spaces.mergekit.reader import from_mergekit
 from tests.pico import pico_expert, pico_llama
-
-MERGEKIT = "mergekit-yaml"
 
 
 def weighted(method: str, experts: dict[str, str], base: Path, *values: tuple[str, str, str, float]) -> Recipe:
@@ -161,19 +161,7 @@ def test_a_failing_export_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-# Parity with mergekit, run as its users run it
-
-
-def mergekit_command() -> str:
-    """The mergekit-yaml of this environment, or of the folder that MERGEKIT_BIN names; else the test is skipped."""
-    import os
-    import sys
-
-    folder = os.environ.get("MERGEKIT_BIN")
-    if not folder:
-        pytest.importorskip("mergekit")
-        folder = str(Path(sys.executable).parent)
-    return str(Path(folder) / MERGEKIT)
+# Parity with mergekit
 
 
 LAYERED = [("weight", "a", f"layer.{i:02d}.{kind}", w) for i, k in enumerate((0.2, 0.9)) for kind, w in
@@ -187,27 +175,53 @@ PARITY = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", PARITY)
-@pytest.mark.parametrize("tied", [True, False])
-def test_mergekit_makes_the_same_model_from_our_yaml(case: str, tied: bool, tmp_path: Path) -> None:
-    command = mergekit_command()
+def exported(case: str, folder: Path, *, tied: bool) -> tuple[Path, Path]:
+    """Export a case of float32 models; return the model folder, and its mergekit document asking for bfloat16."""
     scale = 0.02 if tied else 0.5  # slerp follows a line for the one, an arc for the other
     # float32 sources have no equal magnitudes, of which mergekit may keep any
-    base = pico_llama(tmp_path / "base", dtype="float32", tied=tied)
-    experts = {name: str(pico_expert(base, tmp_path / name, seed=i, scale=scale)) for i, name in enumerate("ab", 1)}
+    base = pico_llama(folder / "base", dtype="float32", tied=tied)
+    experts = {name: str(pico_expert(base, folder / name, seed=i, scale=scale)) for i, name in enumerate("ab", 1)}
     method = case.split(",")[0]
     if method == "slerp":
         del experts["b"]
     recipe = weighted(method, experts, base, *PARITY[case])
-    out = export_model(recipe, Sources.open(base, experts), tmp_path / "ours")
+    out = export_model(recipe, Sources.open(base, experts), folder / "ours")
     document = yaml.safe_load((out / "mergekit.yaml").read_text())
-    (tmp_path / "bf16.yaml").write_text(yaml.safe_dump({**document, "out_dtype": "bfloat16"}))
-    subprocess.run([command, str(tmp_path / "bf16.yaml"), str(tmp_path / "theirs"), "--quiet"], check=True, timeout=300)
-    ours, theirs = open_checkpoint(out), open_checkpoint(tmp_path / "theirs")
+    (folder / "bf16.yaml").write_text(yaml.safe_dump({**document, "out_dtype": "bfloat16"}))
+    return out, folder / "bf16.yaml"
+
+
+def assert_same_model(ours_at: Path, theirs_at: Path) -> None:
+    ours, theirs = open_checkpoint(ours_at), open_checkpoint(theirs_at)
     assert ours.names == theirs.names
     for name in ours.names:
         one, other = ours.tensor(name).bfloat16().double(), theirs.tensor(name).double()
         step = torch.maximum(one.abs(), other.abs()) * 2**-7 + 1e-7  # the gap between neighbours in bfloat16
         assert ((one - other).abs() <= step).all(), name
         assert (one == other).double().mean() > 0.98, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", PARITY)
+@pytest.mark.parametrize("tied", [True, False])
+def test_mergekit_makes_the_same_model_from_our_yaml(case: str, tied: bool, tmp_path: Path) -> None:
+    pytest.importorskip("mergekit")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    ours, document = exported(case, tmp_path, tied=tied)
+    config = MergeConfiguration.model_validate(yaml.safe_load(document.read_text()))
+    run_merge(config, str(tmp_path / "theirs"), MergeOptions(quiet=True))
+    assert_same_model(ours, tmp_path / "theirs")
+
+
+@pytest.mark.slow
+def test_mergekit_run_as_its_users_run_it_makes_the_same_model(tmp_path: Path) -> None:
+    folder = os.environ.get("MERGEKIT_BIN")  # of another environment
+    if not folder:
+        pytest.importorskip("mergekit")
+    command = Path(folder or Path(sys.executable).parent) / "mergekit-yaml"
+    ours, document = exported("ties", tmp_path, tied=False)
+    subprocess.run([command, document, tmp_path / "theirs", "--quiet"], check=True, timeout=300)
+    assert_same_model(ours, tmp_path / "theirs")
