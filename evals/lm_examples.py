@@ -17,7 +17,7 @@ SIZES = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode("utf-8")
 
 
 def examples(harness: Harness, suite: str, engine: Engine) -> list[Example]:
-    """What a suite teaches: one example for each item, in the order they are scored.
+    """Make what a suite teaches: one example for each item, in the order they are scored.
 
     Raises:
         TaskError: an item has no right answer to learn from.

@@ -100,11 +100,11 @@ class _Suite:
         return (request for asked in self.items for request in asked.requests)
 
     def of(self, task: LoadedTask) -> list[Request]:
-        """The requests of one task."""
+        """Return the requests of one task."""
         return [request for asked in self.items if asked.task is task for request in asked.requests]
 
     def reading(self, max_length: int) -> _Reading:
-        """What a model of that length reads, made once for all candidates."""
+        """Return what a model of that length reads, made once for all candidates."""
         if max_length not in self.readings:
             pairs, texts, _ = _by_kind(self.requests)
             windows = [windows_of(text, self.prefix, max_length) for text in texts]
@@ -132,7 +132,7 @@ class Harness:
         return tuple(note for task in self.tasks for note in task.notes)
 
     def suite_hash(self, suite: str) -> dict[str, list[str]]:
-        """Item hashes of a suite by task, in the order they are scored."""
+        """Return the item hashes of a suite by task, in the order they are scored."""
         return {task.info.name: [item.hash for item in task.items[suite]] for task in self.tasks}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> None:
@@ -146,7 +146,7 @@ class Harness:
         self._suites[suite] = _Suite(tuple(items), encoder.prefix)
 
     def score(self, engine: Engine, suite: str) -> list[Outcome]:
-        """One outcome per item of a suite, from the model as it is now.
+        """Return one outcome per item of a suite, from the model as it is now.
 
         Raises:
             ScoreError: the model gives numbers that are not finite.
@@ -161,7 +161,7 @@ class Harness:
         ]
 
     def request_hashes(self) -> dict[str, dict[str, str]]:
-        """For each prepared suite and task, 16 hex digits of all that is asked: items, shots, templates, limits."""
+        """Hash for each prepared suite and task all that is asked: items, shots, templates, limits; 16 hex digits."""
         return {
             suite: {
                 task.info.name: content_hash(repr([request.instance.args for request in prepared.of(task)]))
@@ -171,19 +171,19 @@ class Harness:
         }
 
     def requests(self, suite: str) -> list[Instance]:
-        """What a prepared suite asks, as lm-eval's own instances in the order of the items."""
+        """Return what a prepared suite asks, as lm-eval's own instances in the order of the items."""
         return [request.instance for request in self._suites[suite].requests]
 
     def pairs(self, suite: str, max_length: int) -> tuple[Pair, ...]:
-        """What a prepared suite reads in order to score it: all but the prompts of answers that are written."""
+        """Return what a prepared suite reads in order to score it: all but the prompts of answers that are written."""
         return self._suites[suite].reading(max_length).pairs
 
     def asked(self, suite: str) -> tuple[AskedItem, ...]:
-        """The items of a prepared suite with their requests, in the order they are scored."""
+        """Return the items of a prepared suite with their requests, in the order they are scored."""
         return self._suites[suite].items
 
     def describe(self) -> list[dict[str, Any]]:
-        """A row per task for people: what it is, and the tokens a candidate reads by suite (None: not prepared)."""
+        """Return a row per task for people: what it is, and the tokens a candidate reads by suite (if prepared)."""
         return [
             {
                 "task": task.info.name,
@@ -228,7 +228,7 @@ class Harness:
         return asked if isinstance(asked, list) else [asked]
 
     def _tokens(self, task: LoadedTask, suite: str) -> int | None:
-        """About how many tokens a candidate reads; exact but for texts longer than the model's context."""
+        """Count about how many tokens a candidate reads; exact but for texts longer than the model's context."""
         if suite not in self._suites:
             return None
         pairs, texts, prompts = _by_kind(self._suites[suite].of(task))
@@ -240,7 +240,7 @@ class Harness:
 
 
 def _range(numbers: Sequence[int]) -> int | str:
-    """One number, or the least and the largest of several."""
+    """Write one number, or the least and the largest of several."""
     low, high = min(numbers), max(numbers)
     return low if low == high else f"{low} to {high}"
 
@@ -260,7 +260,7 @@ def _request(instance: Instance, encoder: Encoder) -> Request:
 
 
 def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[Prompt]]:
-    """What the requests ask, the kinds apart, each in the order of the requests."""
+    """Return what the requests ask, the kinds apart, each in the order of the requests."""
     asked = [request.encoded for request in requests]
     return (
         [pair for pair in asked if isinstance(pair, Pair)],
@@ -270,14 +270,14 @@ def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[
 
 
 def windows_of(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
-    """The pieces in which lm-eval predicts every token of a text once, each after as much context as fits."""
+    """Cut a text into the pieces in which lm-eval predicts every token once, each after as much context as fits."""
     windows = get_rolling_token_windows(list(text.tokens), prefix_token=prefix, max_seq_len=length, context_len=1)
     pieces = map(make_disjoint_window, windows)
     return tuple(Pair(tuple(context), tuple(tokens), asks_greedy=False) for context, tokens in pieces)
 
 
 def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
-    """The engine's answer to every request, in their order."""
+    """Return the engine's answer to every request, in their order."""
     reading = suite.reading(engine.max_length)
     pairs, _, prompts = _by_kind(suite.requests)
     scores = engine.loglikelihoods(reading.pairs)
@@ -330,7 +330,7 @@ def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_le
 
 
 def _filtered(asked: AskedItem, answered: Sequence[_Answered]) -> list[Any]:
-    """An item's answers behind the task's filter, which reads them from lm-eval's instances."""
+    """Return an item's answers behind the task's filter, which reads them from lm-eval's instances."""
     member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
     for instance, answer in zip(instances, answered, strict=True):
         instance.resps = [answer.response]
@@ -341,7 +341,7 @@ def _filtered(asked: AskedItem, answered: Sequence[_Answered]) -> list[Any]:
 def bytes_of(
     member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float
 ) -> tuple[float, int]:
-    """A text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
+    """Return a text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
     for name in ("bits_per_byte", "byte_perplexity"):
         if name in metrics:
             return metrics[name]
@@ -351,7 +351,7 @@ def bytes_of(
 def _chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
-    """A conversation as lm-eval renders it: without the system message where a template refuses one."""
+    """Write a conversation as lm-eval renders it: without the system message where a template refuses one."""
 
     def render(kept: list[dict[str, str]]) -> str:
         return str(

@@ -109,7 +109,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
 
 
 def _half_built(error: BaseException) -> ConfigurableTask | None:
-    """The task that lm-eval was making when it failed, and which no exception names."""
+    """Find the task that lm-eval was making when it failed, and which no exception names."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code is ConfigurableTask.__init__.__code__:
             return cast(ConfigurableTask, frame.f_locals["self"])
@@ -117,7 +117,7 @@ def _half_built(error: BaseException) -> ConfigurableTask | None:
 
 
 def _why(error: Exception, member: ConfigurableTask | None) -> str:
-    """What stood in the way of a task; lm-eval tries the first item while it makes one, without saying so."""
+    """Say what stood in the way of a task; lm-eval tries the first item while it makes one, without saying so."""
     unreachable = isinstance(error, ConnectionError) or str(error).startswith("Couldn't find cache")
     if unreachable and member is not None:
         names = [member.DATASET_PATH, *([member.DATASET_NAME] if member.DATASET_NAME else [])]
@@ -145,7 +145,7 @@ def _built_in() -> TaskManager:
 
 
 def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
-    """A task's name and what lm-eval makes of it: its members, and its groups."""
+    """Return a task's name and what lm-eval makes of it: its members, and its groups."""
     if not ("/" in source or "\\" in source or source.endswith((".yaml", ".yml")) or Path(source).is_dir()):
         manager = _built_in()
         if source not in manager.task_index:
@@ -168,7 +168,7 @@ def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
 
 
 def _tasks_of(path: Path, config: dict[str, Any]) -> dict[str, Entry]:
-    """The task or group of a file, and for a group all tasks below its folder, by name."""
+    """Return the task or group of a file, and for a group all tasks below its folder, by name."""
     index: dict[str, Entry] = {}
     TaskIndex.process_cfg(config, path, index)
     for other in task_files_below(path.parent) if isinstance(config.get("task"), list) else ():
@@ -183,7 +183,7 @@ def _tasks_of(path: Path, config: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _needed(index: Mapping[str, Entry], name: str, path: Path) -> list[str]:
-    """A task or group and all it is made of."""
+    """List a task or group and all it is made of."""
     needed, waiting = list[str](), [name]
     while waiting:
         found = waiting.pop()
@@ -214,7 +214,7 @@ def _settle(entry: Entry, *, allow_task_code: bool) -> None:
 
 
 def _with_rows(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose JSON files are read by us: exact messages, and no Arrow cache for workers to share and lock."""
+    """Return settings whose JSON files we read: exact messages, and no Arrow cache for workers to share and lock."""
     if isinstance(config.get("task"), list):
         members = [_with_rows(member) if isinstance(member, dict) else member for member in config["task"]]
         return {**config, "task": members}

@@ -116,7 +116,7 @@ def build_pico(folder: Path, texts: Sequence[str], plan: TrainingPlan, progress:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of 256 bytes and three special tokens, without merges."""
+    """Make a tokenizer of 256 bytes and three special tokens, without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -150,7 +150,7 @@ def train_expert(base: Path, texts: Sequence[str], folder: Path, plan: TrainingP
 
 
 def _rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: TrainingPlan) -> torch.Tensor:
-    """Token rows for every step, texts joined by the end-of-text token.  # (steps, batch, length)"""
+    """Make token rows for every step, texts joined by the end-of-text token.  # (steps, batch, length)"""
     import torch
 
     tokens: list[int] = []
@@ -202,7 +202,7 @@ def _digest(texts: Sequence[str]) -> str:
 
 @contextmanager
 def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]:
-    """A temporary folder that becomes `folder` when the block ends; None when it is there already, with these facts."""
+    """Give a temporary folder that becomes `folder` when the block ends; None where it is there, with these facts."""
     manifest = json.dumps(facts, sort_keys=True)
     if (folder / MANIFEST).exists() and (folder / MANIFEST).read_text() == manifest:
         yield None

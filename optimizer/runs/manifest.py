@@ -21,7 +21,7 @@ KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What tasks.json holds: format, tasks (a list), fingerprint (a mapping), study and storage.
+    """Read what tasks.json holds: format, tasks (a list), fingerprint (a mapping), study and storage.
 
     The study is a name, which counts in a database outside the folder; the storage is that database's URL, without a
     password, or None for study.db. A file of an earlier version has neither; its study file tells them.
@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def stored_study(folder: Path) -> dict[str, Any]:
-    """What a run's study.yaml holds; nothing where it cannot be read."""
+    """Read what a run's study.yaml holds; nothing where it cannot be read."""
     try:
         return read_yaml(folder / "study.yaml")
     except StudyFileError:
@@ -64,7 +64,7 @@ def stored_study(folder: Path) -> dict[str, Any]:
 
 
 def _from_study_file(folder: Path) -> dict[str, Any]:
-    """A study had the name of its folder, there and then; `home` is that folder, since the study does not say it."""
+    """Name the study as its folder was, there and then; `home` is that folder, since the study does not say it."""
     study = stored_study(folder)
     search, runs, name = study.get("search"), study.get("runs"), str(study.get("name", folder.resolve().name))
     storage = search.get("storage") if isinstance(search, dict) else None
@@ -76,7 +76,7 @@ def _from_study_file(folder: Path) -> dict[str, Any]:
 
 
 def tasks_of(manifest: Mapping[str, Any], path: Path) -> tuple[TaskInfo, ...]:
-    """The tasks of a manifest that was read from `path`."""
+    """Read the tasks of a manifest that was read from `path`."""
     tasks: dict[str, TaskInfo] = {}
     for i, given in enumerate(manifest["tasks"]):
         task = _task(given, path, f"tasks.{i}")

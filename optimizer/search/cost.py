@@ -50,7 +50,7 @@ def cost_of(plan: Plan) -> Cost | None:
 
 
 def _speed(study: Study) -> float:
-    """FLOP per second of all workers together."""
+    """Estimate FLOP per second of all workers together."""
     workers, cores = study.workers, os.cpu_count() or 1
     if workers.device == "cuda" or (workers.device == "auto" and Path("/dev/nvidia0").exists()):
         return GPU_FLOPS

@@ -22,6 +22,6 @@ def _formatted(*details: Any, **more: Any) -> str:
 
 
 def make_notices_printable() -> None:
-    """From now on, write control characters out in what any library logs or warns of in this process."""
+    """Write control characters out from now on, in what any library logs or warns of in this process."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _formatted

@@ -96,7 +96,7 @@ class _Tally:
         self._left = _span((now - since) / finished * remaining) if finished > 0 and remaining > 0 else ""
 
     def news(self) -> str:
-        """Such as "3 min left, front 5, best 71 % at 4 %, 1 failed"."""
+        """Say how far it is, such as "3 min left, front 5, best 71 % at 4 %, 1 failed"."""
         parts = [f"{self._left} left"] if self._left else []
         if self._points:
             parts += self._front()
@@ -113,7 +113,7 @@ class _Tally:
 
 
 def event_text(event: Event) -> str:
-    """One event in words, without the time."""
+    """Say one event in words, without the time."""
     name = "" if event.trial is None else f"trial {event.trial}"
     label = one_line(event.label)
     label = f" ({label})" if label and name else label

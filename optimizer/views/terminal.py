@@ -26,11 +26,11 @@ class Terminal(Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **settings})
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Plain text, made printable before it is laid out."""
+        """Render plain text, made printable before it is laid out."""
         return super().render_str(printable(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Anything else, made printable as it is written."""
+        """Render anything else, made printable as it is written."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 

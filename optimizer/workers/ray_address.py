@@ -29,7 +29,7 @@ RULE = "workers.ray_address (--ray-address) must be HOST:PORT of a running Ray c
 
 
 def address_problem(address: str) -> str:
-    """What is wrong with an address as it is written; empty where it may lead to a cluster."""
+    """Say what is wrong with an address as it is written; empty where it may lead to a cluster."""
     if address == "auto":
         return ""
     if "://" in address:
@@ -58,7 +58,7 @@ def require_cluster(address: str) -> None:
 
 
 def other_cluster() -> str:
-    """The Ray cluster that this machine names to whoever asks for none, in words; empty where it names none."""
+    """Name the Ray cluster that this machine offers to whoever asks for none, in words; empty where there is none."""
     current = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     with suppress(OSError, UnicodeError):
         if not (named := os.environ.get("RAY_ADDRESS", "")):
@@ -68,7 +68,7 @@ def other_cluster() -> str:
 
 
 def _greeted(host: str, port: int) -> str:
-    """What is wrong with a port; empty where it answers a greeting as an HTTP/2 server does, which Ray's head is."""
+    """Say what is wrong with a port; empty where it answers a greeting as an HTTP/2 server, which Ray's head is."""
     try:
         connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
     except TimeoutError:
@@ -91,7 +91,7 @@ def _greeted(host: str, port: int) -> str:
 
 
 def _answer(connection: socket.socket) -> bytes:
-    """The first bytes of what a server says to an HTTP/2 greeting; fewer than four where it hangs up."""
+    """Read the first bytes of what a server says to an HTTP/2 greeting; fewer than four where it hangs up."""
     connection.settimeout(ANSWER_SECONDS)
     connection.sendall(PREFACE)
     answer, end = b"", time.monotonic() + ANSWER_SECONDS
@@ -102,7 +102,7 @@ def _answer(connection: socket.socket) -> bytes:
 
 
 def _joined(address: str) -> str:
-    """What kept a process from joining the cluster, in words; empty where it joined."""
+    """Say what kept a process from joining the cluster, in words; empty where it joined."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("ray_probe.py")), address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS)

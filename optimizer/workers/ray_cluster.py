@@ -90,7 +90,7 @@ class RayCluster:
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def tail(self, pid: int) -> str:
-        """The last lines a worker of a private cluster wrote, on lines of their own; empty where there are none."""
+        """Read the last lines a worker of a private cluster wrote, on lines of their own; empty where none are."""
         if self._folder is None or not pid:
             return ""
         lines: list[str] = []
@@ -99,7 +99,7 @@ class RayCluster:
         return "".join(f"\n    {line}" for line in lines[-TAIL_LINES:])
 
     def describe_resources(self) -> str:
-        """What the cluster has and what of it is free, in words."""
+        """Say what the cluster has and what of it is free, in words."""
         return f"Ray offers {self.ray.cluster_resources()}, of which {self.ray.available_resources()} is free"
 
     def _set_environment(self) -> None:
@@ -154,7 +154,7 @@ def read_token_anew() -> None:
 
 
 def temporary_parent() -> Path:
-    """The system's temporary folder, or /tmp where that path is too long for Ray's sockets."""
+    """Find the system's temporary folder, or /tmp where that path is too long for Ray's sockets."""
     parent = tempfile.gettempdir()
     return Path(parent if len(parent) <= LONGEST_TEMP or sys.platform == "win32" else "/tmp")
 

@@ -36,7 +36,7 @@ def probe(address: str) -> None:
 
 
 def versions(address: str) -> dict[str, str]:
-    """A cluster's versions of Ray and Python; Ray compares them last, and may stumble over the difference before."""
+    """Read a cluster's versions of Ray and Python; Ray compares them last, and may stumble over them before."""
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.services import canonicalize_bootstrap_address
 
