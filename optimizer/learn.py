@@ -17,7 +17,7 @@ from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
     from optimizer.study.study_file import Study
-    from optimizer.workers.learner import Learned
+    from optimizer.workers.orders import Learned
 
 STEPS = 24
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
@@ -49,7 +49,7 @@ def learn_weights(
         MergefrontError: the study or the file is not usable, or a merge is not finite.
         TaskError: a task has nothing to learn from.
     """
-    from optimizer.workers.learner import Lesson
+    from optimizer.workers.orders import Lesson
 
     if checked_path(out, where="--out", error=MergeError).exists():
         raise MergeError(f"a recipe is written to a new file, and {out} exists; name another one or remove it")
@@ -92,7 +92,7 @@ def derive_expert(
         MergefrontError: the study is not usable, or the folder cannot be written.
         TaskError: a task has nothing to learn from.
     """
-    from optimizer.workers.deriver import Derivation
+    from optimizer.workers.orders import Derivation
 
     study = _sound(study_path, overrides)
     names = list(study.models.experts)

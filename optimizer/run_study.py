@@ -22,6 +22,7 @@ from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
+from optimizer.search.prepared import Preparation
 from optimizer.study.schema import Study
 from optimizer.study.study_file import dump_study, read_study
 from optimizer.study.tasks import task_specs
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.run import Run
+
+
+DERIVED_FOLDER = "derived-experts"  # beside the run folders: runs of the same models and items share them
 
 
 def run_study(study_path: Path | str, overrides: Sequence[str], console: Console) -> Run:
@@ -106,7 +110,24 @@ def _search(ready: Ready, run: RunFolder, console: Console) -> None:
             tasks=ready.harness.infos,
             require_unchanged=partial(_require_unchanged, ready.models),
             events=partial(_tell_both, progress, run),
+            preparation=preparation_of(ready.study),
         )
+
+
+def preparation_of(study: Study) -> Preparation:
+    """Give the anchors that a worker prepares for a study."""
+    learned = study.search.learned
+    return Preparation(
+        base=study.models.base,
+        experts=tuple(study.models.experts.items()),
+        folder=Path(study.runs).absolute() / DERIVED_FOLDER,
+        forms=study.anchors.derived,
+        learned=learned.count,
+        by=learned.by,
+        loss=learned.loss,
+        steps=learned.steps,
+        seed=study.search.seed,
+    )
 
 
 def finish(run: Run) -> None:

@@ -18,6 +18,7 @@ ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "recipe": str,
     "reason": str,
+    "request": str,
     "retry_of": int,
     "seconds": (int, float),
 }

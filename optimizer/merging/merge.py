@@ -61,6 +61,17 @@ class Sources:
             require_compatible(opened, expert)
         return sources
 
+    def extended(self, experts: Sequence[tuple[str, str]]) -> Sources:
+        """Open further experts, (name, source), beside those that are open.
+
+        Raises:
+            CheckpointError: one cannot be read, or does not fit the base.
+        """
+        added = {name: open_checkpoint(source, base=self.base) for name, source in experts if name not in self.experts}
+        for expert in added.values():
+            require_compatible(self.base, expert)
+        return replace(self, experts={**self.experts, **added}) if added else self
+
     def read_anew(self) -> Sources:
         """The same sources, each tensor read from its file when it is asked for."""
         return Sources(self.base.read_anew(), {name: expert.read_anew() for name, expert in self.experts.items()})

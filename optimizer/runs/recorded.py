@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.runs.trial import BASE, TrialKind
 from search_spaces.errors import SpaceError
-from search_spaces.groups import flow_order, kind_of, layer_of
+from search_spaces.groups import flow_order, group_at, kind_of, layer_of
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe
 
@@ -101,18 +102,20 @@ class RecordedRun:
 
     def weights(self, trial: int) -> pd.DataFrame:
         """Return how much of each expert a trial took in each group: group, kind, layer (-1 for embed and head),
-        expert, weight; groups in the order data flows through them."""
+        expert, weight (the mean where a group's tensors differ); groups in the order data flows through them."""
         recipe = self.recipe(trial)
         spec = METHODS[recipe.method]
         parameter = spec.parameter(spec.scale)
         assert parameter is not None, "the scale is one of the method's parameters"
-        groups = sorted({setting.group for setting in recipe.settings if setting.group}, key=flow_order)
+        places: dict[str, list[str]] = {}  # group to what has weights in it: the group itself, or its tensors
+        for place in sorted({setting.group for setting in recipe.settings if setting.group}):
+            places.setdefault(group_at(place), []).append(place)
         rows = []
         for name, _ in recipe.experts:
-            for group in groups:
+            for group in sorted(places, key=flow_order):
                 layer = layer_of(group)
                 owner = name if parameter.scope == "expert" else ""
-                weight = recipe.value(parameter.name, expert=owner, group=group)
+                weight = fmean(recipe.value(parameter.name, expert=owner, group=place) for place in places[group])
                 rows.append((group, kind_of(group), -1 if layer is None else layer, name, weight))
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
 

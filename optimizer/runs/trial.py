@@ -76,6 +76,11 @@ class TrialKind:
         return self != SEARCHED
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether a worker makes the trial's recipe: it has no parameters, and samplers do not see it."""
+        return self.role in (Role.DERIVED, Role.LEARNED)
+
+    @property
     def is_reference(self) -> bool:
         """Whether the trial is the base or an expert, by which every score is measured."""
         return self.role in (Role.BASE, Role.EXPERT)

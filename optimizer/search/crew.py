@@ -43,6 +43,11 @@ class Crew:
         """Whether a worker is free and nobody asked to stop."""
         return len(self.out) < self.pool.size and self.interrupt.since is None
 
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs that are out."""
+        return [entry.job for entry in self.out.values()]
+
     def submit(self, job: Job) -> None:
         """Give a worker a job."""
         self.out[job.trial] = OpenJob(job, time.monotonic())

@@ -28,7 +28,7 @@ from optimizer.database.study_db import unwritable
 from optimizer.database.study_home import storage_file
 from optimizer.errors import SearchError
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import DUPLICATE, WORKER_DIED
+from optimizer.runs.trial import DRIVER_DIED, DUPLICATE, WORKER_DIED, TrialKind
 from optimizer.search.crew import Crew
 from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
@@ -37,9 +37,10 @@ from optimizer.search.interrupt import interruptible
 from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import front_midpoint
+from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.samplers import make_sampler
 from optimizer.search.scale import find_scale, objectives_of
-from optimizer.workers.pool import Pool, Result
+from optimizer.workers.pool import Job, Pool, Result, ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.space import Space
 
@@ -60,6 +61,7 @@ def run_search(
     tasks: Sequence[TaskInfo],
     require_unchanged: Callable[[], None],
     events: Callable[[Event], None],
+    preparation: Preparation | None = None,
 ) -> None:
     """Search until the budget is used, then score the front and the anchors on the holdout suite.
 
@@ -71,6 +73,7 @@ def run_search(
         require_unchanged: raises CheckpointError where a checkpoint's file is not as it was when the caller opened it;
             asked before any result is taken.
         events: is told of each step after it is safely stored.
+        preparation: the anchors that a worker prepares; None: none.
 
     Raises:
         SearchError: the base or an expert cannot be scored, the tasks give no scale, trials keep failing, or a
@@ -88,7 +91,8 @@ def run_search(
             ledger = Ledger(storage, study, run, space, tasks)
             reporter = Reporter(events, ledger, settings.trials)
             crew = Crew(pool, settings.max_attempts, require_unchanged, partial(reporter.trial, "retry"), interrupt)
-            search = _Search(settings, space, ledger, crew, reporter)
+            preparer = Preparer(preparation, ledger) if preparation else None
+            search = _Search(settings, space, ledger, crew, reporter, preparer)
             search.resume()
             search.spend_budget()
             judge_front(ledger, crew, reporter)
@@ -130,10 +134,16 @@ class _Search:
     """One driver of a study; what must outlive it stands in the ledger."""
 
     def __init__(
-        self, settings: SearchSection, space: Space | Choice, ledger: Ledger, crew: Crew, reporter: Reporter
+        self,
+        settings: SearchSection,
+        space: Space | Choice,
+        ledger: Ledger,
+        crew: Crew,
+        reporter: Reporter,
+        preparer: Preparer | None,
     ) -> None:
         self.settings, self.space = settings, space
-        self.ledger, self.crew, self.reporter = ledger, crew, reporter
+        self.ledger, self.crew, self.reporter, self.preparer = ledger, crew, reporter, preparer
         self.study = ledger.study
         self.names = objective_names([name for name, _ in space.experts])
         self.budget = settings.trials
@@ -171,8 +181,10 @@ class _Search:
             if not self.crew.out:
                 break
             for result, seconds in self.crew.wait():
-                if result.evaluation is None:
+                if result.answer is None:
                     self._failed(result.job.trial, f"{WORKER_DIED}: {result.error}" if result.died else result.error)
+                elif not isinstance(result.job, ScoreJob):
+                    self._prepared(result, seconds)
                 else:
                     self._scored(result, seconds)
         self.crew.end()
@@ -186,6 +198,8 @@ class _Search:
             return True  # without the base and the experts nothing could be told, whatever the budget
         if ledger.owes_told:
             return True  # it is in the budget already
+        if self.preparer and self.preparer.waits(self.crew.jobs):
+            return False  # a free worker waits for its lesson: asked for by chance, trials would take its place
         room = self.asked < self.budget and self.repeats < REPEATS_BEFORE_END
         return room and time.monotonic() < self.deadline
 
@@ -196,10 +210,32 @@ class _Search:
         return ledger.finished + len(ledger.held) + len(self.crew.out.keys() - ledger.values.keys())
 
     def _ask(self) -> None:
-        """Give a worker the next job: a told trial whose outcomes are lost, or a recipe that is not known yet."""
-        if self.ledger.owes_told:
-            self._submit(self.ledger.owed.popleft())
-            return
+        """Give a worker the next job: a trial that is owed, an anchor to prepare, or a recipe to be sampled."""
+        ledger = self.ledger
+        if ledger.owed and ledger.kinds[ledger.owed[0]].is_prepared:
+            self._take_up_prepared(ledger.owed.popleft())
+        elif ledger.owes_told:
+            self._submit(ledger.owed.popleft())
+        elif job := self._next_to_prepare():
+            self.crew.submit(job)
+        else:
+            self._ask_sampled()
+
+    def _next_to_prepare(self) -> Job | None:
+        return self.preparer.next(self.crew.jobs) if self.preparer else None
+
+    def _take_up_prepared(self, number: int) -> None:
+        """Score an anchor that has its recipe, or have it prepared again."""
+        if number in self.ledger.recipes:
+            self._submit(number)
+        elif self.preparer:
+            self.ledger.reopened(number)
+            self.crew.submit(self.preparer.job(number))
+        else:
+            self._failed(number, f"{DRIVER_DIED}; no anchors are prepared any more")
+
+    def _ask_sampled(self) -> None:
+        """Give a worker a recipe that is not known yet."""
         number = self._ask_recipe()
         fault("ask.after")
         twin = self.ledger.twin_of(number)
@@ -227,7 +263,7 @@ class _Search:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self.ledger.reopened(self.ledger.owed.popleft()) if self.ledger.owed else self._new_trial()
             params = self.space.suggest(trial)
-        self.ledger.enter(trial, self.space.recipe(params))
+        self.ledger.enter(trial.number, TrialKind.of(trial.user_attrs), self.space.recipe(params))
         return trial.number
 
     def _new_trial(self) -> optuna.Trial:
@@ -240,11 +276,25 @@ class _Search:
         due = 2 * self.asked >= self.budget and self.asked % MIDPOINT_EVERY == 0 and self.scale is not None
         return due and len(self.names) <= 2 and self.settings.sampler != "random"
 
+    def _prepared(self, result: Result, seconds: float) -> None:
+        """Enter the recipe of an anchor that a worker has prepared, and have it scored."""
+        assert self.preparer is not None
+        number = result.job.trial
+        self.ledger.enter(number, self.ledger.kinds[number], self.preparer.recipe(number, result.answer))
+        fault("prepared.after")
+        twin = self.ledger.twin_of(number)
+        if twin is not None:
+            self.ledger.tell_failed(number, f"{DUPLICATE} {twin}")
+            return
+        self.reporter.trial("note", number, f"is prepared ({seconds:.0f} s)")
+        if self.crew.takes_jobs:  # else a person asked to stop, and the next start scores it
+            self._submit(number)
+
     # Telling --------------------------------------------------------------------------------------------------------
 
     def _scored(self, result: Result, seconds: float) -> None:
-        assert result.evaluation is not None
-        number, outcomes = result.job.trial, result.evaluation.outcomes
+        assert result.answer is not None
+        number, outcomes = result.job.trial, result.answer.outcomes
         if broken := not_finite(outcomes):
             self._failed(number, broken)
             return
@@ -283,11 +333,12 @@ class _Search:
 
     def _failed(self, number: int, reason: str) -> None:
         """End a trial that will not be tried again; stop the search where going on makes no sense."""
+        kind = self.ledger.kinds[number]
         if number not in self.ledger.values:  # else it stays COMPLETE, and the next start tries to score it again
             self.ledger.tell_failed(number, reason)
-            self.ledger.finished += 1
-        kind = self.ledger.kinds[number]
+            self.ledger.finished += not kind.is_prepared
         self.reporter.trial("failed", number, reason)
         if kind in self.ledger.reference_kinds:
             raise SearchError(f"every score is measured by the {kind.label}, and it failed: {reason}")
-        self.failures.failed(reason)
+        if not kind.is_prepared:  # those are few, and say nothing about the trials that are sampled
+            self.failures.failed(reason)

@@ -42,10 +42,10 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
 def _take_in(result: Result, ledger: Ledger) -> str:
     """Store a trial's holdout outcomes; what is wrong with them, in words, where nothing is stored."""
     number = result.job.trial
-    error = result.error if result.evaluation is None else not_finite(result.evaluation.outcomes)
-    if result.evaluation is not None and not error:
+    error = result.error if result.answer is None else not_finite(result.answer.outcomes)
+    if result.answer is not None and not error:
         fault("holdout.before")
-        ledger.run.write_outcomes(number, HOLDOUT, ledger.digests[number], result.evaluation.outcomes)
+        ledger.run.write_outcomes(number, HOLDOUT, ledger.digests[number], result.answer.outcomes)
     elif ledger.kinds[number] in ledger.reference_kinds:
         raise SearchError(f"the {ledger.kinds[number]} failed on the holdout suite: {error}")
     return error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -19,7 +19,8 @@ from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, TrialKind
 from optimizer.search.fault_point import fault
-from optimizer.workers.pool import Job
+from optimizer.search.samplers import SampledStudy
+from optimizer.workers.pool import ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
@@ -40,7 +41,8 @@ class Ledger:
     def __init__(
         self, storage: RDBStorage, study: optuna.Study, run: RunFolder, space: Space | Choice, tasks: Sequence[TaskInfo]
     ) -> None:
-        self.storage, self.study, self.run, self.tasks = storage, study, run, tasks
+        self.storage, self.run, self.tasks = storage, run, tasks
+        self.study = SampledStudy(study.study_name, storage)
         self.study_id = storage.get_study_id_from_name(study.study_name)
         self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
         self.reference_kinds = (BASE, *(TrialKind.expert(name) for name, _ in space.experts))
@@ -53,6 +55,12 @@ class Ledger:
         self.references: dict[TrialKind, int] = {}  # kind to the scored trial
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
+        self._waiting: set[TrialKind] = set()  # anchors in Optuna's queue
+
+    @property
+    def anchors_wait(self) -> bool:
+        """Whether anchors of the space wait to be asked for."""
+        return bool(self._waiting)
 
     @property
     def has_references(self) -> bool:
@@ -66,11 +74,15 @@ class Ledger:
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Give the study's trials, of some states or of all."""
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
 
-    def job(self, number: int, suite: str) -> Job:
+    def attribute(self, number: int, name: str) -> str:
+        """Give a text that a trial was made with."""
+        return str(self.storage.get_trial(self._id_of(number)).user_attrs[name])
+
+    def job(self, number: int, suite: str) -> ScoreJob:
         """Give the job that scores a trial on a suite."""
-        return Job(number, self.recipes[number], suite)
+        return ScoreJob(number, self.recipes[number], suite)
 
     def outcomes_fault(self, number: int, suite: str) -> str:
         """What is wrong with a trial's stored outcomes, in words; empty where nothing is."""
@@ -112,7 +124,7 @@ class Ledger:
             self.values[trial.number] = tuple(trial.values)
         elif trial.state != TrialState.FAIL or trial.user_attrs.get("reason", "").startswith(NOT_COUNTED):
             return
-        elif kind in self.reference_kinds:
+        elif kind in self.reference_kinds or kind.is_prepared:
             return  # a failed reference is scored again: the person may have mended what broke it
         self.finished += 1
         if trial.number in self.digests:
@@ -136,7 +148,7 @@ class Ledger:
         if digest is not None and digest not in self.seen and not self.outcomes_fault(number, SEARCH):
             self.seen[digest] = number
             self.hold(number, trial.user_attrs.get("seconds", math.nan))
-        elif is_retried or (digest is None and self.kinds[number] not in self.anchors):
+        elif is_retried or not (digest or self.kinds[number] in self.anchors or self.kinds[number].is_prepared):
             self.tell_failed(number, DRIVER_DIED)
         else:
             self.owed.append(number)
@@ -151,20 +163,28 @@ class Ledger:
             if kind not in standing:
                 self.study.enqueue_trial(params, user_attrs={"kind": kind.stored})
                 fault("enqueue.after")
+        self._waiting = {TrialKind.of(trial.user_attrs) for trial in self.trials(TrialState.WAITING)} & set(
+            self.anchors
+        )
 
     def _order_owed(self) -> None:
-        """The base and the experts first, also those that wait behind others: by them every score is measured."""
+        """The base and the experts first, also those that wait behind others: by them every score is measured.
+
+        What a worker prepares is never asked for through Optuna's queue, so it is owed too where it waits.
+        """
         for trial in self.trials(TrialState.WAITING):
             kind = TrialKind.of(trial.user_attrs)
-            if kind in self.reference_kinds:
+            if kind in self.reference_kinds or kind.is_prepared:
                 self.kinds[trial.number] = kind
                 self.owed.append(trial.number)
         self.owed = deque(sorted(self.owed, key=self._place_of))
 
-    def _place_of(self, number: int) -> tuple[int, bool, int]:
-        """Where an owed trial stands: references in their order, what is in the budget already, the rest by number."""
+    def _place_of(self, number: int) -> tuple[int, bool, bool, int]:
+        """Where an owed trial stands: references in their order, what is in the budget already, what has or gets its
+        recipe at once, the rest by number."""
         kinds, kind = self.reference_kinds, self.kinds[number]
-        return kinds.index(kind) if kind in kinds else len(kinds), number not in self.values, number
+        place = kinds.index(kind) if kind in kinds else len(kinds)
+        return place, number not in self.values, kind.is_prepared and number not in self.recipes, number
 
     # What becomes of a trial ----------------------------------------------------------------------------------------
 
@@ -174,12 +194,22 @@ class Ledger:
         self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return optuna.Trial(self.study, trial_id)
 
-    def enter(self, trial: optuna.Trial, recipe: Recipe) -> None:
-        """Write down a trial's recipe, also in the study."""
-        number = trial.number
-        self.kinds[number] = TrialKind.of(trial.user_attrs)
+    def create(self, kind: TrialKind, attributes: Mapping[str, str] | None = None) -> int:
+        """Make a trial without parameters that is in hand at once, and give its number."""
+        before = len(self.trials())
+        self.study.enqueue_trial({}, user_attrs={"kind": kind.stored, **(attributes or {})})
+        (trial,) = self.trials()[before:]
+        fault("enqueue.after")
+        self.kinds[trial.number] = kind
+        self.reopened(trial.number)
+        return trial.number
+
+    def enter(self, number: int, kind: TrialKind, recipe: Recipe) -> None:
+        """Write down a trial's kind and recipe, the recipe also in the study."""
+        self.kinds[number] = kind
+        self._waiting.discard(kind)
         self.recipes[number], self.digests[number] = recipe.to_json(), recipe.digest
-        trial.set_user_attr("recipe", self.recipes[number])
+        self.note(number, "recipe", self.recipes[number])
 
     def twin_of(self, number: int) -> int | None:
         """Give the earlier trial that has the same recipe; None for the first, and for base and experts."""
@@ -196,7 +226,7 @@ class Ledger:
     def tell(self, number: int, values: tuple[float, ...], seconds: float) -> None:
         """Tell a trial's objectives."""
         if math.isfinite(seconds):
-            self._note(number, "seconds", round(seconds, 3))
+            self.note(number, "seconds", round(seconds, 3))
         fault("tell.before")
         self.study.tell(number, values)
         fault("tell.after")
@@ -205,11 +235,12 @@ class Ledger:
 
     def tell_failed(self, number: int, reason: str) -> None:
         """Tell that a trial failed, and why; whether it counts is the caller's."""
-        self._note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
+        self.note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
         fault("fail.before")
         self.study.tell(number, state=TrialState.FAIL)
 
-    def _note(self, number: int, key: str, value: object) -> None:
+    def note(self, number: int, key: str, value: object) -> None:
+        """Give a trial of the study a user attribute."""
         self.storage.set_trial_user_attr(self._id_of(number), key, value)
 
     def _id_of(self, number: int) -> int:

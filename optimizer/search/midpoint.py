@@ -16,8 +16,8 @@ from search_spaces.space import Space
 
 def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | str] | None:
     """Give the params of the widest gap's midpoint whose recipe is not known yet; None where there is none."""
-    front = sorted(ledger.front(), key=lambda number: ledger.values[number][-1])
-    params = {trial.number: trial.params for trial in ledger.trials()}
+    params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
+    front = sorted(ledger.front() & params.keys(), key=lambda number: ledger.values[number][-1])
     for left, right in widest_gaps([ledger.values[number] for number in front]):
         between = _halfway(params[front[left]], params[front[right]])
         if between is not None and space.recipe(between).digest not in ledger.seen:

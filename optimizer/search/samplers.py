@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.errors import StudyFileError
+from optimizer.runs.trial import TrialKind
 from search_spaces.choice import METHOD
 
 GP_DIMENSIONS = 20
@@ -54,6 +56,19 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
             case "random":
                 return optuna.samplers.RandomSampler(seed=mixed)
     raise AssertionError(f"unknown sampler {name}")
+
+
+class SampledStudy(Study):
+    """A study in which samplers do not see the trials that a worker prepares.
+
+    Those have no parameters, and samplers learn from the parameters that all trials have.
+    """
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, states, use_cache)
+        return [trial for trial in trials if not TrialKind.of(trial.user_attrs).is_prepared]
 
 
 class _MethodApart(optuna.samplers.TPESampler):

@@ -111,8 +111,12 @@ evals:
   holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
   seed: 0  # chooses the items
 
+anchors:
+  derived: [regmean, fisher]  # closed forms that make an expert of base and expert, scored at three shares; or none
+
 search:
   trials: 40  # the base, the experts and other anchors are among them
+  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 20 trials; 0: none
   sampler: auto  # auto, tpe, nsga2, gp, random
   seed: 0
 

@@ -20,6 +20,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
+    field_serializer,
     model_serializer,
 )
 
@@ -31,6 +32,7 @@ MOST_ITEMS, MOST_WORKERS, MOST_MINUTES = 1_000_000_000, 1024, 1e7  # beyond any 
 SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
+MOST_LEARNED, MOST_STEPS = 100, 10_000
 MOST_POINTS = 64  # of a curve, blocks of a shape
 Range = tuple[float, float]
 Finding = dict[str, Any]  # of pydantic
@@ -267,11 +269,33 @@ class EvalsSection(Section):
         return {"domain": self.domain, "general": self.general, "sentinel": self.sentinel}
 
 
+class LearnedEntry(Section):
+    """Anchors whose weights are learned by gradients; typed as their number alone or as a mapping."""
+
+    count: int = Field(default=5, ge=0, le=MOST_LEARNED, description="Learned anchors, from less domain to more.")
+    by: Literal["tensor", "group"] = Field(default="tensor", description="What has a weight of its own.")
+    loss: Literal["labels", "teachers"] = Field(
+        default="labels", description="Learn from the items' answers, or from what expert and base say to the items."
+    )
+    steps: int = Field(default=24, ge=1, le=MOST_STEPS, description="Steps of each lesson.")
+
+    @model_serializer(mode="wrap")
+    def _as_typed(self, handler: SerializerFunctionWrapHandler) -> int | dict[str, Any]:
+        return handler(self) if self.model_fields_set - {"count"} else self.count
+
+
+def _read_learned(value: object) -> object:
+    return {"count": value} if type(value) is int else value
+
+
 class SearchSection(Section):
     """The search."""
 
     trials: int = Field(
         default=40, ge=1, le=MOST_ITEMS, description="Distinct finished trials, the anchors among them."
+    )
+    learned: Annotated[LearnedEntry, BeforeValidator(_read_learned, json_schema_input_type=int | LearnedEntry)] = Field(
+        default=LearnedEntry(), description="Anchors among the trials whose weights are learned by gradients; 0: none."
     )
     sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
@@ -283,6 +307,28 @@ class SearchSection(Section):
     )
     max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
     storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
+
+
+def _read_derived(value: object) -> object:
+    return () if value == "none" else tuple(value) if isinstance(value, list) else value
+
+
+class AnchorsSection(Section):
+    """Points that every study scores before it searches."""
+
+    derived: Annotated[
+        tuple[Literal["regmean", "fisher"], ...],
+        BeforeValidator(
+            _read_derived, json_schema_input_type=Literal["none"] | tuple[Literal["regmean", "fisher"], ...]
+        ),
+    ] = Field(
+        default=("regmean", "fisher"),
+        description="Closed forms by which experts are derived from base and expert, each at three shares; or none.",
+    )
+
+    @field_serializer("derived")
+    def _as_typed(self, derived: tuple[str, ...]) -> tuple[str, ...] | str:
+        return derived or "none"
 
 
 class WorkersSection(Section):
@@ -303,6 +349,7 @@ class Study(Section):
     models: Models
     space: SpaceSection = SpaceSection()
     evals: EvalsSection
+    anchors: AnchorsSection = AnchorsSection()
     search: SearchSection = SearchSection()
     workers: WorkersSection = WorkersSection()
     runs: str = Field(default="runs", min_length=1, description="Folder in which the run's folder is made.")

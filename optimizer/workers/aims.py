@@ -11,21 +11,20 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from evals.losses import Example, task_losses
 from evals.packing import build_trie
 from optimizer.merging.gradients import Gradient
+from optimizer.workers.orders import Loss
 from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
     from evals.engine import Engine
     from evals.outcomes import TaskInfo
     from evals.teachers import Beliefs
-
-Loss = Literal["labels", "teachers"]
 
 BASE = ""  # as the name of a model
 LEAST_SCALE = 0.05  # of a task's loss at the base: an expert that hardly moved it gives no scale
@@ -77,7 +76,8 @@ class Aims:
         candidate: the resident model.
         seen, kept: the items that lessons learn from, and those they keep apart.
         tasks: of the items.
-        experts: names.
+        base: its source.
+        experts: name and source of each by which losses are measured; a start may be of others, derived from them.
     """
 
     def __init__(
@@ -87,11 +87,13 @@ class Aims:
         kept: Sequence[Example],
         *,
         tasks: Sequence[TaskInfo],
-        experts: Sequence[str],
+        base: str,
+        experts: Mapping[str, str],
     ) -> None:
         self.candidate = candidate
         self.tokens = 0  # read so far; a step backward counts three times
-        self._seen, self._kept, self._experts = seen, kept, tuple(experts)
+        self._seen, self._kept = seen, kept
+        self._base, self._experts = base, dict(experts)
         self._domain = {
             name: [t.name for t in tasks if t.role == "domain" and t.expert in ("", name)] for name in experts
         }
@@ -100,10 +102,10 @@ class Aims:
         self._beliefs: dict[tuple[str, Example], tuple[Beliefs, ...]] = {}
         self._at_starts: dict[tuple[Loss, str, tuple[Term, ...]], dict[Term, float]] = {}  # on the items kept apart
 
-    def aim(self, loss: Loss, start: Recipe, preference: Mapping[str, float]) -> Aim:
+    def aim(self, loss: Loss, preference: Mapping[str, float]) -> Aim:
         """Weigh each term by its side's preference, in shares of what lies between base and expert."""
         if loss not in self._ends:
-            self._ends[loss] = self._ends_on_labels(start) if loss == "labels" else self._ends_of_teachers(start)
+            self._ends[loss] = self._ends_on_labels() if loss == "labels" else self._ends_of_teachers()
         ends = self._ends[loss]
         factors = dict.fromkeys(ends[BASE], 0.0)
         for name, share in preference.items():
@@ -153,26 +155,31 @@ class Aims:
         """Return what the parts' teachers hold likely, for each pair of each part."""
         return [held for part in parts for held in self._beliefs[part.term.teacher, part.example]]
 
-    def _ends_on_labels(self, start: Recipe) -> dict[str, dict[Term, float]]:
+    def _ends_on_labels(self) -> dict[str, dict[Term, float]]:
         ends = {}
         for name in (BASE, *self._experts):
-            self.candidate.merge(only(start, name))
+            self.candidate.merge(self.only(name))
             ends[name] = self.losses("labels", self.parts("labels", self._seen))
         return ends
 
-    def _ends_of_teachers(self, start: Recipe) -> dict[str, dict[Term, float]]:
+    def _ends_of_teachers(self) -> dict[str, dict[Term, float]]:
         """Read the beliefs on all items, and how far base and experts are from one another on those learned from."""
         every = self.parts("teachers", [*self._seen, *self._kept])
         seen = self.parts("teachers", self._seen)
         ends: dict[str, dict[Term, float]] = {}
         for name in (BASE, *self._experts):
-            self.candidate.merge(only(start, name))
+            self.candidate.merge(self.only(name))
             self._believe([part for part in every if part.term.teacher == name])
             others = [part for part in seen if name != BASE and part.term.teacher == BASE]
             ends[name] = {p.term: 0.0 for p in seen if p.term.teacher == name} | self.losses("teachers", others)
-        self.candidate.merge(only(start, BASE))
+        self.candidate.merge(self.only(BASE))
         ends[BASE] |= self.losses("teachers", [part for part in seen if part.term.teacher != BASE])
         return ends
+
+    def only(self, expert: str) -> Recipe:
+        """Make a recipe that is the base ("") or one expert."""
+        settings = tuple(Setting("weight", name, "", float(name == expert)) for name in self._experts)
+        return Recipe("task_arithmetic", self._base, tuple(self._experts.items()), settings)
 
     def _believe(self, parts: Sequence[Part]) -> None:
         self.tokens += size_of([part.example for part in parts])
@@ -237,12 +244,6 @@ def term_losses(loss: Loss, parts: Sequence[Part], found: torch.Tensor) -> dict[
         examples = [replace(e, right=(), lengths=(), weight=n) for e, n in zip(examples, tokens, strict=True)]
     losses = task_losses(examples, found)
     return {term: losses[name] for term, name in named.items()}
-
-
-def only(start: Recipe, expert: str) -> Recipe:
-    """Make a recipe of the start's models that is the base ("") or one expert."""
-    settings = [Setting("weight", name, "", float(name == expert)) for name, _ in start.experts]
-    return Recipe("task_arithmetic", start.base, start.experts, tuple(settings))
 
 
 def size_of(examples: Sequence[Example]) -> int:

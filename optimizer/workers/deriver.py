@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from optimizer.export.model_folder import copy_files
 from optimizer.merging.fisher import RowSquares, fisher_mean
 from optimizer.merging.gradients import taking_gradients
 from optimizer.merging.regmean import Grams, regmean
+from optimizer.workers.orders import Derivation
 from search_spaces.groups import split_name
 
 if TYPE_CHECKING:
@@ -36,28 +37,10 @@ if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.merging.merge import Sources
 
-Form = Literal["regmean", "fisher"]
 VERSION = 1  # a new number whenever the same sources and items come to give other tensors
 AT_ONCE = 4  # items of a backward pass; a text is read alone
 BASE, EXPERT = "base", "expert"  # the two sides of a path
 MANIFEST = "derivation.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Derivation:
-    """A path of derived experts.
-
-    Args:
-        form: how they are made.
-        expert: name of the expert.
-        shares: how far each goes to the expert, above 0 and below 1.
-        folder: where their folders are made.
-    """
-
-    form: Form
-    expert: str
-    shares: tuple[float, ...]
-    folder: Path
 
 
 @dataclass(frozen=True, slots=True)

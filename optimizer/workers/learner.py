@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evals.losses import Example
-from optimizer.workers.aims import Aims, Candidate, Loss, size_of
+from optimizer.workers.aims import Aims, Candidate, size_of
+from optimizer.workers.orders import Learned, Lesson
 from search_spaces import METHODS, Recipe, Setting, group_of
 
 if TYPE_CHECKING:
@@ -25,67 +26,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach
 KEPT = 5  # every so many-th item of a task is kept apart, where the task has as many
 RATE, MOMENTUM, SMOOTHING = 0.12, 0.8, 0.9  # of the steps, which fall to 0; of the gradient and of its square
 LOOKS = (0.5, 0.75, 1.0)  # shares of the steps after which the kept items are asked
-PULLS = (0.25, 0.5)  # towards the mean of an expert's weights, of the best of those
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What one learned anchor is learned for.
-
-    Args:
-        start: the recipe to begin at, as JSON; its method is one of `gradients.LEARNABLE`.
-        preference: of each expert's domain, by name; the general tasks have what is left of 1.
-        by: whether every tensor or every layer group has a weight of its own.
-        steps: how many.
-        bounds: what the weights stay within.
-        seed: of the items' order.
-        loss: the items' own, or the divergence from the experts on their domains' items and from the base on the
-            general ones (Expert Merging, arXiv 2509.25712).
-        questions, texts: how many of each task a step reads.
-        pulls: the shares that are tried of the way towards the mean of an expert's weights.
-    """
-
-    start: str
-    preference: tuple[tuple[str, float], ...]
-    by: Literal["tensor", "group"]
-    steps: int
-    bounds: tuple[float, float]
-    seed: int
-    loss: Loss = "labels"
-    questions: int = QUESTIONS
-    texts: int = TEXTS
-    pulls: tuple[float, ...] = PULLS
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What a lesson gave.
-
-    Args:
-        recipe: as JSON.
-        steps: after how many steps the weights were taken.
-        pull: how far they were pulled towards their mean, a share.
-        seen, kept: the loss on the items of the first step and on those kept apart, after; in shares of what lies
-            between base and expert.
-        seen_before, kept_before: the same at the start.
-        candidates: the cost, as a multiple of reading the search suite once; a step backward counts three times. The
-            first lesson of its loss in a process also pays for base and experts.
-        seconds: what it took.
-    """
-
-    recipe: str
-    steps: int
-    pull: float
-    seen: float
-    kept: float
-    seen_before: float
-    kept_before: float
-    candidates: float
-    seconds: float
 
 
 def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -172,11 +115,17 @@ class Learner:
     """Learns weights for one preference after another, from the same items in the same resident model."""
 
     def __init__(
-        self, candidate: Candidate, examples: Sequence[Example], *, tasks: Sequence[TaskInfo], experts: Sequence[str]
+        self,
+        candidate: Candidate,
+        examples: Sequence[Example],
+        *,
+        tasks: Sequence[TaskInfo],
+        base: str,
+        experts: Mapping[str, str],
     ) -> None:
-        self._candidate, self._experts = candidate, tuple(experts)
+        self._candidate = candidate
         self._seen, self._kept = split_examples(examples)
-        self._aims = Aims(candidate, self._seen, self._kept, tasks=tasks, experts=experts)
+        self._aims = Aims(candidate, self._seen, self._kept, tasks=tasks, base=base, experts=experts)
         self._whole = size_of(examples)
 
     def learn(self, lesson: Lesson) -> Learned:
@@ -188,8 +137,8 @@ class Learner:
         """
         begun, self._aims.tokens = time.perf_counter(), 0
         start = Recipe.from_json(lesson.start)
-        places = Places.of(self._candidate.tensors, self._experts, lesson.by)
-        aim = self._aims.aim(lesson.loss, start, dict(lesson.preference))
+        places = Places.of(self._candidate.tensors, [name for name, _ in start.experts], lesson.by)
+        aim = self._aims.aim(lesson.loss, dict(lesson.preference))
         before = aim.read_start(start, self._kept)
         found = [(before, 0, 0.0, places.weights(start))]
 

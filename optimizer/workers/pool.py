@@ -1,4 +1,4 @@
-"""Who evaluates recipes: jobs go into a pool, results come out. `SerialPool` is the pool in this process.
+"""Who scores, learns and derives: jobs go into a pool, results come out. `SerialPool` is the pool in this process.
 
 The search submits jobs and collects results; a pool never retries. A worker that dies or runs too long is replaced,
 and its job comes back as `died`, for the search to give to another worker.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from optimizer.workers.orders import Derivation, Learned, Lesson
 
 if TYPE_CHECKING:
     from optimizer.workers.worker import Evaluation
@@ -20,30 +23,70 @@ class WorkerLike(Protocol):
 
     def evaluate(self, recipe: str, suite: str) -> Evaluation: ...
 
+    def learn(self, lesson: Lesson) -> Learned: ...
+
+    def derive(self, path: Derivation) -> list[Path]: ...
+
 
 MakeWorker = Callable[[], WorkerLike]
 
 
+class Job(Protocol):
+    """What a worker does for one trial."""
+
+    @property
+    def trial(self) -> int: ...
+
+    def work(self, worker: WorkerLike) -> Any:
+        """Have a worker do it."""
+
+
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One recipe (JSON) to score on one suite, for one trial."""
+class ScoreJob:
+    """One recipe (JSON) to score on one suite; the answer is an Evaluation."""
 
     trial: int
     recipe: str
     suite: str
 
+    def work(self, worker: WorkerLike) -> Evaluation:
+        return worker.evaluate(self.recipe, self.suite)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnJob:
+    """Weights to learn; the answer is Learned."""
+
+    trial: int
+    lesson: Lesson
+
+    def work(self, worker: WorkerLike) -> Learned:
+        return worker.learn(self.lesson)
+
+
+@dataclass(frozen=True, slots=True)
+class DeriveJob:
+    """Derived experts to make; the answer is their folders."""
+
+    trial: int
+    path: Derivation
+
+    def work(self, worker: WorkerLike) -> list[Path]:
+        return worker.derive(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a job ended: an evaluation, or an error.
+    """How a job ended: with an answer, or with an error.
 
     Args:
+        answer: what the job says; None where there is an error.
         died: the worker, not the recipe, may be to blame.
         sources_changed: a checkpoint's file is not the one that was opened: no recipe can be scored as before.
     """
 
     job: Job
-    evaluation: Evaluation | None
+    answer: Any
     error: str = ""
     died: bool = False
     sources_changed: bool = False
@@ -93,7 +136,7 @@ class SerialPool(Closing):
             return []
         job = self._jobs.popleft()
         try:
-            return [Result(job, self._worker.evaluate(job.recipe, job.suite))]
+            return [Result(job, job.work(self._worker))]
         except Exception as error:
             return [Failure.of(error).ends(job)]
 
@@ -112,7 +155,7 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a job has no evaluation, in plain types: an exception of another process may not unpickle here."""
+    """Why a job has no answer, in plain types: an exception of another process may not unpickle here."""
 
     error: str
     sources_changed: bool

@@ -9,14 +9,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optimizer.errors import WorkerError
 from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, describe
 from optimizer.workers.ray_cluster import STARTS, RayCluster
-
-if TYPE_CHECKING:
-    from optimizer.workers.worker import Evaluation
 
 FIRST_WORKER_SECONDS = 600.0  # a cluster without room for a single worker would keep us waiting for ever
 
@@ -34,9 +31,9 @@ class _Host:
     def report_ready(self) -> tuple[int, str]:
         return os.getpid(), self._error
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation | Failure:
+    def work(self, job: Job) -> Any:
         try:
-            return self._worker.evaluate(recipe, suite)
+            return job.work(self._worker)
         except Exception as error:
             return Failure.of(error)
 
@@ -139,7 +136,7 @@ class RayPool(Closing):
         for slot in self._slots:
             if self._queue and slot.ref is None:
                 slot.job = self._queue.popleft()
-                slot.ref = slot.actor.evaluate.remote(slot.job.recipe, slot.job.suite)
+                slot.ref = slot.actor.work.remote(slot.job)
                 slot.deadline = time.monotonic() + self._trial_seconds
 
     def _collect(self, slot: Slot) -> Result | None:

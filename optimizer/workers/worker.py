@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from evals.engine import Engine
     from evals.losses import Example
     from optimizer.merging.gradients import Gradient
-    from optimizer.workers.deriver import Derivation
-    from optimizer.workers.learner import Learned, Learner, Lesson
+    from optimizer.workers.learner import Learner
+    from optimizer.workers.orders import Derivation, Learned, Lesson
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ class Worker:
         torch.set_num_threads(max(1, spec.threads))
         set_seed(spec.seed)
         logging.disable_progress_bar()
-        self._sources = Sources.open(spec.base, dict(spec.experts))
+        self._experts = dict(spec.experts)  # those of the study; a recipe may name derived ones beside them
+        self._sources = Sources.open(spec.base, self._experts)
         self._cache = MergeCache()
         base = self._sources.base
         self._tokenizer = load_tokenizer(base.folder)
@@ -136,8 +137,9 @@ class Worker:
 
         with lack_of_memory_in_words(self._sources.base.bytes):
             if self._learner is None:
-                examples, experts = self.examples(), list(self._sources.experts)
-                self._learner = Learner(self, examples, tasks=self._harness.infos, experts=experts)
+                base = str(self._sources.base.folder)
+                tasks, experts = self._harness.infos, self._experts
+                self._learner = Learner(self, self.examples(), tasks=tasks, base=base, experts=experts)
             return self._learner.learn(lesson)
 
     def derive(self, path: Derivation) -> list[Path]:
@@ -190,6 +192,7 @@ class Worker:
         """Make the resident model the merge of a recipe."""
         from optimizer.merging.merge import merge_into
 
+        self._sources = self._sources.extended(recipe.experts)
         for checkpoint in (self._sources.base, *self._sources.experts.values()):
             checkpoint.require_unchanged()
         merge_into(self._merged, self._sources, recipe, self._cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,12 +21,14 @@ from optimizer.errors import CheckpointError, MergeError
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
+from optimizer.search.prepared import Preparation
 from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
+from optimizer.workers.orders import Derivation, Form, Learned, Lesson
 from optimizer.workers.pool import SerialPool
 from optimizer.workers.worker import Evaluation
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
-from search_spaces.recipe import Recipe
+from search_spaces.recipe import Recipe, Setting
 from search_spaces.shape import Shape
 from search_spaces.space import Space
 
@@ -76,7 +79,8 @@ class FakeWorker:
         if self.before is not None:
             self.before(known)
         weights = {
-            name: [known.value("weight", expert=name, group=group) for group in GROUPS] for name, _ in known.experts
+            name.split("_")[0]: [share_of(name) * known.value("weight", expert=name, group=group) for group in GROUPS]
+            for name, _ in known.experts
         }
         scores = {f"skill_{name}": 0.3 + 0.5 * fmean(weights[name]) for name in weights}
         scores["general"] = 0.9 - 0.3 * fmean(w * w for values in weights.values() for w in values[:6])
@@ -86,6 +90,28 @@ class FakeWorker:
             for item in range(ITEMS)
         )
         return Evaluation(outcomes, 0.0, 0.0)
+
+    def learn(self, lesson: Lesson) -> Learned:
+        """Take the preference for the weight of every group."""
+        if self.before is not None:
+            self.before(Recipe.from_json(lesson.start))
+        start = Recipe.from_json(lesson.start)
+        shares = dict(lesson.preference)
+        settings = [
+            Setting("weight", name, group, shares[name.split("_")[0]] + 0.001 * i)
+            for name, _ in start.experts
+            for i, group in enumerate(GROUPS)
+        ]
+        recipe = dataclasses.replace(start, settings=tuple(settings))
+        return Learned(recipe.to_json(), lesson.steps, 0.0, 0.5, 0.6, 0.7, 0.8, 18.0, 1.0)
+
+    def derive(self, path: Derivation) -> list[Path]:
+        return [path.folder / f"{path.expert}-{path.form}-{share:g}" for share in path.shares]
+
+
+def share_of(expert: str) -> float:
+    """How far a derived expert goes to its source, by its name; 1 for any other."""
+    return float(expert.split("_")[2]) / 100 if "_" in expert else 1.0
 
 
 def mean_weight(recipe: Recipe) -> float:
@@ -169,6 +195,8 @@ class Bench:
     methods: Sequence[str] = ("task_arithmetic",)
     storage: str | None = None
     require_unchanged: Callable[[], None] = lambda: None
+    forms: tuple[Form, ...] = ()  # of derived experts
+    learned: int = 0
 
     @property
     def space(self) -> Space | Choice:
@@ -201,6 +229,9 @@ class Bench:
                 tasks=tasks_of(self.experts),
                 require_unchanged=self.require_unchanged,
                 events=self.events.append,
+                preparation=Preparation(
+                    "/models/base", self.space.experts, self.folder / "derived", forms=self.forms, learned=self.learned
+                ),
             )
 
 

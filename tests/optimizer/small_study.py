@@ -48,6 +48,8 @@ def write_study(folder: Path, *, items: int = 4, trials: int = 7) -> Path:
         "items: 100": f"items: {items}",
         "{curve: 4}": "slope",
         "trials: 40": f"trials: {trials}",
+        "learned: 5": "learned: 0",
+        "derived: [regmean, fisher]": "derived: none",
         "sampler: auto": "sampler: random",
         "count: 1": "count: 0",
         "threads: auto": "threads: 1",

@@ -16,7 +16,7 @@ from optimizer.search.plan import count_tokens, make_plan
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
 from optimizer.views.plan import print_plan
-from optimizer.workers.learner import Lesson
+from optimizer.workers.orders import Lesson
 from optimizer.workers.worker import Worker
 from tests.optimizer.small_study import write_study, write_task
 

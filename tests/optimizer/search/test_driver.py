@@ -22,7 +22,7 @@ from optimizer.search.events import Event
 from optimizer.search.samplers import make_sampler, require_learns
 from optimizer.views.progress import Progress
 from optimizer.words import percent
-from optimizer.workers.pool import Job, Result, SerialPool
+from optimizer.workers.pool import Job, Result, ScoreJob, SerialPool
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
@@ -500,7 +500,7 @@ def test_a_stranger_on_the_database_is_named_as_the_cause(bench: Bench, monkeypa
 
 
 def test_jobs_are_plain_and_small() -> None:
-    assert deque([Job(1, "{}", "search")])[0] == Job(1, "{}", "search")
+    assert deque([ScoreJob(1, "{}", "search")])[0] == ScoreJob(1, "{}", "search")
 
 
 @pytest.mark.parametrize("sampler", ["auto", "random"])

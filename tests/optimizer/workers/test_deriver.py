@@ -16,7 +16,8 @@ from optimizer.merging.fisher import RowSquares, fisher_mean
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.study.study_file import Study
-from optimizer.workers.deriver import MANIFEST, Derivation
+from optimizer.workers.deriver import MANIFEST
+from optimizer.workers.orders import Derivation
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 

@@ -16,8 +16,9 @@ from evals.tokens import Pair
 from optimizer.errors import MergeError
 from optimizer.run_study import worker_spec
 from optimizer.study.study_file import Study
-from optimizer.workers.aims import Aims, only, size_of
-from optimizer.workers.learner import KEPT, PULLS, Descent, Learned, Lesson, minibatches, split_examples
+from optimizer.workers.aims import Aims, size_of
+from optimizer.workers.learner import KEPT, Descent, minibatches, split_examples
+from optimizer.workers.orders import PULLS, Learned, Lesson
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
@@ -115,16 +116,16 @@ def test_random_masks_are_held_while_weights_are_learned(study: Study, worker: W
 
 def test_divergences_count_in_shares_of_that_between_base_and_expert(study: Study, worker: Worker) -> None:
     seen, kept = split_examples(worker.examples())
-    aims = Aims(worker, seen, kept, tasks=worker.tasks, experts=("clinical",))
-    start = Recipe.from_json(lesson(study).start)
+    aims = Aims(worker, seen, kept, tasks=worker.tasks, base=study.models.base, experts=study.models.experts)
     for preference in (1.0, 0.0):
-        aim = aims.aim("teachers", start, {"clinical": preference})
-        base, expert = (aim.read(only(start, name), seen) for name in ("", "clinical"))
+        aim = aims.aim("teachers", {"clinical": preference})
+        base, expert = (aim.read(aims.only(name), seen) for name in ("", "clinical"))
         assert expert - base == pytest.approx(1 - 2 * preference, abs=1e-5)
 
 
 def test_teachers_at_their_own_place_ask_for_no_step(study: Study, worker: Worker) -> None:
-    start = only(Recipe.from_json(lesson(study).start), "clinical").to_json()
+    whole = Setting("weight", "clinical", "", 1.0)
+    start = dataclasses.replace(Recipe.from_json(lesson(study).start), settings=(whole,)).to_json()
     learned = worker.learn(lesson(study, start=start, preference=(("clinical", 1.0),), loss="teachers", steps=2))
     assert learned.kept_before == pytest.approx(0.0, abs=1e-4)
     assert learned.steps == 0

@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 
 from optimizer.errors import WorkerError
-from optimizer.workers.pool import Job, Result
+from optimizer.workers.pool import Result, ScoreJob
 from optimizer.workers.ray_address import require_cluster
 from optimizer.workers.ray_pool import RayPool, Slot, gpu_share, worker_environment
 from tests.conftest import ROOT
@@ -114,10 +114,10 @@ def busy_slot(pool: RayPool) -> Slot:
 
 def test_the_cluster_is_private(pool: RayPool) -> None:
     for number, recipe in enumerate(recipes()):
-        pool.submit(Job(number, recipe.to_json(), "holdout"))
+        pool.submit(ScoreJob(number, recipe.to_json(), "holdout"))
     results = collect(pool, len(recipes()))
-    assert all(result.evaluation is not None and not result.error for result in results)
-    assert results[0].evaluation == FakeWorker().evaluate(results[0].job.recipe, "holdout")
+    assert all(result.answer is not None and not result.error for result in results)
+    assert results[0].answer == FakeWorker().evaluate(results[0].job.recipe, "holdout")
     folder = pool._cluster._folder
     assert folder is not None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -156,12 +156,12 @@ def test_a_killed_workers_trial_is_done_by_another(pool: RayPool, orders: Path, 
 def test_a_worker_killed_from_outside_gives_its_job_back(pool: RayPool, orders: Path) -> None:
     recipe = recipes()[0]
     Obey(orders).order("hang", recipe.digest)
-    pool.submit(Job(5, recipe.to_json(), "search"))
+    pool.submit(ScoreJob(5, recipe.to_json(), "search"))
     assert pool.wait(0.5) == []
     pid = busy_slot(pool).pid
     os.kill(pid, signal.SIGKILL)
     (result,) = collect(pool, 1)
-    assert (result.died, result.evaluation, result.job.trial) == (True, None, 5)
+    assert (result.died, result.answer, result.job.trial) == (True, None, 5)
     assert f"worker process {pid} died" in result.error
 
 
@@ -184,31 +184,31 @@ def test_a_trial_that_runs_too_long_costs_its_worker(
     recipe = recipes()[2]
     Obey(orders).order("hang", recipe.digest)
     monkeypatch.setattr(pool, "_trial_seconds", 1.0)
-    pool.submit(Job(9, recipe.to_json(), "search"))
+    pool.submit(ScoreJob(9, recipe.to_json(), "search"))
     (result,) = collect(pool, 1)
     assert result.died
     assert result.error == "trial ran longer than 1 s; its worker was stopped"
 
 
 def test_a_result_that_comes_as_its_time_is_over_counts_once(pool: RayPool) -> None:
-    pool.submit(Job(3, recipes()[0].to_json(), "search"))
+    pool.submit(ScoreJob(3, recipes()[0].to_json(), "search"))
     slot = busy_slot(pool)
     pool._ray.wait([slot.ref], timeout=RAY_SECONDS)
     slot.deadline = time.monotonic() - 1.0
     (result,) = pool.wait(RAY_SECONDS)
     assert (result.job.trial, result.died, result.error) == (3, False, "")
-    assert result.evaluation is not None
+    assert result.answer is not None
     assert pool.wait(0.0) == []
 
 
 def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> None:
     recipe = recipes()[3]
     Obey(orders).order("fail", recipe.digest)
-    pool.submit(Job(9, recipe.to_json(), "search"))
-    pool.submit(Job(10, "no recipe", "search"))
+    pool.submit(ScoreJob(9, recipe.to_json(), "search"))
+    pool.submit(ScoreJob(10, "no recipe", "search"))
     changed = recipes()[4]
     Obey(orders).order("change", changed.digest)
-    pool.submit(Job(11, changed.to_json(), "search"))
+    pool.submit(ScoreJob(11, changed.to_json(), "search"))
     by_trial = {result.job.trial: result for result in collect(pool, 3)}
     assert by_trial[9] == Result(by_trial[9].job, None, "nonfinite: tensor model.norm.weight")
     assert by_trial[10].error
@@ -219,8 +219,8 @@ def test_errors_in_a_worker_come_back_as_words(pool: RayPool, orders: Path) -> N
 def test_a_wait_ends_with_the_first_result(pool: RayPool, orders: Path) -> None:
     slow, quick = recipes()[:2]
     Obey(orders).order("hang", slow.digest)
-    pool.submit(Job(0, slow.to_json(), "search"))
-    pool.submit(Job(1, quick.to_json(), "search"))
+    pool.submit(ScoreJob(0, slow.to_json(), "search"))
+    pool.submit(ScoreJob(1, quick.to_json(), "search"))
     start = time.monotonic()
     (result,) = pool.wait(RAY_SECONDS)
     assert (result.job.trial, result.error) == (1, "")
@@ -232,7 +232,7 @@ def test_a_wait_ends_with_the_first_result(pool: RayPool, orders: Path) -> None:
 def test_a_worker_that_cannot_be_built_says_why(pool: RayPool, orders: Path) -> None:
     (orders / "refuse").touch()
     renew(pool)
-    pool.submit(Job(0, recipes()[0].to_json(), "search"))
+    pool.submit(ScoreJob(0, recipes()[0].to_json(), "search"))
     with pytest.raises(WorkerError, match="a worker cannot be built: no such model"):
         collect(pool, 1)
     (orders / "refuse").unlink()
@@ -252,13 +252,13 @@ def test_a_cluster_that_runs_is_joined(pool: RayPool, tmp_path: Path) -> None:
 
 GUEST = """\
 import sys
-from optimizer.workers.pool import Job
+from optimizer.workers.pool import ScoreJob
 from optimizer.workers.ray_pool import RayPool
 from tests.optimizer.fakes import FakeWorker
 from tests.optimizer.workers.test_pool import collect, recipes
 with RayPool(FakeWorker, 1, address=sys.argv[1]) as pool:
-    pool.submit(Job(0, recipes()[0].to_json(), "search"))
-    assert collect(pool, 1)[0].evaluation
+    pool.submit(ScoreJob(0, recipes()[0].to_json(), "search"))
+    assert collect(pool, 1)[0].answer
     print("scored")
 """
 

@@ -1,0 +1,211 @@
+"""The anchors that a worker prepares: derived experts, and weights learned by gradients.
+
+Their recipes are not known before: a worker makes a derived expert's checkpoint, or learns weights from the best anchor
+at hand. Then they are scored like any other trial. What a lesson starts from is written down when it is given, so that
+a search that was killed gives the same lesson again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from optimizer.runs.trial import Role, TrialKind
+from optimizer.search.ledger import Ledger
+from optimizer.workers.orders import By, Derivation, Form, Learned, Lesson, Loss
+from optimizer.workers.pool import DeriveJob, Job, LearnJob
+from search_spaces.parameters import METHODS
+from search_spaces.recipe import Recipe, Setting
+
+SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
+BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
+PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
+LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
+START_METHODS = ("linear", "task_arithmetic")  # of anchors that lessons start from
+LESSON, RESULT = "request", "lesson"  # user attributes of a learned trial
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """Which anchors a worker prepares for a study.
+
+    Args:
+        base: source of the base checkpoint.
+        experts: (name, source) of each expert.
+        folder: where derived experts are made.
+        forms: of derived experts, each at three shares; only where there is one expert.
+        learned: learned anchors.
+        by: whether every tensor or every layer group has a learned weight of its own.
+        loss: what is learned from (`Lesson`).
+        steps: of a lesson.
+        seed: of a lesson's items.
+    """
+
+    base: str
+    experts: tuple[tuple[str, str], ...]
+    folder: Path
+    forms: tuple[Form, ...] = ()
+    learned: int = 0
+    by: By = "tensor"
+    loss: Loss = "labels"
+    steps: int = 24
+    seed: int = 0
+
+    def derivations(self) -> dict[TrialKind, tuple[Form, float]]:
+        """Give the derived anchors, in the order in which they are made."""
+        forms = self.forms if len(self.experts) == 1 else ()
+        return {TrialKind(f"derived {form} {share:g}"): (form, share) for form in forms for share in SHARES}
+
+    def preferences(self) -> dict[TrialKind, tuple[tuple[str, float], ...]]:
+        """Give the preference of each learned anchor: of each expert's domain, the general tasks having the rest.
+
+        They divide `PREFERENCES` evenly. With several experts they go round: all alike, then each of them in turn with
+        `LEAN` of the domains' part.
+        """
+        names, (low, high) = [name for name, _ in self.experts], PREFERENCES
+        found = {}
+        for i in range(self.learned):
+            share = low + (high - low) * (i + 0.5) / self.learned
+            parts = _parts(names, i)
+            leans = "" if len(set(parts.values())) == 1 else f" {max(parts, key=lambda name: parts[name])}"
+            kind = TrialKind(f"learned p={share:.2f}{leans}")
+            found[kind] = tuple((name, share * part) for name, part in parts.items())
+        return found
+
+
+def _parts(names: Sequence[str], turn: int) -> dict[str, float]:
+    if (leaning := turn % (len(names) + 1)) == 0 or len(names) == 1:
+        return dict.fromkeys(names, 1 / len(names))
+    rest = (1 - LEAN) / (len(names) - 1)
+    return {name: LEAN if i + 1 == leaning else rest for i, name in enumerate(names)}
+
+
+@dataclass(slots=True)
+class Preparer:
+    """Gives out the jobs by which anchors get their recipes, and reads the recipes from the answers."""
+
+    preparation: Preparation
+    ledger: Ledger
+    _derivations: Mapping[TrialKind, tuple[Form, float]] = field(init=False)
+    _preferences: Mapping[TrialKind, tuple[tuple[str, float], ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._derivations, self._preferences = self.preparation.derivations(), self.preparation.preferences()
+
+    def next(self, out: Sequence[Job]) -> Job | None:
+        """Make the trial of the anchor that is due, and give its job; None where none is due yet, or any more.
+
+        Args:
+            out: the jobs that workers have.
+        """
+        kind = None if self.ledger.owed or self.ledger.anchors_wait else self._due(out)
+        if kind is None:
+            return None
+        learns = kind.role is Role.LEARNED
+        attributes = {LESSON: json.dumps(asdict(self._lesson(kind)))} if learns else {}
+        return self.job(self.ledger.create(kind, attributes))
+
+    def waits(self, out: Sequence[Job]) -> bool:
+        """Whether an anchor is missing that no worker can be given before another job ends."""
+        others = self.ledger.owed or self.ledger.anchors_wait
+        return not others and any(self._missing) and self._due(out) is None
+
+    @property
+    def _missing(self) -> tuple[list[TrialKind], list[TrialKind]]:
+        """Derived and learned anchors that have no trial yet."""
+        known = set(self.ledger.kinds.values())
+        return [k for k in self._derivations if k not in known], [k for k in self._preferences if k not in known]
+
+    def _due(self, out: Sequence[Job]) -> TrialKind | None:
+        derived, learned = self._missing
+        if derived:  # the first job of a form makes all of its folders, and the others find them
+            making = [job.path.form for job in out if isinstance(job, DeriveJob)]
+            return next((kind for kind in derived if self._derivations[kind][0] not in making), None)
+        return learned[0] if learned and self._can_start(out) else None
+
+    def _can_start(self, out: Sequence[Job]) -> bool:
+        """Whether every anchor that a lesson may start from is scored."""
+        open_kinds = [self.ledger.kinds[job.trial] for job in out]
+        return self.ledger.has_references and all(k.role is Role.LEARNED or not k.is_anchor for k in open_kinds)
+
+    def job(self, number: int) -> Job:
+        """Give the job by which a trial gets its recipe."""
+        kind = self.ledger.kinds[number]
+        if kind.role is Role.LEARNED:
+            return LearnJob(number, _read_lesson(self.ledger.attribute(number, LESSON)))
+        return DeriveJob(number, self._path(kind))
+
+    def recipe(self, number: int, answer: Learned | Sequence[Path]) -> Recipe:
+        """Read a trial's recipe from the answer to its job, and write down what a lesson gave."""
+        kind = self.ledger.kinds[number]
+        if isinstance(answer, Learned):
+            lesson = _read_lesson(self.ledger.attribute(number, LESSON))
+            told = {name: value for name, value in asdict(answer).items() if name != "recipe"}
+            self.ledger.note(number, RESULT, json.dumps({"preference": dict(lesson.preference), **told}))
+            return Recipe.from_json(answer.recipe)
+        form, share = self._derivations[kind]
+        expert = f"{self.preparation.experts[0][0]}_{form}_{100 * share:.0f}"
+        source = str(answer[SHARES.index(share)])
+        whole = Setting("weight", expert, "", 1.0)
+        return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), (whole,))
+
+    def _path(self, kind: TrialKind) -> Derivation:
+        form, _ = self._derivations[kind]
+        return Derivation(form, self.preparation.experts[0][0], SHARES, self.preparation.folder)
+
+    def _lesson(self, kind: TrialKind) -> Lesson:
+        plan, preference = self.preparation, self._preferences[kind]
+        return Lesson(
+            start=self._start(dict(preference)).to_json(),
+            preference=preference,
+            by=plan.by,
+            steps=plan.steps,
+            bounds=BOUNDS,
+            seed=plan.seed,
+            loss=plan.loss,
+        )
+
+    def _start(self, preference: Mapping[str, float]) -> Recipe:
+        """Give the anchor that is best by a preference: the domains' gain against what is forgotten, as shares of the
+        most that an expert forgets."""
+        ledger = self.ledger
+        most = max(ledger.values[n][-1] for kind, n in ledger.references.items() if kind.role is Role.EXPERT)
+        general = 1 - math.fsum(preference.values())
+
+        def worth(number: int) -> float:
+            *gains, forgetting = ledger.values[number]
+            won = math.fsum(share * gain for share, gain in zip(preference.values(), gains, strict=True))
+            return won - general * forgetting / max(most, 1e-9)
+
+        return max(self._starts(), key=lambda pair: (worth(pair[0]), -pair[0]))[1]
+
+    def _starts(self) -> Iterator[tuple[int, Recipe]]:
+        for number in self.ledger.finished_anchors():
+            recipe = Recipe.from_json(self.ledger.recipes[number])
+            if self.ledger.kinds[number].role is not Role.LEARNED:
+                yield number, recipe if recipe.method in START_METHODS else _as_task_arithmetic(recipe)
+
+
+def _as_task_arithmetic(recipe: Recipe) -> Recipe:
+    """The same weights without what another method does to them."""
+    name = METHODS[recipe.method].scale
+    scale = METHODS[recipe.method].parameter(name)
+    assert scale is not None, "the scale is one of the method's parameters"
+    groups = sorted({setting.group for setting in recipe.settings if setting.parameter == name})
+    settings = [
+        Setting(
+            "weight", expert, group, recipe.value(name, expert=expert if scale.scope == "expert" else "", group=group)
+        )
+        for expert, _ in recipe.experts
+        for group in groups
+    ]
+    return replace(recipe, method="task_arithmetic", settings=tuple(settings), seed="")
+
+
+def _read_lesson(text: str) -> Lesson:
+    document = json.loads(text)
+    preference = tuple((name, share) for name, share in document.pop("preference"))
+    return Lesson(**{**document, "preference": preference, "bounds": tuple(document["bounds"])})
