@@ -65,6 +65,8 @@ def agreements(run: Path, trial: int, model_folder: Path, *, dtype: str, batch_s
                 continue
             ours = task_scores(read_outcomes(path).assign(trial=trial), suite).set_index("task")["score"]
             for spec, task in zip(specs, harness.tasks, strict=True):
+                if not task.items[suite]:  # a sentinel's on the search suite
+                    continue
                 config = suite_alone(harness, task.info.name, suite, Path(spec.name), Path(scratch))
                 found = lm_eval.simple_evaluate(
                     lm, tasks=[config], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0

@@ -220,7 +220,7 @@ def task_retention(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd
 
 
 def sentinel_changes(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How each trial does on each sentinel task against the base; arguments and errors as `draw_objectives`.
+    """Measure each trial against the base on each sentinel task; arguments and errors as `draw_objectives`.
 
     Returns:
         A frame of trial, task, score (in the metric's own direction), change (score minus the base's, in the metric's

@@ -51,8 +51,7 @@ class Run(ScoredRun):
         return sentences.verdict(self)
 
     def sentinel_words(self, trial: int) -> list[str]:
-        """One sentence on a trial and the sentinel tasks: whether ability was kept, or a form learned; none without
-        them."""
+        """Say in one sentence whether the sentinel tasks show ability kept or a form learned; nothing without them."""
         return sentences.sentinels(self, trial)
 
     def cut_short(self) -> list[str]:

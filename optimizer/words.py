@@ -88,7 +88,7 @@ class Change:
         return f"[{self.number(self.low)}, {self.number(self.high)}]"
 
     def text(self, seam: str = " ") -> str:
-        """The value with its interval, where it has one."""
+        """Write the value with its interval, where it has one."""
         return seam.join(filter(None, (self.figure, self.bounds)))
 
     @property
@@ -102,7 +102,7 @@ class Change:
         return " ".join(filter(None, (far if float(figure) else "level with", "the base", self.bounds)))
 
     def number(self, value: float) -> str:
-        """A number in the unit."""
+        """Write a number in the unit."""
         text = f"{100 * value:.1f}" if self.unit == POINTS else f"{value:.3f}"
         return text.removeprefix("-") if float(text) == 0 else text
 

@@ -35,7 +35,7 @@ def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Pa
 
     Args:
         out: the run's folder; models, tasks and the study file go to a folder beside it.
-        tiny: a pico model and three tasks instead of SmolLM2-135M and four.
+        tiny: a pico model and four tasks instead of SmolLM2-135M and six.
         workers: Ray actors; 0 is this process; None is the demo's own number.
         console: where progress and results are written.
 
@@ -76,6 +76,7 @@ def _build_models(inputs: Path, tiny: bool, console: Console) -> tuple[Path, Pat
     demo_tasks.write_clinical_words(inputs / "tasks", terms)
     demo_tasks.write_python_prose(inputs / "tasks")
     demo_tasks.write_python_source(inputs / "tasks")
+    demo_tasks.write_docstring_words(inputs / "tasks")
     console.rule("1  Base")
     if tiny:
         general = [*demo_tasks.manual_passages(), *demo_tasks.source_passages()]
@@ -98,21 +99,26 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
     def task(name: str, items: int, holdout_items: int, folder: Path = inputs / "tasks") -> dict[str, Any]:
         return {"task": str(folder / name), "items": items, "holdout_items": holdout_items}
 
+    def sentinel(name: str, holdout_items: int, folder: Path = inputs / "tasks") -> dict[str, Any]:
+        return {"task": str(folder / name), "holdout_items": holdout_items}
+
     if tiny:
         domain = [task("clinical_text", 24, 24)]
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
+        sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
         domain = [task("clinical_text", 20, 36), task("clinical_words", 90, 200)]
         general = [
             task("general_knowledge", 90, 200, OWN_TASKS),
             task("python_prose", 3, 4),
         ]
+        sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 150)]
     return {
         "name": out.name,
         "models": {"base": str(base), "experts": {"clinical": str(expert)}},
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         # float32: the faster arithmetic on most CPUs, and free of bf16's noise; a merge is rounded to bf16 all the same
-        "evals": {"domain": domain, "general": general, "dtype": "float32"},
+        "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": "float32"},
         "search": {"trials": 16 if tiny else 40},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),

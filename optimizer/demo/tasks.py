@@ -1,4 +1,4 @@
-"""The demo's tasks, written at run time from packages on this machine: clinical terms, Python's manual, Python source.
+"""The demo's tasks, written at run time from packages on this machine: clinical terms, Python's manual and source.
 
 Nothing of these texts is kept in the repository. Each function writes one lm-eval task folder (YAML and JSONL) and
 returns its path; `clinical_training_texts` gives what the expert is trained on, and shares no term with the tasks.
@@ -6,6 +6,7 @@ returns its path; `clinical_training_texts` gives what the expert is trained on,
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ OWN_TASKS = Path(evals.__file__).with_name("tasks")  # general_knowledge, minima
 SHORTEST_DEFINITION = 60  # characters; shorter ones repeat the term
 SHORTEST_CONTEXT = 25  # characters of a definition before the word that is asked for
 HELD_OUT = 5  # one term in five is held out of the training
+DOCSTRING = re.compile(r"(?P<text>(?!.*>>>).{80,500}) (?P<word>[a-z]{4,})\.")  # one paragraph, and no example of code
 KNOWN = 3  # times a word follows another in the training definitions, to be asked for or to stand beside it
 
 
@@ -136,6 +138,36 @@ def write_python_prose(folder: Path) -> Path:
 def write_python_source(folder: Path) -> Path:
     """Passages of the standard library's source, in bits-per-byte."""
     return _write_text_task(folder / "python_source", source_passages())
+
+
+def write_docstring_words(folder: Path) -> Path:
+    """Write docstrings of the standard library without their last word, which greedy decoding must give; return the
+    folder.
+
+    The word stands before in the text, so that a model can know it without having read the library. What stands in the
+    manual too is left out, since `python_prose` has it.
+    """
+    from pydoc_data.topics import topics
+
+    manual = " ".join(" ".join(topics.values()).split())
+    config = {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{' ' + word}}",  # lm-eval puts no space between a text and what follows it
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    found = (DOCSTRING.fullmatch(text) for text in dict.fromkeys(docstring_paragraphs()) if text[:-1] not in manual)
+    rows = [match.groupdict() for match in found if match and re.search(rf"\b{match['word']}\b", match["text"])]
+    return _write_task(folder / "docstring_words", rows, config)
+
+
+def docstring_paragraphs() -> Iterator[str]:
+    """Yield each paragraph of the docstrings of the standard library's top-level modules, on one line."""
+    for module in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                    yield " ".join(paragraph.split())
 
 
 def manual_passages(length: int = 900) -> Iterator[str]:

@@ -123,7 +123,7 @@ class ScoredRun(RecordedRun):
         return frame.reset_index(drop=True)
 
     def sentinels(self) -> pd.DataFrame:
-        """What the front and the anchors won or lost on the sentinel tasks, which neither search nor learning has seen.
+        """Return what front and anchors won or lost on the sentinel tasks, which neither search nor learning has seen.
 
         Returns:
             trial, task, metric, base_score, score, change (score minus the base's, in the metric's unit, turned so

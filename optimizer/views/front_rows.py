@@ -115,7 +115,7 @@ class SentinelRow:
 
 
 def sentinel_rows(run: ScoredRun) -> list[SentinelRow]:
-    """The front and the anchors on the sentinel tasks, in the order of `front_rows`; empty where nothing was scored."""
+    """Return front and anchors on the sentinel tasks, in the order of `front_rows`; empty where nothing was scored."""
     changes: dict[int, dict[str, Change]] = {}
     for row in rows_of(run.sentinels()).values():
         changes.setdefault(int(row["trial"]), {})[row["task"]] = change_of(row)
@@ -127,7 +127,7 @@ def sentinel_rows(run: ScoredRun) -> list[SentinelRow]:
 
 
 def change_of(row: Mapping[str, Any]) -> Change:
-    """What a trial won or lost on a sentinel task.
+    """Return what a trial won or lost on a sentinel task.
 
     Args:
         row: of `ScoredRun.sentinels`.
@@ -137,7 +137,7 @@ def change_of(row: Mapping[str, Any]) -> Change:
 
 
 def sentinel_titles(run: ScoredRun) -> dict[str, str]:
-    """Each sentinel task that was scored, its unit and the base's score, by the task's name."""
+    """Return each sentinel task that was scored, its unit and the base's score, by the task's name."""
     first = {row["task"]: row for row in reversed(rows_of(run.sentinels()).values())}
     titles = {}
     for task in (task.name for task in run.tasks if task.name in first):

@@ -201,7 +201,7 @@ def _table(run: ScoredRun) -> str:
 
 
 def _sentinels(run: ScoredRun) -> str:
-    """What the front and the anchors won or lost on the sentinel tasks; nothing where there are none."""
+    """Write what the front and the anchors won or lost on the sentinel tasks; nothing where there are none."""
     titles, rows = sentinel_titles(run), sentinel_rows(run)
     if not titles:
         return ""

@@ -67,7 +67,7 @@ def gap_sentence(gap: Row) -> str:
 
 
 def sentinels(run: ScoredRun, trial: int) -> list[str]:
-    """One sentence on a trial and the sentinel tasks: whether ability was kept or a form learned; none without them."""
+    """Say in one sentence whether the sentinel tasks show ability kept or a form learned; nothing without them."""
     frame = run.sentinels()
     changes = {row["task"]: change_of(row) for row in rows_of(frame[frame["trial"] == trial]).values()}
     if not changes:

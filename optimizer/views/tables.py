@@ -130,7 +130,7 @@ def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
 
 
 def sentinels_table(run: ScoredRun, titles: Mapping[str, str], *, width: int) -> Table:
-    """Front and anchors on the sentinel tasks: what each won or lost against the base, with 95 % intervals.
+    """Make the table of front and anchors on the sentinel tasks: won or lost against the base, with 95 % intervals.
 
     Args:
         titles: `sentinel_titles(run)`, with an entry.

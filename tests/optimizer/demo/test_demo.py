@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.agreement import agreements
 from evals.outcomes import HOLDOUT, SEARCH
-from optimizer.demo.tasks import clinical_terms, clinical_training_texts, write_clinical_text, write_clinical_words
+from optimizer.demo.tasks import (
+    clinical_terms,
+    clinical_training_texts,
+    manual_passages,
+    write_clinical_text,
+    write_clinical_words,
+    write_docstring_words,
+)
 from optimizer.run import open_run
 from optimizer.run_study import run_study
 from optimizer.runs.frames import rows_of
@@ -40,6 +47,9 @@ def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
     shown = tiny_demo.with_name("demo.txt").read_text()
     assert str(knee) in shown
     assert "forgets" in shown
+    assert set(run.sentinels()["task"]) == {"minimal_pairs"}
+    (sentence,) = run.sentinel_words(knee)
+    assert sentence in " ".join(shown.split())
 
 
 def test_a_second_time_starts_from_what_is_there(tiny_demo: Path) -> None:
@@ -102,7 +112,8 @@ def test_lm_eval_gives_the_exported_model_the_scores_of_its_trial(tiny_demo: Pat
     knee = open_run(tiny_demo).knee()
     found = list(agreements(tiny_demo, knee, tiny_demo / "models" / f"trial-{knee}", dtype="float32"))
     assert {(row.task, row.suite) for row in found} == {
-        (task, suite) for task in ("clinical_text", "python_prose", "python_source") for suite in (SEARCH, HOLDOUT)
+        *((task, suite) for task in ("clinical_text", "python_prose", "python_source") for suite in (SEARCH, HOLDOUT)),
+        ("minimal_pairs", HOLDOUT),
     }
     for row in found:
         assert row.theirs == pytest.approx(row.ours, rel=1e-5), row
@@ -117,6 +128,16 @@ def test_no_training_text_is_asked_about(tmp_path: Path) -> None:
         assert len(texts) > 500
         assert not trained & set(texts)
         assert all(text.startswith(held_out) for text in texts)
+
+
+def test_the_last_word_of_a_docstring_stands_before_in_it_and_is_not_in_the_manual(tmp_path: Path) -> None:
+    folder = write_docstring_words(tmp_path)
+    rows = [json.loads(row) for row in (folder / "docstring_words.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 180
+    manual = " ".join(" ".join(manual_passages()).split())
+    for row in rows:
+        assert re.search(rf"\b{row['word']}\b", row["text"])
+        assert f"{row['text']} {row['word']}" not in manual
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
