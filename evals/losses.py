@@ -7,12 +7,14 @@ cross-entropy of the right one, a text its bits per byte, a written answer the b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from evals.tokens import Pair
+
+AT_ONCE = 4  # items of a backward pass; a text is read alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +53,20 @@ def task_losses(examples: Sequence[Example], loglikelihoods: torch.Tensor) -> di
         sums[example.task] = sums[example.task] + loss if example.task in sums else loss
         weights[example.task] = weights.get(example.task, 0.0) + example.weight
     return {task: total / weights[task] for task, total in sums.items()}
+
+
+def pairs_of(examples: Sequence[Example]) -> list[Pair]:
+    """Return the pairs of examples one after another."""
+    return [pair for example in examples for pair in example.pairs]
+
+
+def few_at_a_time(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Yield as many items of one task as a backward pass has room for; a text alone."""
+    batch: list[Example] = []
+    for example in examples:
+        if batch and (len(batch) == AT_ONCE or not example.right or batch[0].task != example.task):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch

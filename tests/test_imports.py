@@ -26,7 +26,7 @@ DOORS = {
     "peft": {"optimizer.checkpoints.peft_fold"},
     "huggingface_hub": {"optimizer.checkpoints.opening"},
     "pyarrow": {"optimizer.runs.outcome_files"},
-    "plotly": {"optimizer.views.plots"},
+    "plotly": {"optimizer.views.plots", "optimizer.views.sensitivity_plot"},
     "matplotlib": {"optimizer.views.pictures"},
     "typer": {"optimizer.cli", "optimizer.views.terminal"},
 }

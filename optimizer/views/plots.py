@@ -1,4 +1,4 @@
-"""The four figures of a run, drawn by plotly from plain frames; the only module that knows plotly.
+"""The four figures of a run, drawn by plotly from plain frames.
 
 Names come from a person's study file: each is escaped, since plotly reads labels as a subset of HTML.
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from evals.losses import Example, task_losses
+from evals.losses import Example, pairs_of, task_losses
 from evals.packing import build_trie
 from optimizer.merging.gradients import Gradient
 from optimizer.workers.orders import Loss
@@ -128,7 +128,7 @@ class Aims:
         for name, tasks in self._domain.items():
             for task in tasks:
                 taught_by.setdefault(task, []).append(name)
-        return [Part(Term(e.task, teacher), e) for e in examples for teacher in taught_by[e.task]]
+        return [Part(Term(e.task, teacher), e) for e in examples for teacher in taught_by.get(e.task, ())]
 
     def losses_at_start(self, loss: Loss, start: Recipe, parts: Sequence[Part]) -> dict[Term, float]:
         """Merge a start and read its losses on items kept apart, or give those that an earlier lesson read."""
@@ -143,7 +143,7 @@ class Aims:
         if not parts:
             return {}
         self.tokens += size_of([part.example for part in parts])
-        pairs = [pair for part in parts for pair in part.example.pairs]
+        pairs = pairs_of([part.example for part in parts])
         if loss == "labels":
             found = [x for x, _ in self.candidate.engine.loglikelihoods(pairs)]
         else:
@@ -183,7 +183,7 @@ class Aims:
 
     def _believe(self, parts: Sequence[Part]) -> None:
         self.tokens += size_of([part.example for part in parts])
-        found = iter(self.candidate.engine.beliefs([pair for part in parts for pair in part.example.pairs]))
+        found = iter(self.candidate.engine.beliefs(pairs_of([part.example for part in parts])))
         for part in parts:
             held = tuple(next(found) for _ in part.example.pairs)
             self._beliefs[part.term.teacher, part.example] = held
@@ -217,7 +217,7 @@ class Aim:
         parts, candidate = self._parts(examples), self.of.candidate
         candidate.merge(recipe)
         self.of.tokens += 3 * size_of([part.example for part in parts])
-        pairs = [pair for part in parts for pair in part.example.pairs]
+        pairs = pairs_of([part.example for part in parts])
         beliefs = self.of.beliefs(parts) if self.loss == "teachers" else None
         with candidate.gradients(recipe) as found:
             value = candidate.engine.backward(pairs, lambda x: self._weighted(parts, x), beliefs)
@@ -248,8 +248,7 @@ def term_losses(loss: Loss, parts: Sequence[Part], found: torch.Tensor) -> dict[
 
 def size_of(examples: Sequence[Example]) -> int:
     """Count the distinct tokens that are read."""
-    pairs = (pair for example in examples for pair in example.pairs)
-    return len(build_trie(dict(enumerate(pairs))))
+    return len(build_trie(dict(enumerate(pairs_of(examples)))))
 
 
 def _scale(difference: float, at_base: float) -> float:

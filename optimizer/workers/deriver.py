@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evals.layerwise import layers_of
-from evals.losses import Example, task_losses
+from evals.losses import Example, few_at_a_time, pairs_of, task_losses
 from optimizer.checkpoints.checkpoint import count_nonfinite
 from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import INDEX_FILE, write_tensors
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from optimizer.merging.merge import Sources
 
 VERSION = 1  # a new number whenever the same sources and items come to give other tensors
-AT_ONCE = 4  # items of a backward pass; a text is read alone
 BASE, EXPERT = "base", "expert"  # the two sides of a path
 MANIFEST = "derivation.json"
 
@@ -100,7 +99,7 @@ class Deriver:
         layers = layers_of(self.engine.model)
         of_layer = _by_layer(base.names)
         sides = {BASE: (base, self.general), EXPERT: (other, self.domain)}
-        pairs = {side: [pair for e in examples for pair in e.pairs] for side, (_, examples) in sides.items()}
+        pairs = {side: pairs_of(examples) for side, (_, examples) in sides.items()}
         with self.engine.layer_by_layer(pairs) as reading:
             for side, (checkpoint, _) in sides.items():
                 self._load(checkpoint, of_layer[None])
@@ -129,8 +128,8 @@ class Deriver:
             self._load(checkpoint, base.names)
             squares = RowSquares()
             with taking_gradients(self.engine.model, self.places, squares.add):
-                for batch in _few(examples):
-                    self.engine.backward([pair for example in batch for pair in example.pairs], partial(_loss, batch))
+                for batch in few_at_a_time(examples):
+                    self.engine.backward(pairs_of(batch), partial(_loss, batch))
             means[side] = squares.means()
 
         def tensors_of(name: str, share: float) -> Tensor:
@@ -212,15 +211,3 @@ def _by_layer(names: Sequence[str]) -> dict[int | None, list[str]]:
 
 def _loss(batch: Sequence[Example], loglikelihoods: Tensor) -> Tensor:
     return torch.stack([*task_losses(batch, loglikelihoods).values()]).sum()
-
-
-def _few(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """A few items of one task at a time; a text alone."""
-    batch: list[Example] = []
-    for example in examples:
-        if batch and (len(batch) == AT_ONCE or not example.right or batch[0].task != example.task):
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch

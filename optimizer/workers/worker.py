@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evals.engine import Engine
     from evals.losses import Example
     from optimizer.merging.gradients import Gradient
+    from optimizer.runs.sensitivities import Sensitivities
     from optimizer.workers.learner import Learner
     from optimizer.workers.orders import Derivation, Learned, Lesson
 
@@ -141,6 +142,30 @@ class Worker:
                 tasks, experts = self._harness.infos, self._experts
                 self._learner = Learner(self, self.examples(), tasks=tasks, base=base, experts=experts)
             return self._learner.learn(lesson)
+
+    def sensitivities(self, expert: str, *, items: int = 0, points: int = 5, seed: int = 0) -> Sensitivities:
+        """Measure which tensors an expert's gain and loss come from, on the search items.
+
+        Args:
+            expert: its name.
+            items: of each task, drawn by the seed; 0: all.
+            points: between base and expert.
+            seed: of the draw.
+
+        Raises:
+            CheckpointError: a source's file is not the one that was opened.
+            MergeError: a merge or a gradient is not finite, the tensor is named; or there is no such expert.
+            TaskError: an item has nothing to learn from, or a loss is not finite.
+            WorkerError: memory ran out.
+        """
+        from optimizer.workers.sensitivity import measure, some_of_each
+
+        base = self._sources.base
+        with lack_of_memory_in_words(base.bytes):
+            examples = self.examples()
+            chosen = some_of_each(examples, items, seed) if items else examples
+            models = Recipe("task_arithmetic", str(base.folder), tuple(self._experts.items()), ())
+            return measure(self, chosen, models, tasks=self.tasks, expert=expert, points=points)
 
     def derive(self, path: Derivation) -> list[Path]:
         """Make the derived experts of a path from the search items, where they are not there yet.
