@@ -9,7 +9,7 @@ demo: $(READY)  ## a real study, from two checkpoints to the exported merge
 	$(BIN)/mergefront demo
 
 # One process a core, one thread each; a file's tests stay together, so that what they share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## everything that .ci/run checks
 	$(PYTEST) tests

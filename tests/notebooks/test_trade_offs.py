@@ -21,6 +21,7 @@ def _pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in _outputs(notebook))
 
 
+@pytest.mark.slow
 def test_runs_on_the_tiny_demo(tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEFRONT_RUN", str(tiny_demo))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

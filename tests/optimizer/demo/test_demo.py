@@ -34,6 +34,8 @@ from optimizer.workers.ray_cluster import PREFIX
 from tests.conftest import demo_command, demo_environment
 from tests.optimizer.fakes import processes_of
 
+pytestmark = pytest.mark.slow  # whole demos are run
+
 
 def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
     run = open_run(tiny_demo)

@@ -94,6 +94,7 @@ def test_sums_of_several_experts(count: int, size: int) -> None:
     torch.testing.assert_close(out.double(), mixed, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], [torch.bfloat16, torch.float32, torch.float32]])
 def test_types_may_be_mixed(method: str, dtypes: list[torch.dtype]) -> None:

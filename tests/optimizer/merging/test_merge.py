@@ -165,6 +165,7 @@ def test_a_parameter_that_blocks_cannot_be_written_to_is_copied_into(pico: Sourc
     assert_same({**plain, **turned}, all_merged(pico, mixed))
 
 
+@pytest.mark.slow
 def test_after_a_thousand_merges_a_model_has_no_memory_of_them(pico: Sources) -> None:
     _, parameters = resident(pico.base)
     peaks, cache = [], MergeCache()

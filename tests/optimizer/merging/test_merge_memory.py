@@ -34,6 +34,7 @@ def merge(folder: Path, shards: int, method: str) -> None:
     assert shards == 2 or resident("VmHWM") - before < 2 * SHARD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_a_merge_to_disk_takes_less_than_two_shards(method: str, tmp_path: Path) -> None:
     merge(tmp_path / "small", 2, method)  # whatever is loaded once

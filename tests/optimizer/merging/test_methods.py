@@ -200,6 +200,7 @@ EIGHTHS = st.integers(-24, 24).map(lambda n: n / 8)  # exact in float32, with ma
 WEIGHTS = st.sampled_from([-0.5, 0.25, 0.5, 1.0, 2.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), size=st.integers(1, 30), count=st.integers(1, 3), normalize=st.sampled_from([0.0, 1.0]))
 def test_ties_is_its_definition(data: st.DataObject, size: int, count: int, normalize: float) -> None:
@@ -308,6 +309,7 @@ def test_dare_keeps_its_rate_and_its_mean(density: float) -> None:
     assert sorted(set(bare.tolist())) == [0.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della_linear", "della"])
 def test_dropping_keeps_the_expectation_of_the_deltas_sum(method: str) -> None:
     base, expert = tensors(2, 64)

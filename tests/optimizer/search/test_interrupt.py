@@ -82,6 +82,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [2, 4])
 def test_a_person_who_insists_gets_out_at_once_without_a_traceback(tmp_path: Path, times: int) -> None:
     command = [sys.executable, "-c", HURRIED, "search", str(tmp_path / "toy")]

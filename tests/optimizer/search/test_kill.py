@@ -16,6 +16,8 @@ from optuna.trial import TrialState
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench
 
+pytestmark = pytest.mark.slow  # some fifty drivers are started
+
 BUDGET = 12
 # Forked from a clean process that has the imports: a kill costs no start-up, and no SQLite connection is inherited.
 FORKS = multiprocessing.get_context("forkserver")

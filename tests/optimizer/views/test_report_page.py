@@ -15,6 +15,8 @@ from optimizer.run import open_run
 from optimizer.views.report import report_html
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # a browser is started
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
 FLAGS = ("headless", "no-sandbox", "disable-gpu", *QUIET, "window-size=1400,1000", "virtual-time-budget=20000")

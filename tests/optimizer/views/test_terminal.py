@@ -72,6 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_readers_of_a_run_print_names_as_text(run: Path) -> None:
     assert "evil\\x1b]0;owned" in said("status", run)
     assert "\\u202e" in said("front", run)
@@ -89,6 +90,7 @@ def test_a_failed_trial_says_why_as_text(run: Path) -> None:
     assert "owned" in said("show", run, str(numbers[-1]))
 
 
+@pytest.mark.slow
 def test_check_search_and_export_print_names_as_text(tmp_path: Path) -> None:
     folder = tmp_path / HOSTILE
     folder.mkdir()

@@ -30,6 +30,8 @@ from tests.conftest import ROOT
 from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, processes_of
 from tests.optimizer.workers.test_pool import collect, recipes
 
+pytestmark = pytest.mark.slow  # a cluster is started
+
 RAY_SECONDS = 120.0
 
 

@@ -241,6 +241,7 @@ for row in Worker(spec).evaluate(recipe, "search").outcomes:
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits(spec: WorkerSpec, tmp_path: Path) -> None:
     """A random method too: dare_linear draws its masks from the recipe, not from the process."""
     tasks = []
