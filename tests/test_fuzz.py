@@ -38,6 +38,7 @@ def fuzz() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_short_run_is_clean(tmp_path: Path) -> None:
     done = run("--examples", "160", "--seed", "0", "--out", tmp_path / "unclean", folder=tmp_path)
     kept = "\n".join(path.read_text() for path in sorted(tmp_path.glob("unclean/*")))
