@@ -47,7 +47,8 @@ class Run(ScoredRun):
         return sentences.how_sure(self, trial, max_forgetting)
 
     def verdict(self) -> list[str]:
-        """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
+        """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what
+        derived and learned points add."""
         return sentences.verdict(self)
 
     def sentinel_words(self, trial: int) -> list[str]:
@@ -76,7 +77,8 @@ class Run(ScoredRun):
     # --- figures: plotly is imported only where one is drawn -----------------------------------------------------
 
     def plot_front(self) -> go.Figure:
-        """Draw forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
+        """Draw forgetting against domain gain: anchors, points derived, learned and searched, the front with intervals,
+        the knee."""
         from optimizer.views import figures
 
         return figures.front(self)
@@ -88,7 +90,7 @@ class Run(ScoredRun):
         return figures.weights(self, trial)
 
     def plot_hypervolume(self) -> go.Figure:
-        """Draw the hypervolume over trials, against what the anchors alone cover."""
+        """Draw the hypervolume over trials, against what the points that were not searched cover."""
         from optimizer.views import figures
 
         return figures.hypervolume(self)

@@ -26,7 +26,12 @@ DOORS = {
     "peft": {"optimizer.checkpoints.peft_fold"},
     "huggingface_hub": {"optimizer.checkpoints.opening"},
     "pyarrow": {"optimizer.runs.outcome_files"},
-    "plotly": {"optimizer.views.plots", "optimizer.views.sensitivity_plot"},
+    "plotly": {
+        "optimizer.views.canvas",
+        "optimizer.views.front_plot",
+        "optimizer.views.plots",
+        "optimizer.views.sensitivity_plot",
+    },
     "matplotlib": {"optimizer.views.pictures"},
     "typer": {"optimizer.cli", "optimizer.views.terminal"},
 }

@@ -8,6 +8,7 @@ the same luck for every trial.
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from evals.objectives import Scale, draw_objectives, objective_names, objectives
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
-from search_spaces.recipe import Recipe
+from search_spaces.groups import group_at
+from search_spaces.recipe import Recipe, Setting
 from search_spaces.shape import Shape
 from search_spaces.space import Space
 from tests.search_spaces.names import depth_of
@@ -90,15 +92,21 @@ def toy_tasks(experts: Sequence[str], *, shared: bool = False, sentinel: bool = 
     ]
 
 
+Asked = tuple[str, dict[str, float], Recipe]  # kind, params, recipe
+
+
+def tensor_names() -> list[str]:
+    modules = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    layers = [f"model.layers.{i}.{module}.weight" for i in range(LAYERS) for module in modules]
+    return ["model.embed_tokens.weight", "model.norm.weight", *layers]
+
+
 def toy_space(experts: Sequence[str] = ("clinical",)) -> Space:
-    names = ["model.embed_tokens.weight", "model.norm.weight"]
-    for i in range(LAYERS):
-        names += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.up_proj.weight"]
     return Space.build(
         "linear",
         "models/base",
         experts={name: f"models/{name}" for name in experts},
-        tensors=names,
+        tensors=tensor_names(),
         shape=Shape("curve", 4),
         modules=("attn", "mlp"),
         ranges={},
@@ -114,6 +122,8 @@ def toy_run(
     holdout: bool = True,
     shared: bool = False,
     sentinel: bool = False,
+    derived: tuple[str, ...] = (),
+    learned: tuple[float, ...] = (),
 ) -> Path:
     """Write a finished run folder: the anchors, then so many search trials, one of them failed; return its path.
 
@@ -122,13 +132,24 @@ def toy_run(
         holdout: the front and the anchors were scored again on the holdout suite.
         shared: the domain tasks name no expert.
         sentinel: there are two sentinel tasks too.
+        derived: shares of the first expert's derived experts by form, such as "regmean 0.4"; trials after the anchors.
+        learned: preferences of learned trials: the first after the derived ones, each other after three more searched.
     """
-    shutil.copytree(_built(trials, experts, seed, holdout, shared, sentinel), folder)
+    shutil.copytree(_built(trials, experts, seed, holdout, shared, sentinel, derived, learned), folder)
     return folder
 
 
 @cache
-def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shared: bool, sentinel: bool) -> Path:
+def _built(
+    trials: int,
+    experts: tuple[str, ...],
+    seed: int,
+    holdout: bool,
+    shared: bool,
+    sentinel: bool,
+    derived: tuple[str, ...],
+    learned: tuple[float, ...],
+) -> Path:
     """The run, written once per process: a database of fifty trials takes seconds."""
     parent = Path(tempfile.mkdtemp(prefix="toy-run-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
@@ -136,24 +157,48 @@ def _built(trials: int, experts: tuple[str, ...], seed: int, holdout: bool, shar
     infos = [task.info for task in tasks]
     run = RunFolder.create_or_resume(parent / "toy", STUDY, {"seed": seed, "toy": True}, tasks=infos)
     rng = np.random.default_rng(seed)
-    asked = [(anchor.name, anchor.params) for anchor in space.anchors()]
-    asked += [("search", params) for params in _search(space, trials, rng)]
-    recipes = [space.recipe(params) for _, params in asked]
-    failed = len(asked) - trials // 2 if trials > 2 else None
+    anchors = [(anchor.name, dict(anchor.params), space.recipe(anchor.params)) for anchor in space.anchors()]
+    asked: list[Asked] = [("search", params, space.recipe(params)) for params in _search(space, trials, rng)]
+    fails = asked[-(trials // 2)] if trials > 2 else None
+    for i, p in enumerate(learned):
+        asked.insert(4 * i, (f"learned p={p:.2f}", {}, learned_recipe(space, p)))
+    asked = [*anchors, *((f"derived {what}", {}, derived_recipe(experts[0], what)) for what in derived), *asked]
+    recipes = [recipe for _, _, recipe in asked]
+    failed = next((number for number, one in enumerate(asked) if one is fails), None)
 
     scored = [number for number in range(len(asked)) if number != failed]
     frames = [_write(run, number, "search", recipes[number], tasks) for number in scored]
-    kinds = {kind: number for number, (kind, _) in enumerate(asked)}
+    kinds = {kind: number for number, (kind, _, _) in enumerate(asked)}
     ends = {"base": kinds["base"], "experts": {name: kinds[f"expert:{name}"] for name in experts}}
     scores = objectives(draw_objectives(Scale(pd.concat(frames), infos, "search", **ends), replicates=0))
     columns = list(objective_names(experts))
-    _write_study(run, space, asked, recipes, scores[columns], rng)
+    _write_study(run, space, asked, scores[columns], rng)
     if holdout:
-        on_front = scores.index[non_dominated(losses(scores[columns]))]
-        anchors = [number for number, (kind, _) in enumerate(asked) if kind != "search"]
-        for number in sorted({*on_front, *anchors}):
+        others = [number for number in scores.index if not asked[number][0].startswith(("derived", "learned"))]
+        fronts = [rows.index[non_dominated(losses(rows))] for rows in (scores[columns], scores.loc[others, columns])]
+        unsearched = [number for number, (kind, _, _) in enumerate(asked) if kind != "search"]
+        for number in sorted({*fronts[0], *fronts[1], *unsearched}):
             _write(run, number, "holdout", recipes[number], tasks)
     return run.path
+
+
+def derived_recipe(expert: str, what: str) -> Recipe:
+    """One derived expert, whole: it harms less than a merge that has as much skill."""
+    form, share = what.split()
+    name = f"{expert}-{form}-{100 * float(share):.0f}"
+    return Recipe("linear", "models/base", ((name, f"derived/{expert}/{share}"),), (Setting("weight", name, "", 1.0),))
+
+
+def learned_recipe(space: Space, preference: float) -> Recipe:
+    """A weight for every tensor, near to what is best for a preference of the domain."""
+    start = space.recipe(space.anchors()[0].params)
+    settings = []
+    for name, _ in start.experts:
+        for i, tensor in enumerate(tensor_names()):
+            depth = depth_of(group_at(tensor), LAYERS)
+            weight = 1.5 * preference * np.exp(-(((depth - 0.45) / 0.3) ** 2)) + 0.04 * (-1) ** i
+            settings.append(Setting("weight", name, tensor, round(float(np.clip(weight, 0, 1)), 4)))
+    return Recipe(start.method, start.base, start.experts, tuple(settings))
 
 
 def _search(space: Space, trials: int, rng: np.random.Generator) -> list[dict[str, float]]:
@@ -176,8 +221,12 @@ def _search(space: Space, trials: int, rng: np.random.Generator) -> list[dict[st
 
 def _effects(recipe: Recipe) -> tuple[dict[str, float], float]:
     """The share of each expert's skill that a recipe has (0..1), and the share of the harm (one expert alone: 1)."""
-    groups = sorted({setting.group for setting in recipe.settings if setting.group.startswith("layer")})
-    depth = np.array([depth_of(group, LAYERS) for group in groups])
+    if recipe.experts[0][1].startswith("derived/"):
+        _, name, share = recipe.experts[0][1].split("/")
+        return {name: float(share) ** 0.5}, 0.35 * float(share)
+    places = {setting.group: group_at(setting.group) for setting in recipe.settings if setting.group}
+    groups = sorted(place for place, group in places.items() if group.startswith("layer"))
+    depth = np.array([depth_of(places[place], LAYERS) for place in groups])
     useful = np.exp(-(((depth - 0.45) / 0.2) ** 2))
     fragile = 0.1 + 1.5 * (1 - depth) ** 3 + 1.5 * depth**3
     skill, harm = {}, 0.0
@@ -222,11 +271,19 @@ def _outcomes(
     ]
 
 
+def lesson_of(kind: str) -> dict[str, str]:
+    """What a learned trial says of its lesson; nothing for others."""
+    if not kind.startswith("learned"):
+        return {}
+    lesson = {"preference": float(kind.split("=")[1]), "steps": 24, "pull": 0.25, "candidates": 18.2, "seconds": 41.5}
+    losses_of = {"seen_before": 0.512, "seen": 0.401, "kept_before": 0.508, "kept": 0.433}
+    return {"lesson": json.dumps(lesson | losses_of)}
+
+
 def _write_study(
     run: RunFolder,
     space: Space,
-    asked: Sequence[tuple[str, Mapping[str, float]]],
-    recipes: Sequence[Recipe],
+    asked: Sequence[Asked],
     values: pd.DataFrame,
     rng: np.random.Generator,
 ) -> None:
@@ -235,17 +292,17 @@ def _write_study(
     storage = run.storage()
     study = optuna.create_study(study_name=run.path.name, storage=storage, directions=directions)
     ready = []
-    for number, ((kind, params), recipe) in enumerate(zip(asked, recipes, strict=True)):
+    for number, (kind, params, recipe) in enumerate(asked):
         done = number in values.index
         attributes = {"recipe": recipe.to_json(), "kind": kind, "seconds": round(float(rng.uniform(20, 30)), 1)}
         reason = {} if done else {"reason": "merge gave a tensor that is not finite: model.layers.3.mlp.up_proj.weight"}
         ready.append(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-                params=dict(params),
-                distributions=space.distributions(),
+                params=params,
+                distributions=space.distributions() if params else {},
                 values=values.loc[number].tolist() if done else None,
-                user_attrs={**attributes, **reason},
+                user_attrs={**attributes, **reason, **lesson_of(kind)},
             )
         )
     study.add_trials(ready)

@@ -16,6 +16,7 @@ from search_spaces.recipe import Recipe
 
 ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "kind": str,
+    "lesson": str,
     "recipe": str,
     "reason": str,
     "request": str,

@@ -62,6 +62,35 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
     return _sliced(points[non_dominated(points)], corner)
 
 
+def hypervolumes(values: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
+    """Give the hypervolume of many sets of as many points each, all at once.
+
+    Args:
+        values: (B, n, m), minimised, finite.
+        reference: (m,), the worst corner that still counts.
+
+    Returns:
+        (B,) what `hypervolume` gives for each set.
+    """
+    sets, corner = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
+    assert corner.shape == sets.shape[2:], "the reference needs one value per objective"
+    return _all_sliced(np.minimum(sets, corner), corner)  # at the corner a point covers nothing
+
+
+def _all_sliced(sets: NDArray[np.float64], corner: NDArray[np.float64]) -> NDArray[np.float64]:
+    count, n, m = sets.shape
+    if not n:
+        return np.zeros(count)
+    if m == 1:
+        return np.asarray(corner[0] - sets[:, :, 0].min(axis=1))
+    order = np.argsort(sets[:, :, -1], axis=1)[:, :, None]
+    sets = np.take_along_axis(sets, order, axis=1)
+    ends = np.full((count, 1), corner[-1])
+    depths = np.diff(np.hstack([sets[:, :, -1], ends]), axis=1)  # (B, n)
+    areas = [_all_sliced(sets[:, : i + 1, :-1], corner[:-1]) for i in range(n)]
+    return np.asarray((depths * np.stack(areas, axis=1)).sum(axis=1))
+
+
 def _sliced(points: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
     if not len(points):
         return 0.0

@@ -19,9 +19,10 @@ from evals.objectives import objective_names, task_scores
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.database.study_home import stored_trials
 from optimizer.errors import RunError
+from optimizer.runs.lesson import LESSON_COLUMNS, read_lesson
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
-from optimizer.runs.trial import BASE, TrialKind
+from optimizer.runs.trial import BASE, Role, TrialKind
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, group_at, kind_of, layer_of
 from search_spaces.parameters import METHODS
@@ -68,6 +69,21 @@ class RecordedRun:
         """What each trial is."""
         return {number: TrialKind.of(trial.user_attrs) for number, trial in self._frozen.items()}
 
+    def lessons(self) -> pd.DataFrame:
+        """The learned trials that finished, by number: kind, preference (the domain's share), steps, pull, the loss on
+        the items learned from and on those kept apart, before and after, the cost in candidates, seconds; NaN where
+        the study does not say."""
+        rows = {}
+        for number, trial in self._frozen.items():
+            kind = self.kinds[number]
+            if kind.role is Role.LEARNED and trial.state == TrialState.COMPLETE:
+                lesson = read_lesson(trial.user_attrs.get("lesson", ""))
+                if np.isnan(lesson["preference"]):
+                    lesson["preference"] = kind.preference
+                rows[number] = {"kind": kind.stored, **lesson}
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["kind", *LESSON_COLUMNS])
+        return frame.rename_axis("trial")
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The merge methods of its trials, in order of appearance."""
@@ -107,9 +123,7 @@ class RecordedRun:
         spec = METHODS[recipe.method]
         parameter = spec.parameter(spec.scale)
         assert parameter is not None, "the scale is one of the method's parameters"
-        places: dict[str, list[str]] = {}  # group to what has weights in it: the group itself, or its tensors
-        for place in sorted({setting.group for setting in recipe.settings if setting.group}):
-            places.setdefault(group_at(place), []).append(place)
+        places = _places(recipe) or {group: [group] for group in _places(self._any_recipe or recipe)}
         rows = []
         for name, _ in recipe.experts:
             for group in sorted(places, key=flow_order):
@@ -186,3 +200,11 @@ class RecordedRun:
     def _reason(self, trial: int) -> str:
         """Say why a trial failed, or why a complete one has no figures."""
         return str(self._frozen[trial].user_attrs.get("reason", self.lost_outcomes(SEARCH).get(trial, "")))
+
+
+def _places(recipe: Recipe) -> dict[str, list[str]]:
+    """Give the groups that a recipe has numbers for, and of each what has them: the group itself, or its tensors."""
+    places: dict[str, list[str]] = {}
+    for place in sorted({setting.group for setting in recipe.settings if setting.group}):
+        places.setdefault(group_at(place), []).append(place)
+    return places

@@ -17,6 +17,7 @@ from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
+from optimizer.runs.families import COLUMNS, MADE, fronts_by_set, what_sets_cover
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
 from optimizer.runs.recorded import RecordedRun
 from optimizer.runs.trial import Role, roles_of
@@ -54,7 +55,8 @@ class ScoredRun(RecordedRun):
         return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
 
     def anchors(self) -> pd.DataFrame:
-        """The points every study scores first: base, experts, the uniform line, the slopes; columns as `points`."""
+        """The points that were not searched: base, experts, the uniform line, the slopes, those derived and learned;
+        columns as `points`."""
         return self._points[self._roles != Role.SEARCHED].copy()
 
     def columns(self, suite: str) -> list[str]:
@@ -209,7 +211,7 @@ class ScoredRun(RecordedRun):
         return {**dict.fromkeys(self.objectives[:-1], 0.0), "forgetting": float(experts["forgetting"].max())}
 
     def hypervolume(self) -> pd.DataFrame:
-        """What the points so far cover, after each scored trial: trial, hypervolume (search items, `reference`)."""
+        """What the points so far cover, after each scored one: trial, kind, hypervolume (search items, `reference`)."""
         minimised, corner = self._losses(SEARCH), self._corner()
         covered, front, rows = 0.0, np.empty((0, minimised.shape[1])), []
         for trial, point in zip(minimised.index, minimised.to_numpy(), strict=True):
@@ -218,11 +220,11 @@ class ScoredRun(RecordedRun):
             if mask[-1]:
                 front = candidates[mask]
                 covered = hypervolume(front, corner)
-            rows.append((trial, covered))
-        return pd.DataFrame(rows, columns=["trial", "hypervolume"])
+            rows.append((trial, self.kinds[trial].stored, covered))
+        return pd.DataFrame(rows, columns=["trial", "kind", "hypervolume"])
 
     def anchors_hypervolume(self) -> float:
-        """What the anchors alone cover, with the same reference point."""
+        """What the points that were not searched cover, with the same reference point."""
         minimised = self._losses(SEARCH)[self._roles != Role.SEARCHED]
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
@@ -244,6 +246,22 @@ class ScoredRun(RecordedRun):
         suite = self.suite_of(trial)
         rows = [(line, suite, *found) for line, role in LINES.items() if (found := self._against(trial, role, suite))]
         return pd.DataFrame(rows, columns=columns)
+
+    @property
+    def has_made_points(self) -> bool:
+        """Whether a point of it was derived or learned."""
+        return bool(self._roles.isin(MADE).any())
+
+    def what_pays(self) -> pd.DataFrame:
+        """What is covered by the anchors of the space, with those derived, with those learned, with those searched,
+        and by all: each set's front by the search items, on the items that judge it.
+
+        Returns:
+            set ("anchors", "+ derived", "+ learned", "+ searched", "all"; without those that have no point), suite,
+            points (on its front), hypervolume (`reference`), share (what it has more than anchors and searched points
+            have, a share of theirs), and the share's 95 % interval low, high (paired by item).
+        """
+        return self._what_pays.copy()
 
     # --- recomputing ---------------------------------------------------------------------------------------------
 
@@ -272,6 +290,18 @@ class ScoredRun(RecordedRun):
         except TaskError as error:
             fault = "" if self.outcomes(HOLDOUT).empty else str(error)
             return pd.DataFrame(columns=self._objective_columns(), dtype=float), fault
+
+    @cached_property
+    def _what_pays(self) -> pd.DataFrame:
+        if self._points.empty:
+            return pd.DataFrame(columns=["set", "suite", *COLUMNS[1:]])
+        fronts = fronts_by_set(self._losses(SEARCH), self._roles)
+        judged = self.points(HOLDOUT)["domain"].notna()
+        is_judged = all(judged[trials].all() for trials in fronts.values())  # else a set would lack points
+        suite = HOLDOUT if is_judged else SEARCH
+        frame = what_sets_cover(self._draws(suite), fronts, names=self.objectives, corner=self._corner())
+        frame.insert(1, "suite", suite)
+        return frame
 
     @cached_property
     def _roles(self) -> pd.Series[Any]:

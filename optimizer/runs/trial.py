@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -89,6 +90,12 @@ class TrialKind:
     def expert_name(self) -> str:
         """The expert that the trial is; empty where it is none."""
         return self.stored.removeprefix(EXPERT_PREFIX) if self.role is Role.EXPERT else ""
+
+    @property
+    def preference(self) -> float:
+        """What a learned anchor's name says that the domain counts, 0.6 of `learned p=0.60`; NaN where it says none."""
+        said = re.search(r"\bp=(\d+(?:\.\d+)?)", self.stored) if self.role is Role.LEARNED else None
+        return float(said[1]) if said else float("nan")
 
     @property
     def label(self) -> str:

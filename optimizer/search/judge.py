@@ -1,9 +1,14 @@
-"""The judge of a search: the front and the anchors are scored on the holdout items, which the search has not seen."""
+"""The judge of a search: its fronts and the anchors are scored on the holdout items, which the search has not seen."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from evals.outcomes import HOLDOUT
 from optimizer.errors import SearchError
+from optimizer.runs.families import MADE
+from optimizer.runs.front import losses, non_dominated
+from optimizer.runs.trial import TrialKind
 from optimizer.search.crew import Crew
 from optimizer.search.events import Reporter
 from optimizer.search.failures import not_finite
@@ -15,11 +20,13 @@ from optimizer.workers.pool import Result
 def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     """Score the front and the anchors on the holdout suite, but for those whose holdout outcomes are there.
 
+    Also the front that there would be without derived and learned points, so that what these add is judged fairly.
+
     Raises:
         SearchError: the base or an expert fails on the holdout suite.
         KeyboardInterrupt: a person asked to stop.
     """
-    numbers = sorted({*ledger.front(), *ledger.finished_anchors()})
+    numbers = sorted({*ledger.front(), *front_without_made(ledger.values, ledger.kinds), *ledger.finished_anchors()})
     faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
     reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
     waiting = list(faults)
@@ -37,6 +44,13 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     crew.end()
     on_front = sum(1 for number in numbers if number in ledger.front())
     reporter.say("done", f"{ledger.finished} trials finished, {on_front} on the front")
+
+
+def front_without_made(values: Mapping[int, tuple[float, ...]], kinds: Mapping[int, TrialKind]) -> list[int]:
+    """Give the finished trials that no other beats, were there no derived and no learned ones."""
+    numbers = [number for number in values if kinds[number].role not in MADE]
+    mask = non_dominated(losses([values[number] for number in numbers]))
+    return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 
 
 def _take_in(result: Result, ledger: Ledger) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from evals.outcomes import SUITES
 from optimizer.runs.scored import ScoredRun
-from optimizer.views import plots
+from optimizer.runs.trial import Role, roles_of
+from optimizer.views import front_plot, plots
 from optimizer.views.sentences import titled
 
 if TYPE_CHECKING:
@@ -14,22 +15,27 @@ if TYPE_CHECKING:
 
 
 def front(run: ScoredRun) -> go.Figure:
-    """Forgetting against domain gain: anchors, searched points, the front with intervals, the knee."""
+    """Forgetting against domain gain: anchors, points derived, learned and searched, the front with
+    intervals, the knee."""
     points = {suite: run.points(suite) for suite in SUITES}
-    return plots.front(points, knee=run.knee() if len(run.points()) else None, suite=run.judging_suite)
+    return front_plot.front(points, knee=run.knee() if len(run.points()) else None, suite=run.judging_suite)
 
 
 def weights(run: ScoredRun, trial: int) -> go.Figure:
     """The weights of one trial over the depth of the model, by module and expert."""
-    return plots.weights(run.weights(trial), title=f"{titled(run, trial)}: how much of the expert each layer takes")
+    what = "the mean of a module's tensors" if run.recipe(trial).tensors else "a line for each kind of module"
+    title = f"{titled(run, trial)}: how much of the expert each layer takes"
+    return plots.weights(run.weights(trial), title=title, subtitle=f"0 is the base, 1 the expert; {what}")
 
 
 def hypervolume(run: ScoredRun) -> go.Figure:
-    """The hypervolume over trials, against what the anchors alone cover."""
+    """The hypervolume over trials, against what the points that were not searched cover."""
+    growth = run.hypervolume()
+    searched = growth["trial"][roles_of(growth["kind"]) == Role.SEARCHED]
     return plots.hypervolume(
-        run.hypervolume(),
+        growth,
         anchors=run.anchors_hypervolume(),
-        first_searched=len(run.anchors()),
+        first_searched=None if searched.empty else int(searched.min()),
         reference=run.reference(),
     )
 

@@ -1,4 +1,4 @@
-"""Still pictures of the figures of `plots`, for places without JavaScript: notebooks on a code host, READMEs.
+"""Still pictures of the figures of a run, for places without JavaScript: notebooks on a code host, READMEs.
 
 Each figure is defined once, in plotly; this draws the few kinds of traces they are made of with matplotlib (extra
 `notebook`), so that the picture and the interactive figure cannot disagree.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from optimizer.views.plots import GREY, INK
+from optimizer.views.canvas import GREY, INK
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points
+LEGEND_MARK, LEGEND_LETTER = 60, 9  # pixels
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "star": "*"}
+SYMBOLS |= {"x": "X", "cross": "P"}
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
@@ -46,7 +49,7 @@ class Picture:
 
 
 def picture(figure: go.Figure) -> Picture:
-    """Draw a figure of `optimizer.views.plots` with matplotlib, at the same size."""
+    """Draw a figure of a run with matplotlib, at the same size."""
     layout = figure.layout
     still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
     panels = _panels(figure)
@@ -56,7 +59,7 @@ def picture(figure: go.Figure) -> Picture:
         for trace in sorted(figure.data, key=lambda trace: trace.legendrank or 1000):
             if _axis_name(trace.yaxis, "y") == y_name:
                 _draw(ax, trace)
-    _legend(axes[0])
+    _legend(axes[0], layout.width)
     for shape in layout.shapes:
         _line(axes[0], shape)
     for note in layout.annotations:
@@ -132,10 +135,14 @@ def _colour(css: str) -> tuple[float, float, float, float] | str:
     return red / 255, green / 255, blue / 255, alpha
 
 
-def _legend(ax: Axes) -> None:
+def _legend(ax: Axes, width: float) -> None:
+    """Name the marks above a panel, on as many lines as they need on a picture so many pixels wide."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(labels), frameon=False,
+        needed = sum(LEGEND_MARK + LEGEND_LETTER * len(label) for label in labels)
+        lines = math.ceil(needed / (width - LEGEND_MARK))
+        columns = math.ceil(len(labels) / lines)
+        ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False,
                   fontsize=12, columnspacing=1.2, handletextpad=0.3)  # fmt: skip
 
 

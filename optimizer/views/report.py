@@ -10,8 +10,9 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -26,8 +27,8 @@ from optimizer.runs.front import SURE
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import figures, sentences
+from optimizer.views.canvas import DARK, library_script
 from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
-from optimizer.views.plots import DARK, library_script
 from optimizer.words import Change, Interval, count, percent
 
 WORDS = {
@@ -112,6 +113,10 @@ def _cards(run: ScoredRun) -> str:
         difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
         line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
         cards.append(_card(difference, f"[{low}, {high}]", f"points of domain gain over {line} at equal forgetting"))
+    if run.has_made_points:
+        more = Interval(*run.what_pays().set_index("set").loc["all", ["share", "low", "high"]])
+        what = f"hypervolume that {sentences.made_kinds(run)} points add"
+        cards += [_card(more.figure, more.bounds, what)] if more.is_known else []
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -136,10 +141,46 @@ def _figures(run: ScoredRun) -> str:
     )
     hint = '<p class="soft screen">Click a point of the front to see its weights and tasks below.</p>'
     return (
-        f"<section>{_figure('front')}{hint}</section>"
+        f"<section>{_figure('front')}{hint}{_meanings(run.kinds[trial] for trial in run.points().index)}</section>"
         f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
-        f"<section>{_figure('hypervolume')}</section>"
+        f"<section>{_figure('hypervolume')}</section>{_lessons(run)}"
     )
+
+
+def _lessons(run: ScoredRun) -> str:
+    """What learning cost, and the losses before and after; empty where nothing was learned."""
+    lessons = run.lessons()
+    if lessons.empty:
+        return ""
+    titles = ("trial", "what", "p", "cost, candidates", "steps", "loss, items learned from", "loss, items kept apart")
+    rows = [
+        (
+            trial,
+            TrialKind(row["kind"]).label,
+            _number(row["preference"], 2),
+            _number(row["candidates"], 1),
+            _number(row["steps"], 0),
+            *(f"{_number(row[f'{side}_before'], 3)} → {_number(row[side], 3)}" for side in ("seen", "kept")),
+        )
+        for trial, row in rows_of(lessons).items()
+    ]
+    about = (
+        "p is what the domain counts; the general tasks have the rest. Losses, before and after, are in shares of what "
+        "lies between base and expert; where only that on items learned from falls, the weights know items by heart. "
+        "A candidate is one reading of all search items."
+    )
+    return (
+        f'<section><h2>What was learned, and its price</h2><p class="soft">{about}</p>{_grid(titles, rows)}</section>'
+    )
+
+
+def _number(value: float, digits: int) -> str:
+    """A number of a lesson; empty where the study has none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else ""
+
+
+def _meanings(kinds: Iterable[TrialKind]) -> str:
+    return "".join(f'<p class="soft">{_text(line)}</p>' for line in sentences.meanings(kinds))
 
 
 def _figure(name: str) -> str:
@@ -171,7 +212,8 @@ def _limits(run: ScoredRun) -> str:
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
         f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
-        f"{_grid(titles, rows)}<p>Write one as a model: <code>{_text(export)}</code></p></section>"
+        f"{_grid(titles, rows)}{_meanings(row.kind for row in answers)}"
+        f"<p>Write one as a model: <code>{_text(export)}</code></p></section>"
     )
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities
-from optimizer.views.plots import FONT, GREY, INK, PAPER
+from optimizer.views.canvas import FONT, GREY, INK, PAPER
 from search_spaces.groups import split_name
 
 LESS, MORE = "#0072b2", "#d55e00"  # of loss; told apart with any colour vision

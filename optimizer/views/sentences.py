@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from evals.objectives import weak_tasks
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
+from optimizer.runs.families import MADE
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import ScoredRun
-from optimizer.runs.trial import NOT_COUNTED
+from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
 from optimizer.views.front_rows import change_of
 from optimizer.words import Interval, count, listed, one_line, percent
+
+MEANINGS = {
+    Role.LEARNED: "learned: one weight per tensor, found by gradients on the search items; p is the share that the "
+    "domain counts.",
+    Role.DERIVED: "derived: an expert made of base and expert by a closed form (RegMean, Fisher) over the search "
+    "items.",
+}
 
 
 def named(run: ScoredRun, trial: int) -> str:
@@ -44,10 +54,51 @@ def how_sure(run: ScoredRun, trial: int, max_forgetting: float) -> str:
 
 
 def verdict(run: ScoredRun) -> list[str]:
-    """Whether searching was worth it, judged at the knee: a sentence for each line of anchors."""
-    if len(run.points()) and (kind := run.kinds[run.knee()]).is_anchor:
+    """Whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what derived
+    and learned points add."""
+    if run.points().empty:
+        return []
+    gaps = [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
+    return [*(knee_sentence(run) if run.kinds[run.knee()].is_anchor else gaps), *what_made_points_add(run)]
+
+
+def knee_sentence(run: ScoredRun) -> list[str]:
+    """One sentence on a knee that was not searched."""
+    kind = run.kinds[run.knee()]
+    if kind.role not in MADE:
         return [f"The knee needs no search: it is {kind.stored}. The search found no better one."]
-    return [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
+    how, _, what = kind.label.partition(" ")
+    none_better = ": no searched point is better" if (run.points()["kind"] == SEARCHED.stored).any() else ""
+    return [f"The knee is {how} ({what}){none_better}."]
+
+
+def what_made_points_add(run: ScoredRun) -> list[str]:
+    """One sentence on what derived and learned points add to the hypervolume of the others, where there are some."""
+    if not run.has_made_points:
+        return []
+    rows = {row["set"]: row for row in rows_of(run.what_pays()).values()}
+    who = made_kinds(run).capitalize()
+    others = "anchors and searched points" if "+ searched" in rows else "the anchors"
+    more = Interval(*(rows["all"][name] for name in ("share", "low", "high")))
+    items = f"on {rows['all']['suite']} items"
+    if not more.is_known:
+        return []
+    if more.low > 0:
+        return [f"{who} points add {more.text()} to the hypervolume of {others}, {items}."]
+    what = "that is a loss" if more.high < 0 else "that does not show a gain"
+    return [f"{who} points change the hypervolume of {others} by {more.text()}, {items}: {what}."]
+
+
+def made_kinds(run: ScoredRun) -> str:
+    """Which points a run has that were derived or learned: `derived and learned`."""
+    roles = {TrialKind(kind).role for kind in run.points()["kind"]}
+    return " and ".join(role.name.lower() for role in MADE if role in roles)
+
+
+def meanings(kinds: Iterable[TrialKind]) -> list[str]:
+    """What kinds of points mean that no reader knows from elsewhere: a sentence for each of them that is there."""
+    roles = {kind.role for kind in kinds}
+    return [sentence for role, sentence in MEANINGS.items() if role in roles]
 
 
 def gap_sentence(gap: Row) -> str:

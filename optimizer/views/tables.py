@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +24,8 @@ from optimizer.words import Interval, percent, printable, task_labels
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
+
+WIDE = 10_000  # characters: no table is broken
 
 SENTINELS = "Sentinel tasks"
 
@@ -32,7 +34,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     """A plain table; every cell is shown as it stands, without markup, and in a narrow terminal no word is broken.
 
     Args:
-        right: columns of numbers, set flush right.
+        right: columns of numbers, set flush right; what is said on one line of a cell stays on it.
     """
     made = Table(
         title=Text(printable(title), style="bold"),
@@ -45,7 +47,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     for column, *below in zip(map(printable, columns), *cells, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        made.add_column(Text(column), justify=side, overflow="fold", no_wrap=not _breaks([column, *below]))
+        made.add_column(
+            Text(column), justify=side, overflow="fold", no_wrap=column in right or not _breaks([column, *below])
+        )
     for row in cells:
         made.add_row(*map(Text, row))
     return made
@@ -67,6 +71,8 @@ def print_front(run: ScoredRun, console: Console) -> None:
         return
     knee = run.knee()
     console.print(front_table(run, width=console.width))
+    if known := sentences.meanings(row.kind for row in front_rows(run, anchors=True)):
+        console.print("\n".join(known), end="\n\n", highlight=False, markup=False)
     if answers := limit_rows(run):
         console.print(limits_table(answers, width=console.width))
     console.print(retention_table(run, knee, width=console.width))
@@ -86,22 +92,19 @@ def front_table(run: ScoredRun, *, width: int) -> Table:
     """
     figures = [(suite, name) for suite in SUITES for name in run.objectives]
     several = len(run.methods) > 1
-    seam = _seam(width, 30 + 18 * len(figures))
-    rows = (
-        (
-            "*" if row.is_knee else "+" if row.on_front else "",
-            row.trial,
-            row.kind.label,
-            *([row.method] if several else []),
-            *(row.figures[suite][name].text(seam) for suite, name in figures),
-        )
-        for row in front_rows(run, anchors=True)
-    )
+    rows = front_rows(run, anchors=True)
+
+    def cells(seam: str) -> Iterator[tuple[object, ...]]:
+        for row in rows:
+            mark = "*" if row.is_knee else "+" if row.on_front else ""
+            method = [row.method] if several else []
+            shares = (row.figures[suite][name].text(seam) for suite, name in figures)
+            yield mark, row.trial, row.kind.label, *method, *shares
+
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
+    columns = ["", "trial", "kind", *(["method"] if several else []), *titles]
     title = f"Front of {run.name} (+) with its knee (*), and the anchors"
-    return table(
-        title, ["", "trial", "kind", *(["method"] if several else []), *titles], rows, right=["trial", *titles]
-    )
+    return _fitted(title, columns, cells, right=["trial", *titles], width=width)
 
 
 def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
@@ -111,22 +114,16 @@ def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
         answers: `limit_rows(run)`, with a row.
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    seam = _seam(width, 78)
-    rows = (
-        (
-            percent(row.limit),
-            row.trial,
-            row.kind.label,
-            row.domain.text(seam),
-            row.forgetting.text(seam),
-            percent(row.kept),
-        )
-        for row in answers
-    )
+
+    def cells(seam: str) -> Iterator[tuple[object, ...]]:
+        for row in answers:
+            shares = (figure.text(seam) for figure in (row.domain, row.forgetting))
+            yield percent(row.limit), row.trial, row.kind.label, *shares, percent(row.kept)
+
     suites = " or ".join(dict.fromkeys(row.suite for row in answers))
     title = f"For a limit on forgetting, {percent(SURE)} sure by search items; judged on {suites} items"
     columns = ["at most", "trial", "kind", "domain gain", "forgetting", "keeps to it in"]
-    return table(title, columns, rows, right=["at most", "trial", *columns[3:]])
+    return _fitted(title, columns, cells, right=["at most", "trial", *columns[3:]], width=width)
 
 
 def sentinels_table(run: ScoredRun, titles: Mapping[str, str], *, width: int) -> Table:
@@ -136,24 +133,41 @@ def sentinels_table(run: ScoredRun, titles: Mapping[str, str], *, width: int) ->
         titles: `sentinel_titles(run)`, with an entry.
         width: of the console, in characters; where it is narrow, intervals stand below their values.
     """
-    seam = _seam(width, 30 + 24 * len(titles))
     columns = {task: title.replace(", ", "\n") for task, title in titles.items()}
-    rows = (
-        (
-            "*" if row.is_knee else "+" if row.on_front else "",
-            row.trial,
-            row.kind.label,
-            *(row.changes[task].text(seam) if task in row.changes else "" for task in titles),
-        )
-        for row in sentinel_rows(run)
-    )
+    rows = sentinel_rows(run)
+
+    def cells(seam: str) -> Iterator[tuple[object, ...]]:
+        for row in rows:
+            mark = "*" if row.is_knee else "+" if row.on_front else ""
+            changes = (row.changes[task].text(seam) if task in row.changes else "" for task in titles)
+            yield mark, row.trial, row.kind.label, *changes
+
     title = f"{SENTINELS}, unseen by search and learning: how far above or below the base (higher is better)"
-    return table(title, ["", "trial", "kind", *columns.values()], rows, right=["trial", *columns.values()])
+    right = ["trial", *columns.values()]
+    return _fitted(title, ["", "trial", "kind", *columns.values()], cells, right=right, width=width)
 
 
-def _seam(width: int, needed: int) -> str:
-    """What stands between a value and its interval: they share a line where the console is wide enough."""
-    return " " if width >= needed else "\n"
+def _fitted(
+    title: str,
+    columns: Sequence[str],
+    rows: Callable[[str], Iterable[Sequence[object]]],
+    *,
+    right: Sequence[str],
+    width: int,
+) -> Table:
+    """Make a table whose values share a line with their intervals where the console is wide enough.
+
+    Args:
+        rows: given what stands between a value and its interval.
+        width: of the console, in characters.
+    """
+    made = [table(title, columns, rows(seam), right=right) for seam in (" ", "\n")]
+    return made[0] if _width(made[0]) <= width else made[1]
+
+
+def _width(made: Table) -> int:
+    """Say how many characters a table would like to take."""
+    return Console(width=WIDE).measure(made).maximum
 
 
 def front_document(run: ScoredRun) -> dict[str, Any]:
@@ -174,6 +188,8 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
             for row in rows
         ],
         "limits": _records(run.by_limit()),
+        "what_pays": _records(run.what_pays()),
+        "lessons": _records(run.lessons().reset_index()),
         "sentinels": _records(run.sentinels()),
         "findings": sentences.findings(run),
     }
@@ -219,22 +235,17 @@ def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
     suite = tasks["suite"].iloc[0]
     names = {number: TrialKind(row["kind"]).expert_name for number, row in rows_of(run.points()).items()}
     experts = {name: run.scores(number, suite) for number, name in names.items() if name and number != trial}
-    seam = _seam(width, 78 + 12 * len(experts))
     records = list(rows_of(tasks).values())
-    rows = (
-        (
-            name,
-            row["metric"],
-            f"{row['base_score']:.3f}",
-            *(f"{scores[row['task']]:.3f}" for scores in experts.values()),
-            f"{row['score']:.3f}",
-            f"{'won' if row['role'] == 'domain' else 'kept'} {share_of(row).text(seam)}",
-        )
-        for name, row in zip(task_labels(records), records, strict=True)
-    )
+
+    def cells(seam: str) -> Iterator[tuple[object, ...]]:
+        for name, row in zip(task_labels(records), records, strict=True):
+            scores = [row["base_score"], *(of_expert[row["task"]] for of_expert in experts.values()), row["score"]]
+            share = f"{'won' if row['role'] == 'domain' else 'kept'} {share_of(row).text(seam)}"
+            yield name, row["metric"], *(f"{score:.3f}" for score in scores), share
+
     title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept"
     numbers = ["base", *experts, f"trial {trial}"]
-    return table(title, ["task", "metric", *numbers, "share"], rows, right=numbers)
+    return _fitted(title, ["task", "metric", *numbers, "share"], cells, right=numbers, width=width)
 
 
 def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:

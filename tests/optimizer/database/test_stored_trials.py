@@ -14,7 +14,7 @@ from tests.toy_run import toy_run
 
 
 def changed(folder: Path, *statements: str) -> Path:
-    run = toy_run(folder / "toy", trials=3)
+    run = toy_run(folder / "toy", trials=3, learned=(0.6,))
     with closing(sqlite3.connect(run / "study.db")) as connection:
         for statement in statements:
             assert connection.execute(statement).rowcount, statement
@@ -28,6 +28,10 @@ def changed(folder: Path, *statements: str) -> Path:
         ("DELETE FROM trial_user_attributes WHERE key = 'recipe'", "trial 0 is finished without a recipe"),
         ("UPDATE trial_user_attributes SET key = 'x' WHERE key = 'recipe'", "trial 0 is finished without a recipe"),
         ("UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'kind'", "trial 0 has the kind '3', which is"),
+        (
+            "UPDATE trial_user_attributes SET value_json = '[1]' WHERE key = 'lesson'",
+            r"has the lesson '\[1\]', which is a",
+        ),
         ("UPDATE trial_user_attributes SET value_json = 'NaN' WHERE key = 'seconds'", "trial 0 took nan seconds"),
         ("DELETE FROM trial_values", r"trial 0 has the objectives \[\]"),
     ],

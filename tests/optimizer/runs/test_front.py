@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 
-from optimizer.runs.front import best_under, hypervolume, knee, losses, non_dominated, widest_gaps
+from optimizer.runs.front import best_under, hypervolume, hypervolumes, knee, losses, non_dominated, widest_gaps
 
 GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
 
@@ -34,6 +34,17 @@ def test_hypervolume_counts_the_unit_cells_below(values: np.ndarray) -> None:
     cells = np.stack(np.meshgrid(*[np.arange(5.0)] * values.shape[1]), axis=-1).reshape(-1, values.shape[1])
     covered = sum(any((point <= cell).all() for point in values) for cell in cells)
     assert hypervolume(values, corner) == pytest.approx(covered)
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda m: arrays(float, st.tuples(st.just(3), st.integers(0, 6), st.just(m)), elements=GRID)
+    )
+)
+@settings(max_examples=50)
+def test_hypervolumes_of_many_sets_are_those_of_each(sets: np.ndarray) -> None:
+    corner = np.full(sets.shape[2], 5.0)
+    assert hypervolumes(sets, corner) == pytest.approx([hypervolume(one, corner) for one in sets])
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])

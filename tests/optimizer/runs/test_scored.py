@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from evals.objectives import Scale, draw_objectives, objectives
 from optimizer.errors import RunError
 from optimizer.run import Run, open_run
+from optimizer.runs.front import hypervolume, losses
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html
 from optimizer.views.tables import front_document
@@ -122,6 +126,59 @@ def test_each_limit_has_the_point_that_keeps_to_it_by_the_search_items(run: Run)
         assert limit < run.reference()["forgetting"]
     assert [row["trial"] for row in front_document(run)["limits"]] == answers["trial"].tolist()
     assert "<h2>The most domain gain for a limit on forgetting</h2>" in report_html(run)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with points derived and learned, of which one was learned between searched ones."""
+    path = tmp_path_factory.mktemp("runs") / "made"
+    return open_run(toy_run(path, trials=12, derived=("regmean 0.4",), learned=(0.3, 0.6)))
+
+
+def test_derived_and_learned_points_are_anchors_wherever_they_stand(made: Run) -> None:
+    kinds = made.trials()["kind"]
+    late = int(kinds.index[kinds == "learned p=0.60"][0])
+    assert kinds[late - 1] == kinds[late + 1] == "search"
+    assert set(made.anchors().index) == set(kinds.index[kinds != "search"])
+    without = made.points()[made.points()["kind"] != "search"]
+    covered = hypervolume(losses(without[list(made.objectives)]), losses(list(made.reference().values())))
+    assert made.anchors_hypervolume() == pytest.approx(covered)
+    growth = made.hypervolume().set_index("trial")
+    assert growth["kind"].equals(made.points()["kind"])
+
+
+def test_a_weight_for_every_tensor_is_shown_by_group_as_their_mean(made: Run) -> None:
+    late = int(made.lessons().index[-1])
+    recipe, weights = made.recipe(late), made.weights(late).set_index("group")["weight"]
+    assert weights.index.tolist() == made.weights(0)["group"].tolist()
+    names = [f"model.layers.3.self_attn.{part}_proj.weight" for part in "qk"]
+    of_tensors = [recipe.value("weight", expert="clinical", group=name) for name in names]
+    assert of_tensors[0] != of_tensors[1]
+    assert weights["layer.03.attn"] == pytest.approx(np.mean(of_tensors))
+
+
+def test_a_derived_expert_has_one_weight_in_every_group(made: Run) -> None:
+    kinds = made.trials()["kind"]
+    weights = made.weights(int(kinds.index[kinds == "derived regmean 0.4"][0]))
+    assert weights["group"].tolist() == made.weights(0)["group"].tolist()
+    assert set(weights["weight"]) == {1.0}
+
+
+def test_lessons_are_those_of_learned_trials_and_missing_where_nothing_is_said(made: Run, tmp_path: Path) -> None:
+    lessons = made.lessons()
+    assert lessons["kind"].tolist() == ["learned p=0.30", "learned p=0.60"]
+    assert lessons["preference"].tolist() == [0.3, 0.6]
+    assert (lessons["kept"] < lessons["kept_before"]).all()
+    path = tmp_path / "silent"
+    shutil.copytree(made.path, path)
+    with closing(sqlite3.connect(path / "study.db")) as connection:
+        connection.execute("DELETE FROM trial_user_attributes WHERE key = 'lesson'")
+        connection.commit()
+    silent = open_run(path).lessons()
+    assert silent["preference"].tolist() == [0.3, 0.6]  # the kind says it
+    assert silent[["steps", "kept", "candidates"]].isna().all(axis=None)
+    assert "What was learned" in report_html(open_run(path))
+    assert open_run(toy_run(tmp_path / "plain", trials=12)).lessons().empty
 
 
 def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -14,6 +16,8 @@ ROLES = {
     "slope 0.00->1.00": (Role.SLOPE, "slope 0.00->1.00"),
     "from recipe.json": (Role.START, "from recipe.json"),
     "from a\nb": (Role.START, "from a\\nb"),
+    "derived regmean 0.4": (Role.DERIVED, "derived regmean 0.4"),
+    "learned p=0.60": (Role.LEARNED, "learned p=0.60"),
     "search": (Role.SEARCHED, "search"),
 }
 
@@ -34,6 +38,13 @@ def test_a_trial_without_a_kind_is_searched() -> None:
 def test_an_experts_kind_gives_its_name_back() -> None:
     assert TrialKind.expert("law").expert_name == "law"
     assert (BASE.expert_name, SEARCHED.expert_name) == ("", "")
+
+
+def test_a_learned_kind_says_its_preference() -> None:
+    assert TrialKind("learned p=0.60").preference == 0.6
+    assert TrialKind("learned clinical p=1").preference == 1.0
+    for other in ("learned", "learned p=much", "derived regmean 0.4", "from p=0.5", "search"):
+        assert math.isnan(TrialKind(other).preference)
 
 
 def test_every_anchor_of_a_space_has_a_role() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from evals.outcomes import SUITES
 from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
-from optimizer.views import plots
+from optimizer.views import canvas, front_plot, plots
 from optimizer.views.pictures import picture
 from tests.toy_run import toy_run
 
@@ -20,6 +21,16 @@ EVIL = '<img src=x onerror="alert(1)"> $x$'
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(toy_run(tmp_path_factory.mktemp("runs") / "toy", trials=12))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("runs") / "made"
+    return open_run(toy_run(path, trials=12, derived=("regmean 0.2", "fisher 0.4"), learned=(0.6, 0.3)))
+
+
+def lines_of(figure: go.Figure) -> list[go.Scatter]:
+    return [trace for trace in figure.data if trace.mode == "lines"]
 
 
 def figures(run: Run) -> dict[str, go.Figure]:
@@ -53,10 +64,63 @@ def test_every_mark_is_inside_the_axes_also_where_holdout_items_say_otherwise(ru
     points = {suite: run.points(suite) for suite in SUITES}
     far = points["holdout"].index[points["holdout"]["front"]][-1]
     points["holdout"].loc[far, ["forgetting", "domain"]] = -0.5, 2.5
-    figure = plots.front(points, knee=run.knee(), suite="holdout")
+    figure = front_plot.front(points, knee=run.knee(), suite="holdout")
     for trace in (trace for trace in figure.data if trace.mode == "markers"):
         for values, axis in ((trace.x, figure.layout.xaxis), (trace.y, figure.layout.yaxis)):
             assert all(axis.range[0] < value < axis.range[1] for value in values)
+
+
+def test_points_derived_and_learned_have_marks_and_a_path_of_their_own(made: Run) -> None:
+    figure, points = made.plot_front(), made.points()
+    shown = {trace.name: trace for trace in figure.data if trace.showlegend}
+    symbols = {trace.marker.symbol for name, trace in shown.items() if name != "searched"}  # those are small and pale
+    assert len(symbols) == len(shown) - 1, "told apart without colour"
+    for name in ("derived", "learned"):
+        trials = points.index[points["kind"].str.startswith(name)]
+        assert list(shown[name].customdata) == trials.tolist()
+        assert all(
+            f"trial {t}</b> {points['kind'][t]}" in text for t, text in zip(trials, shown[name].text, strict=True)
+        )
+    learned = points[points["kind"].str.startswith("learned")].sort_values("kind")
+    path = pd.concat([points.loc[[0]], learned, points.loc[[1]]])
+    assert any(list(trace.y) == pytest.approx((100 * path["domain"]).tolist()) for trace in lines_of(figure))
+    judged = named(figure, "front, unseen items")
+    assert set(learned.index[learned["front"]]) <= set(judged.customdata)
+    assert picture(figure)._repr_png_()
+
+
+def test_without_learned_points_there_is_no_path(run: Run) -> None:
+    assert all(trace.line.color != canvas.WINE or not len(trace.x) for trace in lines_of(run.plot_front()))
+    assert run.plot_front().layout.height == canvas.HEIGHT
+
+
+def test_the_search_begins_at_its_first_trial_and_learned_ones_are_marked_on_the_way(made: Run, run: Run) -> None:
+    kinds = made.points()["kind"]
+    figure = made.plot_hypervolume()
+    assert figure.layout.shapes[0].x0 == kinds.index[kinds == "search"][0] - 0.5
+    growth = made.hypervolume().set_index("trial")["hypervolume"]
+    learned = kinds.index[kinds.str.startswith("learned")]
+    assert list(named(figure, "learned").x) == learned.tolist()
+    assert list(named(figure, "learned").y) == growth[learned].tolist()
+    assert not any(trace.showlegend for trace in run.plot_hypervolume().data)
+    assert picture(figure)._repr_png_()
+
+
+def test_a_run_without_search_has_no_beginning_of_it(tmp_path: Path) -> None:
+    assert not open_run(toy_run(tmp_path / "toy", trials=0)).plot_hypervolume().layout.shapes
+
+
+def test_weights_of_tensors_are_said_to_be_means(made: Run, run: Run) -> None:
+    learned = int(made.lessons().index[0])
+    assert "mean of a module's tensors" in made.plot_weights(learned).layout.title.subtitle.text
+    assert "a line for each kind of module" in run.plot_weights(run.knee()).layout.title.subtitle.text
+
+
+def test_a_pictures_legend_is_no_wider_than_the_picture(made: Run) -> None:
+    still = picture(made.plot_front()).figure
+    still.canvas.draw()
+    (axes,) = still.axes
+    assert axes.get_legend().get_window_extent().x1 <= still.bbox.x1
 
 
 def test_without_holdout_the_intervals_are_on_the_search_figures(tmp_path: Path) -> None:
@@ -84,7 +148,7 @@ def test_every_figure_has_a_picture(run: Run, name: str, tmp_path: Path) -> None
     assert (tmp_path / "still.png").read_bytes().startswith(b"\x89PNG")
     png, size = still._repr_png_()
     assert png.startswith(b"\x89PNG")
-    assert size["width"] == plots.WIDTH
+    assert size["width"] == canvas.WIDTH
 
 
 def test_pictures_hold_the_same_numbers(run: Run) -> None:

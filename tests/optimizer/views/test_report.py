@@ -96,6 +96,16 @@ def test_names_are_inert(tmp_path: Path) -> None:
     assert html.escape(evil) in shown
 
 
+def test_learned_trials_have_a_table_of_their_price_and_losses(run: Run, tmp_path: Path) -> None:
+    made = open_run(toy_run(tmp_path / "toy", trials=12, learned=(0.6,)))
+    text = without_library(report_html(made))
+    table = text[text.index("What was learned, and its price") : text.index("The front, from")]
+    for cell in ("learned p=0.60", "0.60", "18.2", "0.512 → 0.401", "0.508 → 0.433"):
+        assert cell in table
+    assert "hypervolume that learned points add" in text
+    assert "What was learned" not in without_library(report_html(run))
+
+
 def test_a_run_without_a_finished_trial_still_has_a_report(tmp_path: Path) -> None:
     folder = RunFolder.create_or_resume(tmp_path / "toy", "name: toy\n", {}, tasks=())
     target = write_report(open_run(folder.path))

@@ -103,7 +103,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         pytest.skip("no chromium here")
     folder = tmp_path_factory.mktemp("pages")
     runs = {
-        "one": toy_run(folder / "toy", trials=12),
+        "one": toy_run(folder / "toy", trials=12, derived=("regmean 0.2",), learned=(0.3, 0.6)),
         "two": toy_run(folder / "a-run-whose-name-is-as-long-as-it-may-be-and-has-no-space", trials=6, experts=LONG),
     }
     pages = json.dumps({name: report_html(open_run(path)) for name, path in runs.items()}).replace("<", "\\u003c")

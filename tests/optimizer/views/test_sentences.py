@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,7 +16,7 @@ from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html
-from optimizer.views.sentences import gap_sentence
+from optimizer.views.sentences import MEANINGS, gap_sentence, what_made_points_add
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import toy_run
 
@@ -46,6 +48,64 @@ def test_a_knee_that_needs_no_search_is_said_to_need_none(tmp_path: Path) -> Non
     run = open_run(toy_run(tmp_path / "toy", trials=0))
     assert run.does_search_pay().empty
     assert run.verdict() == [f"The knee needs no search: it is {run.points()['kind'][run.knee()]}. {NOT_BETTER}"]
+
+
+def made_run(folder: Path, **settings: Any) -> Run:
+    return open_run(toy_run(folder / "toy", **{"trials": 12, **settings}))
+
+
+def test_a_learned_knee_is_said_to_be_one_and_what_it_adds(tmp_path: Path) -> None:
+    run = made_run(tmp_path, derived=("regmean 0.2",), learned=(0.4, 0.6))
+    said, added = run.verdict()
+    assert said == f"The knee is learned ({run.kinds[run.knee()].stored.split()[1]}): no searched point is better."
+    rows = run.what_pays().set_index("set")
+    more, low, high = (100 * rows.loc["all", name] for name in ("share", "low", "high"))
+    assert low > 0
+    assert added == (
+        f"Derived and learned points add {more:.0f} % [{low:.0f}, {high:.0f}] to the hypervolume of anchors and "
+        "searched points, on holdout items."
+    )
+    shown = io.StringIO()
+    print_front(run, Console(file=shown, width=200))
+    for sentence in (said, added, *MEANINGS.values()):
+        assert shown.getvalue().count(sentence) == 1
+        assert html.escape(sentence) in report_html(run)
+
+
+def test_a_derived_knee_of_a_run_without_search_beats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made_run(tmp_path, trials=0, derived=("regmean 0.2",))
+    kinds = run.points()["kind"]
+    monkeypatch.setattr(run, "knee", lambda: int(kinds.index[kinds == "derived regmean 0.2"][0]))
+    said, added = run.verdict()
+    assert said == "The knee is derived (regmean 0.2)."
+    assert "the hypervolume of the anchors" in added
+
+
+@pytest.mark.parametrize(
+    ("share", "end"),
+    [
+        ((0.12, 0.05, 0.19), "Learned points add 12 % [5, 19] to the hypervolume of anchors and searched points, on "),
+        ((0.03, -0.01, 0.08), "by 3.0 % [-1.0, 8.0], on holdout items: that does not show a gain."),
+        ((-0.03, -0.05, -0.01), "by -3.0 % [-5.0, -1.0], on holdout items: that is a loss."),
+        ((math.nan, math.nan, math.nan), None),
+    ],
+)
+def test_what_learned_points_add_is_said_as_surely_as_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: tuple[float, float, float], end: str | None
+) -> None:
+    run = made_run(tmp_path, learned=(0.6,))
+    rows = run.what_pays()
+    rows.loc[rows["set"] == "all", ["share", "low", "high"]] = share
+    monkeypatch.setattr(run, "what_pays", lambda: rows)
+    added = what_made_points_add(run)
+    assert not added if end is None else end in added[0]
+
+
+def test_kinds_that_no_reader_knows_are_explained_only_where_they_are(run: Run) -> None:
+    sink = io.StringIO()
+    print_front(run, Console(file=sink, width=200))
+    assert not any(sentence in sink.getvalue() + report_html(run) for sentence in MEANINGS.values())
+    assert what_made_points_add(run) == []
 
 
 def test_what_was_cut_short_is_said_wherever_the_run_is_shown(tmp_path: Path) -> None:

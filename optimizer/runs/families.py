@@ -1,0 +1,95 @@
+"""What each family of points adds to what a study covers: those derived, those learned, those searched.
+
+Each set of points has its front by the search items; the items that judge say what that front covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from evals.objectives import Draws, interval
+from optimizer.runs.front import hypervolumes, losses, non_dominated
+from optimizer.runs.trial import Role
+
+Array = NDArray[np.float64]
+
+MADE = (Role.DERIVED, Role.LEARNED)  # what a search does not propose, and no line has
+SETS = {
+    "anchors": (),
+    "+ derived": (Role.DERIVED,),
+    "+ learned": (Role.LEARNED,),
+    "+ searched": (Role.SEARCHED,),
+    "all": (*MADE, Role.SEARCHED),
+}  # what is added to the anchors of a space: base, experts, lines
+COLUMNS = ("set", "points", "hypervolume", "share", "low", "high")
+FEW = 200  # resamplings that are enough where many objectives make each one dear
+
+
+def fronts_by_set(minimised: pd.DataFrame, roles: pd.Series[Any]) -> dict[str, list[int]]:
+    """Give the trials of each set that none other of the set beats.
+
+    Args:
+        minimised: the objectives of every point by the search items, all minimised.
+        roles: of the same trials.
+
+    Returns:
+        Without the sets whose own points are not there; "all" is there always.
+    """
+    named = set(SETS["all"])
+    fronts = {}
+    for name, added in SETS.items():
+        if name in ("anchors", "all") or (roles == added[0]).any():
+            chosen = minimised[[role not in named or role in added for role in roles]]
+            fronts[name] = [int(trial) for trial in chosen.index[non_dominated(chosen.to_numpy())]]
+    return fronts
+
+
+def without_made(fronts: Mapping[str, Sequence[int]]) -> str:
+    """Give the set that all others are measured by: what there is without derived and learned points."""
+    return "+ searched" if "+ searched" in fronts else "anchors"
+
+
+def what_sets_cover(
+    draws: Draws, fronts: Mapping[str, Sequence[int]], *, names: Sequence[str], corner: Sequence[float]
+) -> pd.DataFrame:
+    """Give what the front of each set covers, and how much more that is than without derived and learned points.
+
+    Args:
+        draws: of the items that judge; of every trial that is on a front.
+        fronts: `fronts_by_set`.
+        names: of the objectives, forgetting last.
+        corner: the hypervolume's reference point, all minimised.
+
+    Returns:
+        set, points (on its front), hypervolume, share (what it has more than the set without derived and learned
+        points, as a share of that one's), and the share's 95 % interval low, high: paired, over resampled items. NaN
+        where that set covers nothing.
+    """
+    covered = {name: _covered(draws, trials, names=names, corner=corner) for name, trials in fronts.items()}
+    at, samples = covered[without_made(fronts)]
+    rows = []
+    for name, (value, resampled) in covered.items():
+        (low,), (high,) = interval(_more(resampled, samples)[:, None])
+        rows.append((name, len(fronts[name]), value, float(_more(np.array([value]), np.array([at]))[0]), low, high))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _covered(
+    draws: Draws, trials: Sequence[int], *, names: Sequence[str], corner: Sequence[float]
+) -> tuple[float, Array]:
+    """The hypervolume of some trials, of the items as they are and of each resampling (B,)."""
+    columns = [draws.column(trial) for trial in trials]
+    few = slice(FEW if len(names) > 3 else None)
+    points = losses(np.stack([draws.points[name][columns] for name in names], axis=-1))  # (k, m)
+    samples = losses(np.stack([draws.samples[name][few][:, columns] for name in names], axis=-1))  # (B, k, m)
+    return float(hypervolumes(points[None], corner)[0]), hypervolumes(samples, corner)
+
+
+def _more(values: Array, others: Array) -> Array:
+    """How much more values are than others, as shares of these; NaN where one of these is 0."""
+    return np.divide(values - others, others, out=np.full_like(values, np.nan), where=others > 0)
