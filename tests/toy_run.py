@@ -185,7 +185,7 @@ def _built(
 def derived_recipe(expert: str, what: str) -> Recipe:
     """One derived expert, whole: it harms less than a merge that has as much skill."""
     form, share = what.split()
-    name = f"{expert}-{form}-{100 * float(share):.0f}"
+    name = f"{expert}_{form}_{100 * float(share):.0f}"
     return Recipe("linear", "models/base", ((name, f"derived/{expert}/{share}"),), (Setting("weight", name, "", 1.0),))
 
 
@@ -275,7 +275,13 @@ def lesson_of(kind: str) -> dict[str, str]:
     """What a learned trial says of its lesson; nothing for others."""
     if not kind.startswith("learned"):
         return {}
-    lesson = {"preference": float(kind.split("=")[1]), "steps": 24, "pull": 0.25, "candidates": 18.2, "seconds": 41.5}
+    lesson = {
+        "preference": {"clinical": float(kind.split("=")[1])},
+        "steps": 24,
+        "pull": 0.25,
+        "candidates": 18.2,
+        "seconds": 41.5,
+    }
     losses_of = {"seen_before": 0.512, "seen": 0.401, "kept_before": 0.508, "kept": 0.433}
     return {"lesson": json.dumps(lesson | losses_of)}
 

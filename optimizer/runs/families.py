@@ -18,13 +18,13 @@ from optimizer.runs.trial import Role
 
 Array = NDArray[np.float64]
 
-MADE = (Role.DERIVED, Role.LEARNED)  # what a search does not propose, and no line has
+PREPARED = (Role.DERIVED, Role.LEARNED)  # those whose recipes a worker makes
 SETS = {
     "anchors": (),
     "+ derived": (Role.DERIVED,),
     "+ learned": (Role.LEARNED,),
     "+ searched": (Role.SEARCHED,),
-    "all": (*MADE, Role.SEARCHED),
+    "all": (*PREPARED, Role.SEARCHED),
 }  # what is added to the anchors of a space: base, experts, lines
 COLUMNS = ("set", "points", "hypervolume", "share", "low", "high")
 FEW = 200  # resamplings that are enough where many objectives make each one dear
@@ -49,7 +49,7 @@ def fronts_by_set(minimised: pd.DataFrame, roles: pd.Series[Any]) -> dict[str, l
     return fronts
 
 
-def without_made(fronts: Mapping[str, Sequence[int]]) -> str:
+def without_prepared(fronts: Mapping[str, Sequence[int]]) -> str:
     """Give the set that all others are measured by: what there is without derived and learned points."""
     return "+ searched" if "+ searched" in fronts else "anchors"
 
@@ -71,7 +71,7 @@ def what_sets_cover(
         where that set covers nothing.
     """
     covered = {name: _covered(draws, trials, names=names, corner=corner) for name, trials in fronts.items()}
-    at, samples = covered[without_made(fronts)]
+    at, samples = covered[without_prepared(fronts)]
     rows = []
     for name, (value, resampled) in covered.items():
         (low,), (high,) = interval(_more(resampled, samples)[:, None])
@@ -82,7 +82,7 @@ def what_sets_cover(
 def _covered(
     draws: Draws, trials: Sequence[int], *, names: Sequence[str], corner: Sequence[float]
 ) -> tuple[float, Array]:
-    """The hypervolume of some trials, of the items as they are and of each resampling (B,)."""
+    """Give the hypervolume of some trials, of the items as they are and of each resampling (B,)."""
     columns = [draws.column(trial) for trial in trials]
     few = slice(FEW if len(names) > 3 else None)
     points = losses(np.stack([draws.points[name][columns] for name in names], axis=-1))  # (k, m)
@@ -91,5 +91,5 @@ def _covered(
 
 
 def _more(values: Array, others: Array) -> Array:
-    """How much more values are than others, as shares of these; NaN where one of these is 0."""
+    """Give how much more values are than others, as shares of these; NaN where one of these is 0."""
     return np.divide(values - others, others, out=np.full_like(values, np.nan), where=others > 0)

@@ -28,6 +28,8 @@ def read_lesson(text: str) -> dict[str, float]:
 
 
 def _number(value: object) -> float:
+    if isinstance(value, dict):  # a preference for each of several experts: the domains have their sum
+        value = sum(map(_number, value.values())) if value else math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:

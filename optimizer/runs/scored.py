@@ -17,7 +17,7 @@ from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import Gap, gap_to_line
-from optimizer.runs.families import COLUMNS, MADE, fronts_by_set, what_sets_cover
+from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
 from optimizer.runs.recorded import RecordedRun
 from optimizer.runs.trial import Role, roles_of
@@ -248,9 +248,9 @@ class ScoredRun(RecordedRun):
         return pd.DataFrame(rows, columns=columns)
 
     @property
-    def has_made_points(self) -> bool:
+    def has_prepared_points(self) -> bool:
         """Whether a point of it was derived or learned."""
-        return bool(self._roles.isin(MADE).any())
+        return bool(self._roles.isin(PREPARED).any())
 
     def what_pays(self) -> pd.DataFrame:
         """What is covered by the anchors of the space, with those derived, with those learned, with those searched,

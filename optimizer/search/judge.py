@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from evals.outcomes import HOLDOUT
 from optimizer.errors import SearchError
-from optimizer.runs.families import MADE
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.trial import TrialKind
 from optimizer.search.crew import Crew
@@ -26,7 +25,9 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
         SearchError: the base or an expert fails on the holdout suite.
         KeyboardInterrupt: a person asked to stop.
     """
-    numbers = sorted({*ledger.front(), *front_without_made(ledger.values, ledger.kinds), *ledger.finished_anchors()})
+    numbers = sorted(
+        {*ledger.front(), *front_without_prepared(ledger.values, ledger.kinds), *ledger.finished_anchors()}
+    )
     faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
     reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
     waiting = list(faults)
@@ -46,9 +47,9 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     reporter.say("done", f"{ledger.finished} trials finished, {on_front} on the front")
 
 
-def front_without_made(values: Mapping[int, tuple[float, ...]], kinds: Mapping[int, TrialKind]) -> list[int]:
+def front_without_prepared(values: Mapping[int, tuple[float, ...]], kinds: Mapping[int, TrialKind]) -> list[int]:
     """Give the finished trials that no other beats, were there no derived and no learned ones."""
-    numbers = [number for number in values if kinds[number].role not in MADE]
+    numbers = [number for number in values if not kinds[number].is_prepared]
     mask = non_dominated(losses([values[number] for number in numbers]))
     return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 

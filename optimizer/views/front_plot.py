@@ -9,14 +9,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from evals.outcomes import HOLDOUT, SEARCH
-from optimizer.runs.families import MADE
+from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.trial import Role, TrialKind, roles_of
 from optimizer.views import canvas
 from optimizer.views.canvas import BLUE, GREY, INK, ORANGE, PALE, PALE_BLUE, PAPER, PLOT_WIDTH, RED, SERIES, VEIL, WINE
 from optimizer.words import Interval, percent
 
-JUDGED = (Role.SEARCHED, *MADE)  # shown again by the holdout items, where these judge the front
+JUDGED = (Role.SEARCHED, *PREPARED)  # shown again by the holdout items, where these judge the front
 
 
 def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -> go.Figure:
@@ -30,7 +30,7 @@ def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -
     """
     unseen = suite == HOLDOUT
     judge = "items the search never saw" if unseen else "the items the search used"
-    more = roles_of(points[SEARCH]["kind"]).isin((Role.START, *MADE)).any()
+    more = roles_of(points[SEARCH]["kind"]).isin((Role.START, *PREPARED)).any()
     figure = canvas.figure(
         "What each gain in the domain costs",
         f"one mark is one merge; bars are 95 % intervals on {judge}",
@@ -80,7 +80,7 @@ def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.
         *([] if several else [_curve(_path(search, roles), WINE, width=1.2), _curve(chosen, BLUE, shape="hv")]),
         *([] if judged is None else _judgement(again, judged.loc[again.index])),
         *(
-            _marks(search[roles == role], *look, rank=rank, bars=judged is None and role in MADE)
+            _marks(search[roles == role], *look, rank=rank, bars=judged is None and role in PREPARED)
             for rank, (role, look) in enumerate(SERIES.items(), start=4)
         ),
         _marks(found, "front", "circle", BLUE, 11, rank=1, bars=judged is None),

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from evals.outcomes import HOLDOUT
-from optimizer.runs.families import MADE
+from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import rows_of
 from optimizer.runs.trial import TrialKind, roles_of
 from optimizer.views import canvas
@@ -79,7 +79,7 @@ def hypervolume(
             hovertemplate="after trial %{x}: %{y:.4f}<extra></extra>",
         )
     )  # fmt: skip
-    figure.add_traces(_made_marks(frame))
+    figure.add_traces(_prepared_marks(frame))
     end = float(frame["trial"].max())
     figure.add_trace(
         go.Scatter(
@@ -142,10 +142,10 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
     return figure
 
 
-def _made_marks(frame: pd.DataFrame) -> list[go.Scatter]:
+def _prepared_marks(frame: pd.DataFrame) -> list[go.Scatter]:
     """Where points were derived and learned, on the line of what all cover."""
     traces = []
-    for role in MADE:
+    for role in PREPARED:
         name, symbol, color, size = SERIES[role]
         rows = frame[roles_of(frame["kind"]) == role]
         traces.append(

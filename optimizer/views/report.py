@@ -113,9 +113,9 @@ def _cards(run: ScoredRun) -> str:
         difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
         line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
         cards.append(_card(difference, f"[{low}, {high}]", f"points of domain gain over {line} at equal forgetting"))
-    if run.has_made_points:
+    if run.has_prepared_points:
         more = Interval(*run.what_pays().set_index("set").loc["all", ["share", "low", "high"]])
-        what = f"hypervolume that {sentences.made_kinds(run)} points add"
+        what = f"hypervolume that {sentences.prepared_kinds(run)} points add"
         cards += [_card(more.figure, more.bounds, what)] if more.is_known else []
     return f'<div class="cards">{"".join(cards)}</div>'
 

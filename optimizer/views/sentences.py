@@ -9,7 +9,7 @@ import pandas as pd
 from evals.objectives import weak_tasks
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
-from optimizer.runs.families import MADE
+from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
@@ -59,25 +59,25 @@ def verdict(run: ScoredRun) -> list[str]:
     if run.points().empty:
         return []
     gaps = [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
-    return [*(knee_sentence(run) if run.kinds[run.knee()].is_anchor else gaps), *what_made_points_add(run)]
+    return [*(knee_sentence(run) if run.kinds[run.knee()].is_anchor else gaps), *what_prepared_points_add(run)]
 
 
 def knee_sentence(run: ScoredRun) -> list[str]:
     """One sentence on a knee that was not searched."""
     kind = run.kinds[run.knee()]
-    if kind.role not in MADE:
+    if kind.role not in PREPARED:
         return [f"The knee needs no search: it is {kind.stored}. The search found no better one."]
     how, _, what = kind.label.partition(" ")
     none_better = ": no searched point is better" if (run.points()["kind"] == SEARCHED.stored).any() else ""
     return [f"The knee is {how} ({what}){none_better}."]
 
 
-def what_made_points_add(run: ScoredRun) -> list[str]:
+def what_prepared_points_add(run: ScoredRun) -> list[str]:
     """One sentence on what derived and learned points add to the hypervolume of the others, where there are some."""
-    if not run.has_made_points:
+    if not run.has_prepared_points:
         return []
     rows = {row["set"]: row for row in rows_of(run.what_pays()).values()}
-    who = made_kinds(run).capitalize()
+    who = prepared_kinds(run).capitalize()
     others = "anchors and searched points" if "+ searched" in rows else "the anchors"
     more = Interval(*(rows["all"][name] for name in ("share", "low", "high")))
     items = f"on {rows['all']['suite']} items"
@@ -89,10 +89,10 @@ def what_made_points_add(run: ScoredRun) -> list[str]:
     return [f"{who} points change the hypervolume of {others} by {more.text()}, {items}: {what}."]
 
 
-def made_kinds(run: ScoredRun) -> str:
+def prepared_kinds(run: ScoredRun) -> str:
     """Which points a run has that were derived or learned: `derived and learned`."""
     roles = {TrialKind(kind).role for kind in run.points()["kind"]}
-    return " and ".join(role.name.lower() for role in MADE if role in roles)
+    return " and ".join(role.name.lower() for role in PREPARED if role in roles)
 
 
 def meanings(kinds: Iterable[TrialKind]) -> list[str]:

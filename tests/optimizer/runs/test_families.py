@@ -99,5 +99,5 @@ def test_several_experts_and_no_made_points(tmp_path: Path) -> None:
     run = open_run(toy_run(tmp_path / "two", trials=6, experts=("clinical", "legal"), learned=(0.6,)))
     assert table(run).index.tolist() == ["anchors", "+ learned", "+ searched", "all"]
     plain = open_run(toy_run(tmp_path / "plain", trials=12))
-    assert not plain.has_made_points
+    assert not plain.has_prepared_points
     assert table(plain).loc["all", "share"] == 0

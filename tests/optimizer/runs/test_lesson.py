@@ -15,6 +15,12 @@ def test_a_lesson_is_its_numbers() -> None:
     assert read_lesson(json.dumps({**lesson, "other": "thing"})) == lesson
 
 
+def test_preferences_of_several_experts_are_added() -> None:
+    assert read_lesson('{"preference": {"clinical": 0.25, "legal": 0.5}}')["preference"] == 0.75
+    for nothing in ("{}", '{"clinical": "much"}', '{"clinical": {"": []}}'):
+        assert math.isnan(read_lesson(f'{{"preference": {nothing}}}')["preference"])
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimizer.runs.trial import TrialKind
-from optimizer.search.judge import front_without_made
+from optimizer.search.judge import front_without_prepared
 
 POINTS = {
     0: ("base", (0.0, 0.0)),
@@ -19,4 +19,4 @@ POINTS = {
 def test_what_only_learned_and_derived_points_beat_is_judged_too() -> None:
     values = {number: values for number, (_, values) in POINTS.items()}
     kinds = {number: TrialKind(kind) for number, (kind, _) in POINTS.items()}
-    assert front_without_made(values, kinds) == [0, 1, 3, 6]
+    assert front_without_prepared(values, kinds) == [0, 1, 3, 6]

@@ -16,7 +16,7 @@ from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html
-from optimizer.views.sentences import MEANINGS, gap_sentence, what_made_points_add
+from optimizer.views.sentences import MEANINGS, gap_sentence, what_prepared_points_add
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import toy_run
 
@@ -97,7 +97,7 @@ def test_what_learned_points_add_is_said_as_surely_as_it_is_known(
     rows = run.what_pays()
     rows.loc[rows["set"] == "all", ["share", "low", "high"]] = share
     monkeypatch.setattr(run, "what_pays", lambda: rows)
-    added = what_made_points_add(run)
+    added = what_prepared_points_add(run)
     assert not added if end is None else end in added[0]
 
 
@@ -105,7 +105,7 @@ def test_kinds_that_no_reader_knows_are_explained_only_where_they_are(run: Run) 
     sink = io.StringIO()
     print_front(run, Console(file=sink, width=200))
     assert not any(sentence in sink.getvalue() + report_html(run) for sentence in MEANINGS.values())
-    assert what_made_points_add(run) == []
+    assert what_prepared_points_add(run) == []
 
 
 def test_what_was_cut_short_is_said_wherever_the_run_is_shown(tmp_path: Path) -> None:
