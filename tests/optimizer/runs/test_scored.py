@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from evals.objectives import Scale, draw_objectives, objectives
+from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.errors import RunError
 from optimizer.run import Run, open_run
 from optimizer.runs.front import hypervolume, losses
@@ -252,3 +253,15 @@ def test_there_is_no_sentinel_row_where_nothing_was_scored(run: Run, tmp_path: P
     nothing = open_run(toy_run(tmp_path / "lost", trials=3, sentinel=True))
     (nothing.path / "outcomes" / "00000-holdout.parquet").unlink()
     assert nothing.sentinels().empty  # holdout_fault says why
+
+
+def test_a_trial_that_left_the_front_has_no_sentinel_row(tmp_path: Path) -> None:
+    run = open_run(toy_run(tmp_path / "toy", trials=12, sentinel=True))
+    points = run.points()
+    beaten = int(points.index[~points["front"] & (points["kind"] == "search")][0])
+    frame = RunFolder(run.path).read_outcomes(run.knee(), "holdout")
+    rows = [Outcome(*row) for row in frame[list(OUTCOME_COLUMNS)].itertuples(index=False)]
+    RunFolder(run.path).write_outcomes(beaten, "holdout", run.recipe(beaten).digest, rows)
+    again = open_run(run.path)
+    assert again.suite_of(beaten) == "holdout"
+    assert beaten not in set(again.sentinels()["trial"])
