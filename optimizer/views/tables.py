@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,10 +19,12 @@ from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import sentences
 from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, sentinel_rows, sentinel_titles, share_of
+from optimizer.views.terminal import Terminal
 from optimizer.words import Interval, percent, printable, task_labels
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
 
 WIDE = 10_000  # characters: no table is broken
 
@@ -167,7 +168,7 @@ def _fitted(
 
 def _width(made: Table) -> int:
     """Say how many characters a table would like to take."""
-    return Console(width=WIDE).measure(made).maximum
+    return Terminal(width=WIDE).measure(made).maximum
 
 
 def front_document(run: ScoredRun) -> dict[str, Any]:
