@@ -37,7 +37,7 @@ class Example:
     weight: float
 
     def loss(self, loglikelihoods: torch.Tensor) -> torch.Tensor:
-        """The item's loss times its weight, in nats for choices and bits for texts, of log-likelihoods (C,) in nats."""
+        """Return the item's loss times its weight, nats for choices, bits for texts; log-likelihoods (C,) are nats."""
         if not self.right:
             return -loglikelihoods.sum() / math.log(2)
         chosen = (loglikelihoods / loglikelihoods.new_tensor(self.lengths)).log_softmax(0)
@@ -45,7 +45,7 @@ class Example:
 
 
 def task_losses(examples: Sequence[Example], loglikelihoods: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Each task's loss over examples, of the log-likelihoods of all their pairs one after another."""
+    """Return each task's loss over examples, from the log-likelihoods of all their pairs one after another."""
     sums: dict[str, torch.Tensor] = {}
     weights: dict[str, float] = {}
     for example, part in zip(examples, loglikelihoods.split([len(e.pairs) for e in examples]), strict=True):

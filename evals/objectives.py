@@ -36,7 +36,7 @@ class _Table:
         return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
 
     def residuals(self) -> Array:
-        """Each item's pull on the score's error; their sum of squares is its variance (linearised ratio)."""
+        """Compute each item's pull on the score's error; their sum of squares is its variance (linearised ratio)."""
         n = len(self.weights)
         pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
         return np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)  # (n, T)
@@ -103,17 +103,17 @@ class Draws:
     samples: Mapping[str, Array]
 
     def column(self, trial: int) -> int:
-        """Where a trial stands among the T."""
+        """Return where a trial stands among the T."""
         return int(np.searchsorted(self.trials, trial))
 
 
 def objective_names(experts: Sequence[str]) -> tuple[str, ...]:
-    """A study's objectives in order: domain (one for each of several experts; maximised), forgetting (minimised)."""
+    """Name a study's objectives: domain (one for each of several experts; maximised), then forgetting (minimised)."""
     return (*(["domain"] if len(experts) < 2 else [f"domain_{name}" for name in experts]), "forgetting")
 
 
 def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
-    """The score of every trial on every task, in the metric's own direction and unit.
+    """Compute the score of every trial on every task, in the metric's own direction and unit.
 
     Args:
         outcomes: columns `trial` and those of `Outcome`, one row per trial and item.
@@ -143,7 +143,7 @@ def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
 
 
 def draw_objectives(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> Draws:
-    """The objectives of every trial scored on a suite, as measured and on resampled items.
+    """Compute the objectives of every trial scored on a suite, as measured and on resampled items.
 
     Args:
         scale: the outcomes, and what they are measured by.
@@ -176,7 +176,7 @@ def draw_objectives(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> D
 
 
 def objectives(draws: Draws) -> pd.DataFrame:
-    """The objectives of every trial with 95 % intervals.
+    """Compute the objectives of every trial with 95 % intervals.
 
     Returns:
         A frame indexed by trial: `domain` (share of the expert's gain; the mean of `domain_<name>` where there are
@@ -191,7 +191,7 @@ def objectives(draws: Draws) -> pd.DataFrame:
 
 
 def task_retention(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """What each trial won or lost on each task; arguments as `draw_objectives`.
+    """Compute what each trial won or lost on each task; arguments as `draw_objectives`.
 
     Returns:
         A frame of trial, task, role, expert, score, gain_share (domain tasks, else NaN), forgetting (general tasks,
@@ -241,7 +241,7 @@ def sentinel_changes(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> 
 
 
 def weak_tasks(scale: Scale) -> list[str]:
-    """Why some tasks cannot carry the search, in plain words; empty when all can.
+    """Say why some tasks cannot carry the search, in plain words; empty when all can.
 
     Two standard errors (paired over items) decide: a domain task must show the expert above the base; a general task
     must show the base above chance, and some expert below the base.
@@ -332,7 +332,7 @@ def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
 
 
 def _relative(task: TaskInfo, scores: Array, base: int, expert: int | None) -> Array:
-    """Gain share or forgetting of turned scores (B, T); rows without a scale are left out."""
+    """Compute gain share or forgetting of turned scores (B, T); rows without a scale are left out."""
     at_base = scores[:, base, None]
     if expert is not None:
         change, scale = scores - at_base, scores[:, expert, None] - at_base
@@ -343,7 +343,7 @@ def _relative(task: TaskInfo, scores: Array, base: int, expert: int | None) -> A
 
 
 def _refilled(measure: _Measure, replicates: int) -> _Measure:
-    """The same with the few samples that had no scale replaced by repeats, so that tasks can be averaged row by row."""
+    """Replace the few samples that had no scale by repeats, so that tasks can be averaged row by row."""
     samples = np.resize(measure.samples, (replicates, len(measure.trials))) if len(measure.samples) else np.nan
     filled = np.broadcast_to(samples, (replicates, len(measure.trials)))
     return _Measure(
@@ -385,7 +385,7 @@ def _table(rows: pd.DataFrame, task: str) -> _Table:
 
 
 def _resampled_scores(table: _Table, replicates: int, seed: Sequence[int]) -> Array:
-    """Scores of resampled item sets: (B, n) counts times (n, T) values."""
+    """Compute scores of resampled item sets: (B, n) counts times (n, T) values."""
     n = len(table.weights)
     draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
     counts = np.bincount(draws.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
@@ -397,7 +397,7 @@ def _seed(seed: int, task: str) -> tuple[int, int]:
 
 
 def interval(samples: Array) -> tuple[Array, Array]:
-    """The ends of the 95 % interval of bootstrap samples (B, T): (T,) each, NaN where there are none."""
+    """Find the ends of the 95 % interval of bootstrap samples (B, T): (T,) each, NaN where there are none."""
     return _quantiles(samples, INTERVAL)
 
 

@@ -105,7 +105,7 @@ def derive_expert(
 
 
 def _sound(study_path: Path, overrides: Sequence[str]) -> Study:
-    """The study, once its models and tasks are known to fit."""
+    """Return the study, once its models and tasks are known to fit."""
     require_own_names()
     study = read_study(study_path, overrides)
     require_sound(make_plan(study))

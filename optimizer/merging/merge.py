@@ -73,7 +73,7 @@ class Sources:
         return replace(self, experts={**self.experts, **added}) if added else self
 
     def read_anew(self) -> Sources:
-        """The same sources, each tensor read from its file when it is asked for."""
+        """Return the same sources, each tensor read from its file when it is asked for."""
         return Sources(self.base.read_anew(), {name: expert.read_anew() for name, expert in self.experts.items()})
 
 
@@ -184,13 +184,13 @@ def write_shards(sources: Sources, recipe: Recipe, folder: Path, *, shard_bytes:
 
 
 def stored_as(asked: str, own: torch.dtype) -> torch.dtype:
-    """The dtype a tensor is stored in: the one asked for, if any, where the tensor is a floating one."""
+    """Return the dtype a tensor is stored in: the one asked for, if any, where the tensor is a floating one."""
     dtype: torch.dtype = getattr(torch, asked) if asked and own.is_floating_point else own
     return dtype
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """The safetensors dtype code of a dtype."""
+    """Return the safetensors dtype code of a dtype."""
     return next(code for code, known in DTYPES.items() if known == dtype)
 
 
@@ -237,7 +237,7 @@ class Merger:
         self._require_finite(name, out, _apply(blend, tensors, out))
 
     def directions(self, name: str, device: torch.device) -> tuple[Tensors, DirectionWalk]:
-        """Base and all experts of a tensor, and which way each expert's weight moves it."""
+        """Return base and all experts of a tensor, and which way each expert's weight moves it."""
         experts = tuple(sorted(expert for expert, _ in self._recipe.experts))
         values = self._values_of(name if name in self._own_numbers else group_of(name), experts)
         if self._random:
@@ -324,7 +324,7 @@ def _apply(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
 
 
 def _seed(seed: str, tensor: str, expert: str) -> int:
-    """63 bits that follow from the recipe's seed, the tensor and the expert."""
+    """Draw 63 bits that follow from the recipe's seed, the tensor and the expert."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{tensor}\0{expert}".encode()).digest()[:8], "big") >> 1
 
 

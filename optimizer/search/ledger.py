@@ -85,7 +85,7 @@ class Ledger:
         return ScoreJob(number, self.recipes[number], suite)
 
     def outcomes_fault(self, number: int, suite: str) -> str:
-        """What is wrong with a trial's stored outcomes, in words; empty where nothing is."""
+        """Say what is wrong with a trial's stored outcomes, in words; empty where nothing is."""
         return self.run.outcomes_fault(number, suite, digest=self.digests[number], tasks=self.tasks)
 
     def front(self) -> set[int]:
@@ -168,7 +168,7 @@ class Ledger:
         )
 
     def _order_owed(self) -> None:
-        """The base and the experts first, also those that wait behind others: by them every score is measured.
+        """Put base and experts first, also those that wait behind others: by them every score is measured.
 
         What a worker prepares is never asked for through Optuna's queue, so it is owed too where it waits.
         """
@@ -180,8 +180,8 @@ class Ledger:
         self.owed = deque(sorted(self.owed, key=self._place_of))
 
     def _place_of(self, number: int) -> tuple[int, bool, bool, int]:
-        """Where an owed trial stands: references in their order, what is in the budget already, what has or gets its
-        recipe at once, the rest by number."""
+        """Say where an owed trial stands: references in their order, what is in the budget already, what has or gets
+        its recipe at once, the rest by number."""
         kinds, kind = self.reference_kinds, self.kinds[number]
         place = kinds.index(kind) if kind in kinds else len(kinds)
         return place, number not in self.values, kind.is_prepared and number not in self.recipes, number
@@ -189,7 +189,7 @@ class Ledger:
     # What becomes of a trial ----------------------------------------------------------------------------------------
 
     def reopened(self, number: int) -> optuna.Trial:
-        """A trial that waits or was left open; what it has of params stays, and Optuna's own queue is passed by."""
+        """Reopen a trial that waits or was left open; its params stay, and Optuna's own queue is passed by."""
         trial_id = self._id_of(number)
         self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return optuna.Trial(self.study, trial_id)

@@ -23,7 +23,7 @@ CONDITIONAL = ("tpe", "random")  # the others learn from the parameters that eve
 
 
 def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, seed: int, told: int) -> BaseSampler:
-    """A sampler for a study of several objectives.
+    """Make a sampler for a study of several objectives.
 
     "auto" is the Gaussian process (expected hypervolume improvement) for up to 20 dimensions and 200 trials: it needs
     the fewest trials, which cost minutes each; its own cost grows with the cube of the trials, and it stops learning

@@ -116,7 +116,7 @@ class Deriver:
         yield of_layer[None], _on_line(base, other)
 
     def _linear(self, layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        """The linear modules of a layer by the checkpoint's name of their weight, (out, in)."""
+        """Return the linear modules of a layer by the checkpoint's name of their weight, (out, in)."""
         at = {place.data_ptr(): name for name, place in self.places.items()}
         linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
         return {at[m.weight.data_ptr()]: m for m in linear if m.weight.data_ptr() in at}
@@ -202,7 +202,7 @@ def _on_line(base: Checkpoint, expert: Checkpoint) -> TensorsOf:
 
 
 def _by_layer(names: Sequence[str]) -> dict[int | None, list[str]]:
-    """Tensor names by layer, those outside the layers by None; in the order of the model."""
+    """Return tensor names by layer, those outside the layers by None; in the order of the model."""
     found: dict[int | None, list[str]] = {None: []}
     for name in names:
         found.setdefault(split_name(name)[1], []).append(name)

@@ -101,7 +101,7 @@ class Pool(Protocol):
     def submit(self, job: Job) -> None: ...
 
     def wait(self, timeout: float) -> list[Result]:
-        """Results that are there within `timeout` seconds; as soon as there is one."""
+        """Return results that are there within `timeout` seconds; as soon as there is one."""
 
     def close(self, *, kill: bool = False) -> None: ...
 
@@ -145,7 +145,7 @@ class SerialPool(Closing):
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: our own messages stand for themselves, others need their kind."""
+    """Write an error in one line: our own messages stand for themselves, others need their kind."""
     from evals.errors import TaskError
     from optimizer.errors import MergefrontError
 
@@ -167,5 +167,5 @@ class Failure:
         return cls(describe(error), isinstance(error, CheckpointError))  # all that a built worker has open is sources
 
     def ends(self, job: Job) -> Result:
-        """The result of a job that failed so."""
+        """Return the result of a job that failed so."""
         return Result(job, None, self.error, sources_changed=self.sources_changed)

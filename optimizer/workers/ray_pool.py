@@ -180,7 +180,7 @@ class RayPool(Closing):
 
 
 def worker_environment(count: int, threads: int) -> dict[str, str]:
-    """Environment of a worker: offline, its share of the cores, and this project importable from a source checkout."""
+    """Make a worker's environment: offline, its share of the cores, this project importable from a source checkout."""
     share = threads or max(1, (os.cpu_count() or 1) // count)
     environment = {
         "OMP_NUM_THREADS": str(share),
@@ -196,5 +196,5 @@ def worker_environment(count: int, threads: int) -> dict[str, str]:
 
 
 def gpu_share(count: int, gpus: float) -> float:
-    """The part of a GPU each worker takes so that all fit: whole ones, or 1/n where n workers share one."""
+    """Return the part of a GPU each worker takes so that all fit: whole ones, or 1/n where n workers share one."""
     return 1.0 / math.ceil(count / gpus) if gpus >= 1 else 0.0

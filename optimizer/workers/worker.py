@@ -226,7 +226,7 @@ class Worker:
                 self._parameters[name].copy_(tensor)
 
     def gradients(self, recipe: Recipe) -> AbstractContextManager[Gradient]:
-        """The gradient by the weights of the recipe that was merged last (`weight_gradients`)."""
+        """Return the gradient by the weights of the recipe that was merged last (`weight_gradients`)."""
         from optimizer.merging.gradients import weight_gradients
 
         return weight_gradients(self._engine.model, self._parameters, self._sources, recipe, self._cache)
