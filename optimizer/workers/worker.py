@@ -115,15 +115,12 @@ class Worker:
             WorkerError: memory ran out.
         """
         with lack_of_memory_in_words(self._sources.base.bytes):
-            return self._evaluated(recipe, suite)
-
-    def _evaluated(self, recipe: str, suite: str) -> Evaluation:
-        self._prepare(suite)
-        start = time.perf_counter()
-        self.merge(Recipe.from_json(recipe))
-        merged = time.perf_counter()
-        outcomes = tuple(self._harness.score(self._engine, suite))
-        return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
+            self._prepare(suite)
+            start = time.perf_counter()
+            self.merge(Recipe.from_json(recipe))
+            merged = time.perf_counter()
+            outcomes = tuple(self._harness.score(self._engine, suite))
+            return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
 
     def learn(self, lesson: Lesson) -> Learned:
         """Learn merge weights by gradients on the search items.
