@@ -34,7 +34,7 @@ class ScoredRun(RecordedRun):
     # --- points --------------------------------------------------------------------------------------------------
 
     def points(self, suite: str | None = None) -> pd.DataFrame:
-        """Every scored trial by number; empty until base and experts are in.
+        """Return every scored trial by number; empty until base and experts are in.
 
         Args:
             suite: whose figures; None gives those of both, the holdout suite's with `holdout_` before their names.
@@ -49,22 +49,22 @@ class ScoredRun(RecordedRun):
         return pd.concat([self._points[["kind", "method"]], figures, self._points[["front"]]], axis="columns")
 
     def front(self, suite: str = SEARCH) -> pd.DataFrame:
-        """The points no other point beats by a suite's figures, from least to most forgetting; columns as `points`."""
+        """Return the points no other beats by a suite's figures, from least to most forgetting; columns as `points`."""
         minimised = self._losses(suite).dropna()
         front = self.points(suite).loc[minimised.index[non_dominated(minimised.to_numpy())]]
         return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
 
     def anchors(self) -> pd.DataFrame:
-        """The points that were not searched: base, experts, the uniform line, the slopes, those derived and learned;
-        columns as `points`."""
+        """Return the points that were not searched: base, experts, the uniform line, the slopes, those derived and
+        learned; columns as `points`."""
         return self._points[self._roles != Role.SEARCHED].copy()
 
     def columns(self, suite: str) -> list[str]:
-        """The names of a suite's objectives in the frames that hold those of both suites."""
+        """Return the names of a suite's objectives in the frames that hold those of both suites."""
         return [f"{_prefix(suite)}{name}" for name in self.objectives]
 
     def suite_of(self, trial: int) -> str:
-        """The suite that judges a trial: "holdout" where it was scored there, else "search"."""
+        """Return the suite that judges a trial: "holdout" where it was scored there, else "search"."""
         domain = self.points(HOLDOUT)["domain"]
         return HOLDOUT if trial in domain.index and bool(domain.notna()[trial]) else SEARCH
 
@@ -95,7 +95,7 @@ class ScoredRun(RecordedRun):
     # --- one trial's tasks ---------------------------------------------------------------------------------------
 
     def retention(self, trial: int, suite: str | None = None) -> pd.DataFrame:
-        """What a trial won or lost on each task, on its holdout items where it has them.
+        """Return what a trial won or lost on each task, on its holdout items where it has them.
 
         Returns:
             task, role, expert, metric, suite, base_score, score, share (domain: of the expert's gain; general: of the
@@ -144,12 +144,13 @@ class ScoredRun(RecordedRun):
     # --- picking a point -----------------------------------------------------------------------------------------
 
     def knee(self) -> int:
-        """The front's point farthest above the line from base to expert (search items choose, holdout items judge)."""
+        """Find the front's point farthest above the line from base to expert (search items choose, holdout items
+        judge)."""
         points = self._require_points()
         return int(points.index[knee_of(self._losses(SEARCH), self._roles == Role.EXPERT)])
 
     def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
-        """The front's point with the most domain gain that forgets at most so much, by the search items.
+        """Find the front's point with the most domain gain that forgets at most so much, by the search items.
 
         Args:
             max_forgetting: a share: 0.05 is 5 %.
@@ -177,13 +178,13 @@ class ScoredRun(RecordedRun):
         )
 
     def within(self, max_forgetting: float, suite: str) -> pd.Series[float]:
-        """The share of resamplings of a suite's items in which each trial stays within a limit on forgetting."""
+        """Count the share of resamplings of a suite's items in which each trial stays within a limit on forgetting."""
         draws = self._draws(suite)
         shares = (draws.samples["forgetting"] <= max_forgetting).mean(axis=0)
         return pd.Series(shares, index=pd.Index(draws.trials, name="trial"))
 
     def by_limit(self, sure: float = SURE) -> pd.DataFrame:
-        """The best point for each of some limits on forgetting, and what the items that judge it say.
+        """Find the best point for each of some limits on forgetting, and what the items that judge it say.
 
         Args:
             sure: as of `best`.
@@ -206,12 +207,13 @@ class ScoredRun(RecordedRun):
     # --- the search as a whole -----------------------------------------------------------------------------------
 
     def reference(self) -> dict[str, float]:
-        """The hypervolume's reference point: domain 0 (the base), forgetting of the expert that forgot most."""
+        """Return the hypervolume's reference point: domain 0 (the base), forgetting of the expert that forgot most."""
         experts = self._points[self._roles == Role.EXPERT]
         return {**dict.fromkeys(self.objectives[:-1], 0.0), "forgetting": float(experts["forgetting"].max())}
 
     def hypervolume(self) -> pd.DataFrame:
-        """What the points so far cover, after each scored one: trial, kind, hypervolume (search items, `reference`)."""
+        """Compute what the points so far cover, after each scored one: trial, kind, hypervolume (search items,
+        `reference`)."""
         minimised, corner = self._losses(SEARCH), self._corner()
         covered, front, rows = 0.0, np.empty((0, minimised.shape[1])), []
         for trial, point in zip(minimised.index, minimised.to_numpy(), strict=True):
@@ -224,12 +226,12 @@ class ScoredRun(RecordedRun):
         return pd.DataFrame(rows, columns=["trial", "kind", "hypervolume"])
 
     def anchors_hypervolume(self) -> float:
-        """What the points that were not searched cover, with the same reference point."""
+        """Compute what the points that were not searched cover, with the same reference point."""
         minimised = self._losses(SEARCH)[self._roles != Role.SEARCHED]
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
     def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
-        """A trial against the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
+        """Compare a trial with the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
 
         A line joins base, its own anchors and expert, without those another point of it beats. The difference is
         paired by item, and its interval holds the uncertainty of what each of the points forgets (`gap_to_line`).
@@ -253,8 +255,8 @@ class ScoredRun(RecordedRun):
         return bool(self._roles.isin(PREPARED).any())
 
     def what_pays(self) -> pd.DataFrame:
-        """What is covered by the anchors of the space, with those derived, with those learned, with those searched,
-        and by all: each set's front by the search items, on the items that judge it.
+        """Compute what is covered by the anchors of the space, with those derived, with those learned, with those
+        searched, and by all: each set's front by the search items, on the items that judge it.
 
         Returns:
             set ("anchors", "+ derived", "+ learned", "+ searched", "all"; without those that have no point), suite,
@@ -321,7 +323,7 @@ class ScoredRun(RecordedRun):
         return self.references
 
     def scale(self, suite: str) -> Scale:
-        """A suite's outcomes, and the base and experts that they are measured by."""
+        """Return a suite's outcomes, and the base and experts that they are measured by."""
         return Scale(self.outcomes(suite), self.tasks, suite, *self._measured_from)
 
     def _draws(self, suite: str) -> Draws:
@@ -359,7 +361,7 @@ class ScoredRun(RecordedRun):
         return [float(loss) for loss in losses([reference[name] for name in self.objectives])]
 
     def _against(self, trial: int, line: Role, suite: str) -> tuple[float, ...] | None:
-        """A trial against one line of anchors: its forgetting and domain, and the gap's fields."""
+        """Measure a trial against one line of anchors: its forgetting and domain, and the gap's fields."""
         points = self.points(suite)
         domain, forgetting = points["domain"], points["forgetting"]
         base, experts = self._measured_from
@@ -372,12 +374,12 @@ class ScoredRun(RecordedRun):
 
 
 def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
-    """The objectives with those to be maximised negated: (n, m), all minimised, forgetting last."""
+    """Return the objectives, those to be maximised negated: (n, m), all minimised, forgetting last."""
     return pd.DataFrame(losses(points[list(names)]), index=points.index, columns=list(names))
 
 
 def _prefix(suite: str) -> str:
-    """What stands before the names of a suite's figures in a frame that holds those of both."""
+    """Return what stands before the names of a suite's figures in a frame that holds those of both."""
     if suite not in (SEARCH, HOLDOUT):
         raise RunError(f"a suite is {SEARCH} or {HOLDOUT}, not {suite}")
     return "holdout_" if suite == HOLDOUT else ""

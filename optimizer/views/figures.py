@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 def front(run: ScoredRun) -> go.Figure:
-    """Forgetting against domain gain: anchors, points derived, learned and searched, the front with
-    intervals, the knee."""
+    """Draw forgetting against domain gain: anchors, points derived, learned and searched, the front with intervals, the
+    knee."""
     points = {suite: run.points(suite) for suite in SUITES}
     return front_plot.front(points, knee=run.knee() if len(run.points()) else None, suite=run.judging_suite)
 
 
 def weights(run: ScoredRun, trial: int) -> go.Figure:
-    """The weights of one trial over the depth of the model, by module and expert."""
+    """Draw the weights of one trial over the depth of the model, by module and expert."""
     what = "the mean of a module's tensors" if run.recipe(trial).tensors else "a line for each kind of module"
     title = f"{titled(run, trial)}: how much of the expert each layer takes"
     return plots.weights(run.weights(trial), title=title, subtitle=f"0 is the base, 1 the expert; {what}")
 
 
 def hypervolume(run: ScoredRun) -> go.Figure:
-    """The hypervolume over trials, against what the points that were not searched cover."""
+    """Draw the hypervolume over trials, against what the points that were not searched cover."""
     growth = run.hypervolume()
     searched = growth["trial"][roles_of(growth["kind"]) == Role.SEARCHED]
     return plots.hypervolume(
@@ -41,5 +41,5 @@ def hypervolume(run: ScoredRun) -> go.Figure:
 
 
 def retention(run: ScoredRun, trial: int) -> go.Figure:
-    """What one trial kept of each general task and won of each domain task, with intervals."""
+    """Draw what one trial kept of each general task and won of each domain task, with intervals."""
     return plots.retention(run.retention(trial), title=f"{titled(run, trial)}: what it won and what it kept")

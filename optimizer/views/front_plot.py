@@ -20,8 +20,8 @@ JUDGED = (Role.SEARCHED, *PREPARED)  # shown again by the holdout items, where t
 
 
 def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -> go.Figure:
-    """Forgetting against domain gain, in per cent: anchors, points derived, learned and searched, the front, the knee,
-    holdout re-scores.
+    """Draw forgetting against domain gain, in per cent: anchors, points derived, learned and searched, the front, the
+    knee, holdout re-scores.
 
     Args:
         points: `Run.points(suite)` by suite.
@@ -61,7 +61,7 @@ def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -
 
 
 def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.Scatter]:
-    """The marks and lines of the front's figure.
+    """Make the marks and lines of the front's figure.
 
     Args:
         search: the points by the search items.
@@ -90,7 +90,7 @@ def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.
 
 
 def _path(search: pd.DataFrame, roles: pd.Series) -> pd.DataFrame:
-    """The points learned, by what the domain counts, between base and expert; none where nothing was learned."""
+    """Return the points learned, by what the domain counts, between base and expert; none where nothing was learned."""
     if not (roles == Role.LEARNED).any():
         return search.iloc[:0]
     ends = {Role.BASE: 0.0, Role.EXPERT: 1.0}
@@ -99,7 +99,7 @@ def _path(search: pd.DataFrame, roles: pd.Series) -> pd.DataFrame:
 
 
 def _with_a_mark(search: pd.DataFrame, judged: pd.DataFrame | None) -> pd.DataFrame:
-    """The figures of all marks: each point's, and by the holdout items, where these judge, the front's."""
+    """Return the figures of all marks: each point's, and by the holdout items, where these judge, the front's."""
     if judged is None:
         return search
     again = judged[judged["front"] & roles_of(judged["kind"]).isin(JUDGED)]
@@ -107,7 +107,7 @@ def _with_a_mark(search: pd.DataFrame, judged: pd.DataFrame | None) -> pd.DataFr
 
 
 def _span(shares: pd.Series, *, below: float, above: float) -> tuple[float, float]:
-    """An axis range in per cent that holds 0 and the values, with room around them."""
+    """Return an axis range in per cent that holds 0 and the values, with room around them."""
     low, high = min(0.0, 100 * float(shares.min())), max(1.0, 100 * float(shares.max()))
     return low - below * (high - low), high + above * (high - low)
 
@@ -123,7 +123,7 @@ def _knee_label(knee: int, points: Mapping[str, pd.DataFrame]) -> str:
 def _marks(
     rows: pd.DataFrame, name: str, symbol: str, color: str, size: int, *, rank: int = 0, bars: bool = False
 ) -> go.Scatter:
-    """Marks at the search figures of some points; rank 0 keeps them out of the legend."""
+    """Make marks at the search figures of some points; rank 0 keeps them out of the legend."""
     hollow = symbol.endswith("-open")
     return go.Scatter(
         x=100 * rows["forgetting"], y=100 * rows["domain"], name=name, mode="markers",
@@ -135,7 +135,7 @@ def _marks(
 
 
 def _judgement(found: pd.DataFrame, judged: pd.DataFrame) -> list[go.Scatter]:
-    """The front scored again on holdout items, with its intervals, and a line to each from its search figures."""
+    """Make the front scored again on holdout items, with intervals, and a line to each from its search figures."""
     marks = go.Scatter(
         x=100 * judged["forgetting"], y=100 * judged["domain"], name="front, unseen items", mode="markers",
         showlegend=len(judged) > 0, legendrank=2,
@@ -155,7 +155,7 @@ def _bars(rows: pd.DataFrame) -> dict[str, object]:
 def _curve(
     rows: pd.DataFrame, color: str, *, shape: str = "linear", dash: str = "solid", width: float = 2
 ) -> go.Scatter:
-    """A line through points; as steps ("hv") it is the edge of what they beat."""
+    """Make a line through points; as steps ("hv") it is the edge of what they beat."""
     return go.Scatter(
         x=100 * rows["forgetting"], y=100 * rows["domain"], mode="lines", showlegend=False, hoverinfo="skip",
         line={"color": color, "width": width, "shape": shape, "dash": dash},
@@ -163,7 +163,7 @@ def _curve(
 
 
 def _links(found: pd.DataFrame, judged: pd.DataFrame) -> go.Scatter:
-    """From each point's search figures to its holdout figures, a gap between pairs."""
+    """Make lines from each point's search figures to its holdout figures, a gap between pairs."""
     pairs = {
         name: [v for pair in zip(found[name], judged[name], strict=True) for v in (*(100 * end for end in pair), None)]
         for name in ("forgetting", "domain")
@@ -179,7 +179,7 @@ def _hover(rows: pd.DataFrame) -> dict[str, object]:
 
 
 def _hover_texts(points: Mapping[str, pd.DataFrame]) -> pd.Series[str]:
-    """What a mark says under the pointer, by trial: what it is, and its figures on both suites."""
+    """Write what a mark says under the pointer, by trial: what it is, and its figures on both suites."""
     search, holdout = rows_of(points[SEARCH]), rows_of(points[HOLDOUT])
     several = points[SEARCH]["method"].nunique() > 1  # else it need not be said of each mark
     texts = [_hover_text(trial, search[trial], holdout[trial], method=several) for trial in search]

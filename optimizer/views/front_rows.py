@@ -33,7 +33,7 @@ class FrontRow:
 
 
 def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
-    """The front from least to most forgetting by the search items.
+    """Return the front from least to most forgetting by the search items.
 
     Args:
         anchors: with the anchors among them.
@@ -83,7 +83,7 @@ class LimitRow:
 
 
 def limit_rows(run: ScoredRun) -> list[LimitRow]:
-    """The best point for each of some limits on forgetting that a point keeps."""
+    """Return the best point for each of some limits on forgetting that a point keeps."""
     return [
         LimitRow(
             limit=row["limit"],
@@ -148,7 +148,7 @@ def sentinel_titles(run: ScoredRun) -> dict[str, str]:
 
 
 def share_of(row: Mapping[str, Any]) -> Interval:
-    """What a trial won or kept of a task.
+    """Return what a trial won or kept of a task.
 
     Args:
         row: of `ScoredRun.retention`.

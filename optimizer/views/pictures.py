@@ -77,7 +77,7 @@ def _axis_name(axis: str | None, letter: str) -> str:
 
 
 def _panels(figure: go.Figure) -> list[tuple[str, str]]:
-    """The axes' names of each panel, from top to bottom."""
+    """Name each panel's axes, from top to bottom."""
     pairs = dict.fromkeys((_axis_name(trace.xaxis, "x"), _axis_name(trace.yaxis, "y")) for trace in figure.data)
     return list(pairs) or [("xaxis", "yaxis")]
 
@@ -189,6 +189,6 @@ def _label(trace: Any) -> str:
 
 
 def _plain(text: str | None) -> str:
-    """A label without plotly's tags; a dollar sign would otherwise start mathematics."""
+    """Return a label without plotly's tags; a dollar sign would otherwise start mathematics."""
     lines = re.sub(r"<br>", "\n", text or "")
     return html.unescape(re.sub(r"<[^>]*>", "", lines)).replace("$", r"\$")

@@ -24,7 +24,7 @@ ENDS = {"embed": ("embeddings", GREEN, "diamond"), "head": ("head", PURPLE, "tri
 
 
 def weights(frame: pd.DataFrame, *, title: str, subtitle: str) -> go.Figure:
-    """The weight of each expert over the depth of the model, a panel per expert and a line per module.
+    """Draw each expert's weight over the depth of the model, a panel per expert and a line per module.
 
     Args:
         frame: `Run.weights(trial)`.
@@ -59,7 +59,7 @@ def weights(frame: pd.DataFrame, *, title: str, subtitle: str) -> go.Figure:
 def hypervolume(
     frame: pd.DataFrame, *, anchors: float, first_searched: int | None, reference: Mapping[str, float]
 ) -> go.Figure:
-    """What the points so far cover, after each trial, and as a dashed line what those cover that were not searched.
+    """Draw what the points so far cover, after each trial, and dashed what those cover that were not searched.
 
     Args:
         frame: `Run.hypervolume()`.
@@ -107,7 +107,7 @@ def hypervolume(
 
 
 def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
-    """What a trial won of each domain task and kept of each general one: bars, 95 % intervals, figures at the right.
+    """Draw what a trial won of domain tasks and kept of general ones: bars, 95 % intervals, figures at the right.
 
     Args:
         frame: `Run.retention(trial)`.
@@ -143,7 +143,7 @@ def retention(frame: pd.DataFrame, *, title: str) -> go.Figure:
 
 
 def _prepared_marks(frame: pd.DataFrame) -> list[go.Scatter]:
-    """Where points were derived and learned, on the line of what all cover."""
+    """Mark where points were derived and learned, on the line of what all cover."""
     traces = []
     for role in PREPARED:
         name, symbol, color, size = SERIES[role]
@@ -172,7 +172,7 @@ def _task_bars(rows: pd.DataFrame, name: str, color: str) -> go.Bar:
 
 
 def _module_traces(rows: pd.DataFrame, *, legend: bool) -> list[go.Scatter]:
-    """A line for each kind of module, one for both where they are alike; embeddings and head as marks of their own."""
+    """Make a line for each kind of module, one for both where they are alike; embeddings and head are marks."""
     last = int(rows["layer"].max())
     step = math.ceil((last + 1) / 12)  # embeddings and head stand one tick before and after the layers
     attn, mlp = (rows.loc[rows["kind"] == kind, "weight"].tolist() for kind in MODULES)

@@ -53,7 +53,7 @@ def write_report(run: ScoredRun, path: Path | None = None) -> Path:
 
 
 def report_html(run: ScoredRun) -> str:
-    """The report as one page."""
+    """Write the report as one page."""
     page = Template(_part("report_page.html"))
     library, script = library_script(), _part("report_page.js")
     scored = not run.points().empty
@@ -77,7 +77,7 @@ def report_html(run: ScoredRun) -> str:
 
 
 def _part(name: str) -> str:
-    """A part of the page that lies beside this module."""
+    """Read a part of the page that lies beside this module."""
     return files("optimizer.views").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -148,7 +148,7 @@ def _figures(run: ScoredRun) -> str:
 
 
 def _lessons(run: ScoredRun) -> str:
-    """What learning cost, and the losses before and after; empty where nothing was learned."""
+    """Write what learning cost, and the losses before and after; empty where nothing was learned."""
     lessons = run.lessons()
     if lessons.empty:
         return ""
@@ -175,7 +175,7 @@ def _lessons(run: ScoredRun) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    """A number of a lesson; empty where the study has none."""
+    """Write a number of a lesson; empty where the study has none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else ""
 
 
@@ -184,14 +184,14 @@ def _meanings(kinds: Iterable[TrialKind]) -> str:
 
 
 def _figure(name: str) -> str:
-    """The place of a figure; its title and the line below stand in the page, where they wrap as text does."""
+    """Write a figure's place; its title and the line below stand in the page, where they wrap as text does."""
     return (
         f'<figure id="{name}"><figcaption><h2></h2><p class="soft"></p></figcaption><div class="figure"></div></figure>'
     )
 
 
 def _limits(run: ScoredRun) -> str:
-    """The best point for each of some limits on forgetting."""
+    """Write the best point for each of some limits on forgetting."""
     answers = limit_rows(run)
     if not answers:
         return ""
@@ -259,7 +259,7 @@ def _sentinels(run: ScoredRun) -> str:
 
 
 def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: int | None = None) -> str:
-    """A table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
+    """Write a table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
 
     Args:
         marked: the place of the knee's row.
@@ -276,7 +276,7 @@ def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: in
 
 
 def _cell(value: object) -> str:
-    """A cell; a figure may be broken from its interval only."""
+    """Write a cell; a figure may be broken from its interval only."""
     if isinstance(value, Interval | Change) and value.bounds:
         return f"<div><span>{_text(value.figure)}</span> <span>{_text(value.bounds)}</span></div>"
     text = value.text() if isinstance(value, Interval | Change) else str(value)
@@ -284,7 +284,7 @@ def _cell(value: object) -> str:
 
 
 def _breakable(value: object) -> str:
-    """A name that may be broken after its bars and dashes."""
+    """Write a name that may be broken after its bars and dashes."""
     return re.sub("([-_])", r"\1<wbr>", _text(value))
 
 
@@ -324,5 +324,5 @@ def _sha256(script: str) -> str:
 
 
 def _text(value: object) -> str:
-    """Any value as inert text: escaped, control characters gone."""
+    """Write any value as inert text: escaped, control characters gone."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(value)))

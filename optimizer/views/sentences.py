@@ -25,18 +25,18 @@ MEANINGS = {
 
 
 def named(run: ScoredRun, trial: int) -> str:
-    """A trial as people call it: its number, and its method where the run has several."""
+    """Name a trial as people call it: its number, and its method where the run has several."""
     method = run.method(trial) or "no recipe"
     return f"trial {trial} ({method})" if len(run.methods) > 1 else f"trial {trial}"
 
 
 def titled(run: ScoredRun, trial: int) -> str:
-    """A trial as people call it, at the start of a sentence."""
+    """Name a trial as people call it, at the start of a sentence."""
     return named(run, trial).replace("t", "T", 1)
 
 
 def describe(run: ScoredRun, trial: int) -> str:
-    """One sentence on what a trial keeps and forgets, with intervals, and on which items."""
+    """Say in one sentence what a trial keeps and forgets, with intervals, and on which items."""
     run.require_scored(trial)
     suite = run.suite_of(trial)
     row = rows_of(run.points(suite))[trial]
@@ -46,7 +46,7 @@ def describe(run: ScoredRun, trial: int) -> str:
 
 
 def how_sure(run: ScoredRun, trial: int, max_forgetting: float) -> str:
-    """One sentence on how sure it is that a trial forgets at most so much, by the items that judge it."""
+    """Say in one sentence how sure it is that a trial forgets at most so much, by the items that judge it."""
     run.require_scored(trial)
     suite = run.suite_of(trial)
     share = run.within(max_forgetting, suite)[trial]
@@ -54,8 +54,8 @@ def how_sure(run: ScoredRun, trial: int, max_forgetting: float) -> str:
 
 
 def verdict(run: ScoredRun) -> list[str]:
-    """Whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what derived
-    and learned points add."""
+    """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what
+    derived and learned points add."""
     if run.points().empty:
         return []
     gaps = [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
@@ -63,7 +63,7 @@ def verdict(run: ScoredRun) -> list[str]:
 
 
 def knee_sentence(run: ScoredRun) -> list[str]:
-    """One sentence on a knee that was not searched."""
+    """Say in one sentence that a knee was not searched."""
     kind = run.kinds[run.knee()]
     if kind.role not in PREPARED:
         return [f"The knee needs no search: it is {kind.stored}. The search found no better one."]
@@ -73,7 +73,8 @@ def knee_sentence(run: ScoredRun) -> list[str]:
 
 
 def what_prepared_points_add(run: ScoredRun) -> list[str]:
-    """One sentence on what derived and learned points add to the hypervolume of the others, where there are some."""
+    """Say in one sentence what derived and learned points add to the hypervolume of the others, where there are
+    some."""
     if not run.has_prepared_points:
         return []
     rows = {row["set"]: row for row in rows_of(run.what_pays()).values()}
@@ -90,19 +91,19 @@ def what_prepared_points_add(run: ScoredRun) -> list[str]:
 
 
 def prepared_kinds(run: ScoredRun) -> str:
-    """Which points a run has that were derived or learned: `derived and learned`."""
+    """Name the points of a run that were derived or learned: `derived and learned`."""
     roles = {TrialKind(kind).role for kind in run.points()["kind"]}
     return " and ".join(role.name.lower() for role in PREPARED if role in roles)
 
 
 def meanings(kinds: Iterable[TrialKind]) -> list[str]:
-    """What kinds of points mean that no reader knows from elsewhere: a sentence for each of them that is there."""
+    """Say what kinds of points mean that no reader knows from elsewhere: a sentence for each of them that is there."""
     roles = {kind.role for kind in kinds}
     return [sentence for role, sentence in MEANINGS.items() if role in roles]
 
 
 def gap_sentence(gap: Row) -> str:
-    """One sentence on a searched trial against a line of anchors, a row of `ScoredRun.does_search_pay`."""
+    """Compare a searched trial with a line of anchors, a row of `ScoredRun.does_search_pay`, in one sentence."""
     line = {"uniform": "one weight for all layers", "slope": "a weight that rises with depth"}[gap["line"]]
     middle, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
     if low > 0:
@@ -135,14 +136,14 @@ def sentinels(run: ScoredRun, trial: int) -> list[str]:
 
 
 def cut_short(run: ScoredRun) -> list[str]:
-    """Tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence each,
-    over all finished trials and both suites."""
+    """Name tasks with items longer than the model's context, or answers that hit their limit of tokens: a sentence
+    each, over all finished trials and both suites."""
     return cut_short_tasks(pd.concat([run.outcomes(suite) for suite in (SEARCH, HOLDOUT)], ignore_index=True))
 
 
 def lost(run: ScoredRun) -> list[str]:
-    """Finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence for
-    each suite, naming the files."""
+    """Name finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence
+    for each suite, naming the files."""
     found = [(suite, faults) for suite in (SEARCH, HOLDOUT) if (faults := run.lost_outcomes(suite))]
     return [
         f"Without the {suite} outcomes of {count(len(faults), 'trial')}, until `mergefront search` scores them "
@@ -152,7 +153,7 @@ def lost(run: ScoredRun) -> list[str]:
 
 
 def findings(run: ScoredRun) -> list[str]:
-    """What a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
+    """Say what a reader should know first, in plain words: tasks that cannot carry a measurement, what was cut short,
     lost outcomes, failed trials."""
     notes = lost(run)
     if run.references is None:
@@ -169,7 +170,7 @@ def findings(run: ScoredRun) -> list[str]:
 
 
 def summary(run: ScoredRun) -> str:
-    """The run in a few plain sentences."""
+    """Tell the run in a few plain sentences."""
     states = run.trials()["state"]
     done, total = int((states == "complete").sum()), len(states)
     head = f"Run {run.name}: {done} of {count(total, 'trial')} finished"

@@ -32,7 +32,7 @@ SENTINELS = "Sentinel tasks"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; every cell is shown as it stands, without markup, and in a narrow terminal no word is broken.
+    """Make a plain table; cells are shown as they stand, without markup, and no narrow terminal breaks a word.
 
     Args:
         right: columns of numbers, set flush right; what is said on one line of a cell stays on it.
@@ -57,7 +57,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def _breaks(texts: Iterable[str]) -> bool:
-    """Whether lines of these texts can be broken between words, or are paths."""
+    """Tell whether lines of these texts can be broken between words, or are paths."""
     return any(" " in text or "/" in text for text in texts)
 
 
@@ -86,7 +86,7 @@ def print_front(run: ScoredRun, console: Console) -> None:
 
 
 def front_table(run: ScoredRun, *, width: int) -> Table:
-    """Front and anchors from least to most forgetting, on both suites with 95 % intervals.
+    """Make a table of front and anchors from least to most forgetting, on both suites with 95 % intervals.
 
     Args:
         width: of the console, in characters; where it is narrow, intervals stand below their values.
@@ -109,7 +109,7 @@ def front_table(run: ScoredRun, *, width: int) -> Table:
 
 
 def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
-    """The answer for each of some limits on forgetting.
+    """Make a table of the answer for each of some limits on forgetting.
 
     Args:
         answers: `limit_rows(run)`, with a row.
@@ -172,7 +172,7 @@ def _width(made: Table) -> int:
 
 
 def front_document(run: ScoredRun) -> dict[str, Any]:
-    """The front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
+    """Return the front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
     rows = front_rows(run)
     return {
         "run": run.name,
@@ -204,7 +204,7 @@ def _plain_figures(figures: Mapping[str, Interval]) -> dict[str, float | None]:
 
 
 def plain(value: Any) -> Any:
-    """A cell of a frame as a JSON value: NaN is null."""
+    """Return a cell of a frame as a JSON value: NaN is null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -213,7 +213,7 @@ def plain(value: Any) -> Any:
 
 
 def weights_table(run: ScoredRun, trial: int) -> Table:
-    """One row per layer: the weight of each expert and module kind; embed and head on rows of their own."""
+    """Make one row per layer: the weight of each expert and module kind; embed and head on rows of their own."""
     rows: dict[str, dict[str, str]] = {}
     titles: dict[str, None] = {}
     for cell in _records(run.weights(trial)):
@@ -227,7 +227,7 @@ def weights_table(run: ScoredRun, trial: int) -> Table:
 
 
 def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
-    """Each task's score of base, experts and trial, and what the trial won or kept of it, with 95 % intervals.
+    """Make a table of each task's score of base, experts and trial, and what the trial won or kept, with intervals.
 
     Args:
         width: of the console, in characters; where it is narrow, intervals stand below their values.
@@ -250,7 +250,7 @@ def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
 
 
 def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:
-    """One trial as plain values: recipe, weights, and tasks where it was scored."""
+    """Return one trial as plain values: recipe, weights, and tasks where it was scored."""
     scored = trial in run.points().index
     recipe, about = run.recipe(trial), run.trials().loc[trial]
     return {
@@ -272,7 +272,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def status_document(run: ScoredRun) -> dict[str, Any]:
-    """How far a run is, as plain values."""
+    """Say how far a run is, as plain values."""
     trials = run.trials()
     states, methods = trials["state"].value_counts(), trials["method"].value_counts(sort=False)
     return {
