@@ -247,20 +247,27 @@ def export(
     sure: Annotated[
         float, typer.Option(help="With --max-forgetting: how sure, 0.9 for 90 % of resamplings.", min=0, max=1)
     ] = 0.0,
+    knob: Annotated[
+        float | None,
+        typer.Option(help="A place from 0, the base, over the learned points, each at its p, to 1, the expert."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The new model folder.", show_default="RUN/exports/trial-N")] = None,
     storage: Storage = None,
 ) -> None:
     """Write one point as a model folder, with card and recipe."""
     if sure and max_forgetting is None:
         _fail("--sure says how sure --max-forgetting must be: give both", WRONG)
-    if sum((trial is not None, knee, max_forgetting is not None)) != 1:
-        _fail("name one point: --trial N, --knee or --max-forgetting SHARE", WRONG)
+    if sum((trial is not None, knee, max_forgetting is not None, knob is not None)) != 1:
+        _fail("name one point: --trial N, --knee, --max-forgetting SHARE or --knob PLACE", WRONG)
     opened = _opened(run, storage)
-    number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
     from evals.documents import checked_path
-    from optimizer.export.commands import export_trial  # brings torch
+    from optimizer.export.commands import export_knob, export_trial  # brings torch
 
     folder = out and checked_path(out, where="--out")
+    if knob is not None:
+        _say(f"wrote {export_knob(opened, knob, folder, describe=opened.describe)}")
+        return
+    number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
     _say(f"wrote {export_trial(opened, number, folder, describe=opened.describe)}")
     if number in opened.points().index:
         _say(opened.describe(number))

@@ -14,6 +14,7 @@ from optimizer.export.model_folder import export_model, float_dtype
 from optimizer.merging.merge import Sources
 from optimizer.runs.frames import rows_of
 from optimizer.runs.manifest import read_manifest
+from optimizer.runs.path import path_of, recipe_at
 from optimizer.runs.scored import ScoredRun
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml, shown
 from optimizer.words import task_labels
@@ -41,6 +42,37 @@ def export_trial(run: ScoredRun, trial: int, out: Path | None = None, *, describ
     return export_model(
         recipe, sources, out or run.path / "exports" / f"trial-{trial}", scores=_scores(run, trial, scored), card=card
     )
+
+
+def export_knob(run: ScoredRun, knob: float, out: Path | None = None, *, describe: Callable[[int], str]) -> Path:
+    """Write the merge at a place of the run's path as a model folder, and return the folder.
+
+    Args:
+        knob: 0 is the base, 1 the expert, and learned anchors stand at what the domain counts for them.
+        out: the new folder; None is exports/knob-K in the run's folder.
+        describe: as of `export_trial`; the card tells of the two trials between which the merge lies.
+
+    Raises:
+        RunError: the run has no such path, or a checkpoint has changed since it was scored.
+        CheckpointError, MergeError: as `export_model`.
+    """
+    recipe, trial = recipe_at(run, knob)
+    if trial is not None:
+        return export_trial(run, trial, out, describe=describe)
+    recipe = _with_present_paths(run, recipe)
+    sources = Sources.open(recipe.base, dict(recipe.experts))
+    _require_as_scored(run, sources)
+    return export_model(
+        recipe, sources, out or run.path / "exports" / f"knob-{knob:g}", card=knob_sentence(run, knob, describe)
+    )
+
+
+def knob_sentence(run: ScoredRun, knob: float, describe: Callable[[int], str]) -> str:
+    """Say between which trials a place of the path lies, and what they keep and forget."""
+    path = path_of(run)
+    neighbours = [max(p for p in path if p[0] <= knob), min(p for p in path if p[0] > knob)]
+    between = " and ".join(f"trial {trial} ({run.kinds[trial].label})" for _, trial in neighbours)
+    return f"It lies between {between} and was not scored itself. " + " ".join(describe(t) for _, t in neighbours)
 
 
 def merge_recipe(path: Path, out: Path) -> Path:

@@ -62,12 +62,13 @@ class Sources:
         return sources
 
     def extended(self, experts: Sequence[tuple[str, str]]) -> Sources:
-        """Open further experts, (name, source), beside those that are open.
+        """Open further experts, (name, folder), beside those that are open; what is no folder is left out.
 
         Raises:
             CheckpointError: one cannot be read, or does not fit the base.
         """
-        added = {name: open_checkpoint(source, base=self.base) for name, source in experts if name not in self.experts}
+        missing = {name: source for name, source in experts if name not in self.experts and Path(source).is_dir()}
+        added = {name: open_checkpoint(source, base=self.base) for name, source in missing.items()}
         for expert in added.values():
             require_compatible(self.base, expert)
         return replace(self, experts={**self.experts, **added}) if added else self

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evals.outcomes import HOLDOUT, SEARCH, SUITES
+from optimizer.search.prepared import SHARES
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
-JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors
+JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors of the space
+STEP = 0.7  # of a lesson, in candidates: what a trial reads on the search suite
+FORMS = {"regmean": 3, "fisher": 9}  # candidates that the derived experts of a form cost together
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class Cost:
 
     resident_bytes: int  # a worker's own copy of the model
     mapped_bytes: int  # the sources, mapped once for all workers of a machine
+    disk_bytes: int  # of derived experts
     tokens: Mapping[str, int]  # of one trial, by suite
+    prepared: float  # what preparing anchors costs, in candidates
     hours: float
 
 
@@ -39,12 +44,18 @@ def cost_of(plan: Plan) -> Cost | None:
     width = {"float32": 4.0, "bf16": 2.0, "auto": plan.base.bytes / numbers}[plan.study.evals.dtype]
     rows = plan.harness.describe()
     tokens = {suite: sum(row[f"{suite}_tokens"] or 0 for row in rows) for suite in SUITES}
-    trials = {SEARCH: plan.study.search.trials, HOLDOUT: JUDGED}
+    forms = plan.study.anchors.derived if len(plan.experts) == 1 else ()
+    learned = plan.study.search.learned
+    prepared = STEP * learned.steps * learned.count + sum(FORMS[form] for form in forms)
+    derived = len(SHARES) * len(forms)
+    trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + learned.count}
     work = sum(2 * numbers * tokens[suite] * trials[suite] for suite in SUITES)
     return Cost(
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
+        disk_bytes=derived * plan.base.bytes,
         tokens=tokens,
+        prepared=prepared,
         hours=work / _speed(plan.study) / 3600,
     )
 

@@ -28,7 +28,7 @@ from optimizer.database.study_db import unwritable
 from optimizer.database.study_home import storage_file
 from optimizer.errors import SearchError
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import DRIVER_DIED, DUPLICATE, WORKER_DIED, TrialKind
+from optimizer.runs.trial import DUPLICATE, WORKER_DIED, TrialKind
 from optimizer.search.crew import Crew
 from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
@@ -40,7 +40,7 @@ from optimizer.search.midpoint import front_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.samplers import make_sampler
 from optimizer.search.scale import find_scale, objectives_of
-from optimizer.workers.pool import Job, Pool, Result, ScoreJob
+from optimizer.workers.pool import Pool, Result, ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.space import Space
 
@@ -61,7 +61,7 @@ def run_search(
     tasks: Sequence[TaskInfo],
     require_unchanged: Callable[[], None],
     events: Callable[[Event], None],
-    preparation: Preparation | None = None,
+    preparation: Preparation,
 ) -> None:
     """Search until the budget is used, then score the front and the anchors on the holdout suite.
 
@@ -73,7 +73,7 @@ def run_search(
         require_unchanged: raises CheckpointError where a checkpoint's file is not as it was when the caller opened it;
             asked before any result is taken.
         events: is told of each step after it is safely stored.
-        preparation: the anchors that a worker prepares; None: none.
+        preparation: the anchors that a worker prepares.
 
     Raises:
         SearchError: the base or an expert cannot be scored, the tasks give no scale, trials keep failing, or a
@@ -91,8 +91,7 @@ def run_search(
             ledger = Ledger(storage, study, run, space, tasks)
             reporter = Reporter(events, ledger, settings.trials)
             crew = Crew(pool, settings.max_attempts, require_unchanged, partial(reporter.trial, "retry"), interrupt)
-            preparer = Preparer(preparation, ledger) if preparation else None
-            search = _Search(settings, space, ledger, crew, reporter, preparer)
+            search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space.groups))
             search.resume()
             search.spend_budget()
             judge_front(ledger, crew, reporter)
@@ -140,7 +139,7 @@ class _Search:
         ledger: Ledger,
         crew: Crew,
         reporter: Reporter,
-        preparer: Preparer | None,
+        preparer: Preparer,
     ) -> None:
         self.settings, self.space = settings, space
         self.ledger, self.crew, self.reporter, self.preparer = ledger, crew, reporter, preparer
@@ -161,6 +160,7 @@ class _Search:
             text = f"{self.ledger.finished} of {self.budget} trials are finished"
         self.reporter.start(text + (f"; {found.left_open} were left open" if found.left_open else ""))
         self.reporter.lost(found.lost)
+        self.ledger.owed.extend(n for n in self.preparer.removed() if n not in self.ledger.owed)
         self._tell_held()
 
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:
@@ -198,7 +198,7 @@ class _Search:
             return True  # without the base and the experts nothing could be told, whatever the budget
         if ledger.owes_told:
             return True  # it is in the budget already
-        if self.preparer and self.preparer.waits(self.crew.jobs):
+        if self.preparer.waits(self.crew.jobs):
             return False  # a free worker waits for its lesson: asked for by chance, trials would take its place
         room = self.asked < self.budget and self.repeats < REPEATS_BEFORE_END
         return room and time.monotonic() < self.deadline
@@ -216,23 +216,19 @@ class _Search:
             self._take_up_prepared(ledger.owed.popleft())
         elif ledger.owes_told:
             self._submit(ledger.owed.popleft())
-        elif job := self._next_to_prepare():
+        elif job := self.preparer.next(self.crew.jobs):
             self.crew.submit(job)
         else:
             self._ask_sampled()
 
-    def _next_to_prepare(self) -> Job | None:
-        return self.preparer.next(self.crew.jobs) if self.preparer else None
-
     def _take_up_prepared(self, number: int) -> None:
         """Score an anchor that has its recipe, or have it prepared again."""
-        if number in self.ledger.recipes:
+        if self.preparer.is_ready(number):
             self._submit(number)
-        elif self.preparer:
-            self.ledger.reopened(number)
-            self.crew.submit(self.preparer.job(number))
         else:
-            self._failed(number, f"{DRIVER_DIED}; no anchors are prepared any more")
+            if number not in self.ledger.values:
+                self.ledger.reopened(number)
+            self.crew.submit(self.preparer.job(number))
 
     def _ask_sampled(self) -> None:
         """Give a worker a recipe that is not known yet."""
@@ -278,9 +274,9 @@ class _Search:
 
     def _prepared(self, result: Result, seconds: float) -> None:
         """Enter the recipe of an anchor that a worker has prepared, and have it scored."""
-        assert self.preparer is not None
         number = result.job.trial
-        self.ledger.enter(number, self.ledger.kinds[number], self.preparer.recipe(number, result.answer))
+        if number not in self.ledger.values:  # else its checkpoint was removed, and is there again
+            self.ledger.enter(number, self.ledger.kinds[number], self.preparer.recipe(number, result.answer))
         fault("prepared.after")
         twin = self.ledger.twin_of(number)
         if twin is not None:

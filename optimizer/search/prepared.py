@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from evals.outcomes import HOLDOUT
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
 from optimizer.workers.orders import By, Derivation, Form, Learned, Lesson, Loss
@@ -24,7 +25,6 @@ SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
 LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
-START_METHODS = ("linear", "task_arithmetic")  # of anchors that lessons start from
 LESSON, RESULT = "request", "lesson"  # user attributes of a learned trial
 
 
@@ -89,6 +89,7 @@ class Preparer:
 
     preparation: Preparation
     ledger: Ledger
+    groups: Sequence[str]  # of the checkpoint
     _derivations: Mapping[TrialKind, tuple[Form, float]] = field(init=False)
     _preferences: Mapping[TrialKind, tuple[tuple[str, float], ...]] = field(init=False)
 
@@ -107,6 +108,24 @@ class Preparer:
         learns = kind.role is Role.LEARNED
         attributes = {LESSON: json.dumps(asdict(self._lesson(kind)))} if learns else {}
         return self.job(self.ledger.create(kind, attributes))
+
+    def is_ready(self, number: int) -> bool:
+        """Whether a trial has its recipe, and the derived experts that the recipe names are there."""
+        recipe = self.ledger.recipes.get(number)
+        known = dict(self.preparation.experts)
+        return recipe is not None and all(
+            name in known or Path(source).is_dir() for name, source in Recipe.from_json(recipe).experts
+        )
+
+    def removed(self) -> list[int]:
+        """Give the derived anchors that are finished and not judged, and whose checkpoint was removed since."""
+        return [
+            number
+            for number in self.ledger.values
+            if self.ledger.kinds[number].role is Role.DERIVED
+            and not self.is_ready(number)
+            and self.ledger.outcomes_fault(number, HOLDOUT)
+        ]
 
     def waits(self, out: Sequence[Job]) -> bool:
         """Whether an anchor is missing that no worker can be given before another job ends."""
@@ -149,8 +168,8 @@ class Preparer:
         form, share = self._derivations[kind]
         expert = f"{self.preparation.experts[0][0]}_{form}_{100 * share:.0f}"
         source = str(answer[SHARES.index(share)])
-        whole = Setting("weight", expert, "", 1.0)
-        return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), (whole,))
+        whole = tuple(Setting("weight", expert, group, 1.0) for group in self.groups)
+        return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), whole)
 
     def _path(self, kind: TrialKind) -> Derivation:
         form, _ = self._derivations[kind]
@@ -186,11 +205,13 @@ class Preparer:
         for number in self.ledger.finished_anchors():
             recipe = Recipe.from_json(self.ledger.recipes[number])
             if self.ledger.kinds[number].role is not Role.LEARNED:
-                yield number, recipe if recipe.method in START_METHODS else _as_task_arithmetic(recipe)
+                yield number, _as_task_arithmetic(recipe)
 
 
 def _as_task_arithmetic(recipe: Recipe) -> Recipe:
-    """The same weights without what another method does to them."""
+    """Give the same weights without what another method does to them; linear's are the same merge."""
+    if recipe.method == "task_arithmetic":
+        return recipe
     name = METHODS[recipe.method].scale
     scale = METHODS[recipe.method].parameter(name)
     assert scale is not None, "the scale is one of the method's parameters"

@@ -94,6 +94,9 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
     )
     for suite, tokens in cost.tokens.items():
         yield f"{suite} suite", f"about {tokens:,} tokens a trial"
+    if cost.prepared:
+        text = f"about as much as {cost.prepared:.0f} trials"
+        yield "learned, derived", text + (f", and {_size(cost.disk_bytes)} of disk" if cost.disk_bytes else "")
     yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
 
 

@@ -26,19 +26,22 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-KEPT = 5  # every so many-th item of a task is kept apart, where the task has as many
+KEPT = 5  # every so many-th item of a task is kept apart
 RATE, MOMENTUM, SMOOTHING = 0.12, 0.8, 0.9  # of the steps, which fall to 0; of the gradient and of its square
 LOOKS = (0.5, 0.75, 1.0)  # shares of the steps after which the kept items are asked
 
 
 def split_examples(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Split items into those to learn from and those kept apart: every fifth of a task that has five."""
+    """Split items into those to learn from and those kept apart: every fifth of a task, or one of two to four."""
+    tasks: dict[str, list[Example]] = {}
+    for example in examples:
+        tasks.setdefault(example.task, []).append(example)
     seen: list[Example] = []
     kept: list[Example] = []
-    count: dict[str, int] = {}
-    for example in examples:
-        n = count[example.task] = count.get(example.task, 0) + 1
-        (kept if n % KEPT == 0 else seen).append(example)
+    for items in tasks.values():
+        every = min(KEPT, max(2, len(items)))
+        for n, example in enumerate(items, start=1):
+            (kept if n % every == 0 else seen).append(example)
     return seen, kept
 
 

@@ -106,7 +106,10 @@ class FakeWorker:
         return Learned(recipe.to_json(), lesson.steps, 0.0, 0.5, 0.6, 0.7, 0.8, 18.0, 1.0)
 
     def derive(self, path: Derivation) -> list[Path]:
-        return [path.folder / f"{path.expert}-{path.form}-{share:g}" for share in path.shares]
+        folders = [path.folder / f"{path.expert}-{path.form}-{share:g}" for share in path.shares]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        return folders
 
 
 def share_of(expert: str) -> float:

@@ -83,6 +83,12 @@ def test_a_preference_leads_to_its_own_side(loss: str, study: Study, worker: Wor
     assert sum(scores["domain"]) < sum(scores["general"])  # bits of the domain's texts
 
 
+@pytest.mark.parametrize(("items", "kept"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 1), (9, 1), (10, 2)])
+def test_small_tasks_keep_an_item_apart_too(items: int, kept: int) -> None:
+    examples = [Example("a", str(i), (), (), (), 1.0) for i in range(items)]
+    assert [len(part) for part in split_examples(examples)] == [items - kept, kept]
+
+
 def test_kept_items_are_never_learned_from() -> None:
     examples = [Example(task, str(i), (), (), (), 1.0) for task in ("a", "b") for i in range(11)]
     seen, kept = split_examples(examples)

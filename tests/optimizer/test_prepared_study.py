@@ -1,0 +1,90 @@
+"""A study of pico models with derived experts and a learned anchor, by real workers, from the search to an export."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from optimizer.export.commands import export_knob, export_trial, merge_recipe
+from optimizer.run import Run, open_run
+from optimizer.run_study import DERIVED_FOLDER, run_study
+from optimizer.runs.outcome_files import outcomes_path
+from optimizer.runs.trial import Role
+from tests.optimizer.small_study import write_study
+
+SETS = ["anchors.derived=[regmean]", "search.learned={count: 1, steps: 4}", "search.trials=12"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def run(study: Path) -> Run:
+    return run_study(study, SETS, Console(file=io.StringIO()))
+
+
+def trial_of(run: Run, role: Role) -> int:
+    return next(trial for trial, kind in run.kinds.items() if kind.role is role)
+
+
+def test_derived_and_learned_anchors_are_scored_and_judged(run: Run) -> None:
+    kinds = list(run.trials()["kind"])
+    assert sum(kind.startswith("derived regmean") for kind in kinds) == 3
+    assert "learned p=0.60" in kinds
+    assert set(run.trials()["state"]) == {"complete"}
+    judged = run.points("holdout")["domain"].notna()
+    assert all(judged[trial] for trial, kind in run.kinds.items() if kind.is_prepared)
+
+
+def test_a_derived_expert_lies_beside_the_runs_and_is_made_once(run: Run, study: Path) -> None:
+    folders = sorted((run.path.parent / DERIVED_FOLDER).iterdir())
+    assert len(folders) == 3
+    before = [folder.stat().st_mtime_ns for folder in folders]
+    again = run_study(study, [*SETS, "name=again"], Console(file=io.StringIO()))
+    assert [folder.stat().st_mtime_ns for folder in folders] == before
+    assert len(sorted((run.path.parent / DERIVED_FOLDER).iterdir())) == 3
+    kept = [k for k in run.points().columns if k != "front"]
+    trials = [trial for trial, kind in run.kinds.items() if kind.is_anchor]
+    assert run.points().loc[trials, kept].equals(again.points().loc[trials, kept])  # the same to the bit
+
+
+def test_both_are_exported_as_models_that_a_document_makes_again(run: Run, tmp_path: Path) -> None:
+    for role in (Role.DERIVED, Role.LEARNED):
+        trial = trial_of(run, role)
+        folder = export_trial(run, trial, tmp_path / str(trial), describe=run.describe)
+        again = merge_recipe(folder / "mergekit.yaml", tmp_path / f"{trial}-again")
+        assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        yaml.safe_load((folder / "mergekit.yaml").read_text())
+
+
+def test_a_knob_between_two_trials_is_exported_with_their_figures(run: Run, tmp_path: Path) -> None:
+    folder = export_knob(run, 0.8, tmp_path / "knob", describe=run.describe)
+    card = (folder / "README.md").read_text()
+    assert "It lies between trial" in card
+    assert "learned p=0.60" in card
+    assert "was not scored itself" in card
+
+
+def test_what_a_lesson_gave_is_in_the_study(run: Run) -> None:
+    told = json.loads(run.attribute(trial_of(run, Role.LEARNED), "lesson"))
+    assert set(told) >= {"preference", "steps", "pull", "seen", "kept", "seen_before", "kept_before", "candidates"}
+    assert told["kept"] <= told["kept_before"]
+
+
+def test_a_derived_expert_that_was_removed_is_made_again(study: Path, run: Run) -> None:
+    for folder in (run.path.parent / DERIVED_FOLDER).iterdir():
+        shutil.rmtree(folder)
+    trial = trial_of(run, Role.DERIVED)
+    outcomes_path(run.path, trial, "holdout").unlink()  # it must be judged anew
+    outcomes_path(run.path, trial + 1, "search").unlink()  # it must be scored anew
+    again = run_study(study, SETS, Console(file=io.StringIO()))
+    assert not again.lost_outcomes("search")
+    assert open_run(run.path).points().equals(run.points())
