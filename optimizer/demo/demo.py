@@ -127,7 +127,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
 
 @contextmanager
 def _progress(console: Console, text: str) -> Iterator[Progress]:
-    """A bar with the loss and the time left; one plain line at each end where there is no terminal."""
+    """Show a bar with the loss and the time left; one plain line at each end where there is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 

@@ -70,9 +70,9 @@ class RecordedRun:
         return {number: TrialKind.of(trial.user_attrs) for number, trial in self._frozen.items()}
 
     def lessons(self) -> pd.DataFrame:
-        """The learned trials that finished, by number: kind, preference (the domain's share), steps, pull, the loss on
-        the items learned from and on those kept apart, before and after, the cost in candidates, seconds; NaN where
-        the study does not say."""
+        """Return the learned trials that finished, by number: kind, preference (the domain's share), steps, pull, the
+        loss on the items learned from and on those kept apart, before and after, the cost in candidates, seconds; NaN
+        where the study does not say."""
         rows = {}
         for number, trial in self._frozen.items():
             kind = self.kinds[number]

@@ -103,7 +103,7 @@ def run_search(
 
 @contextmanager
 def opened_storage(settings: SearchSection, run: RunFolder) -> Iterator[RDBStorage]:
-    """The study's Optuna storage, closed at the end.
+    """Open the study's Optuna storage, closed at the end.
 
     Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own
     that stays open spares every commit that wait.
@@ -268,7 +268,7 @@ class _Search:
         return self.study.ask()
 
     def _midpoint_is_due(self) -> bool:
-        """Whether the next recipe lies halfway between two on the front; a random search stays random."""
+        """Tell whether the next recipe lies halfway between two on the front; a random search stays random."""
         due = 2 * self.asked >= self.budget and self.asked % MIDPOINT_EVERY == 0 and self.scale is not None
         return due and len(self.names) <= 2 and self.settings.sampler != "random"
 
