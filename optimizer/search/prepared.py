@@ -110,7 +110,7 @@ class Preparer:
         return self.job(self.ledger.create(kind, attributes))
 
     def is_ready(self, number: int) -> bool:
-        """Whether a trial has its recipe, and the derived experts that the recipe names are there."""
+        """Tell whether a trial has its recipe, and the derived experts that the recipe names are there."""
         recipe = self.ledger.recipes.get(number)
         known = dict(self.preparation.experts)
         return recipe is not None and all(
@@ -128,7 +128,7 @@ class Preparer:
         ]
 
     def waits(self, out: Sequence[Job]) -> bool:
-        """Whether an anchor is missing that no worker can be given before another job ends."""
+        """Tell whether an anchor is missing that no worker can be given before another job ends."""
         others = self.ledger.owed or self.ledger.anchors_wait
         return not others and any(self._missing) and self._due(out) is None
 
@@ -146,7 +146,7 @@ class Preparer:
         return learned[0] if learned and self._can_start(out) else None
 
     def _can_start(self, out: Sequence[Job]) -> bool:
-        """Whether every anchor that a lesson may start from is scored."""
+        """Tell whether every anchor that a lesson may start from is scored."""
         open_kinds = [self.ledger.kinds[job.trial] for job in out]
         return self.ledger.has_references and all(k.role is Role.LEARNED or not k.is_anchor for k in open_kinds)
 
