@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.run import Run, open_run
-from optimizer.views.tables import front_document, print_front
+from optimizer.views.tables import front_document, print_front, table
 from optimizer.views.terminal import Terminal
 from tests.toy_run import toy_run
 
@@ -27,13 +27,20 @@ def printed(run: Run, width: int) -> str:
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 88, 100, 140])
+@pytest.mark.parametrize("width", [74, 76, 80, 88, 100, 140])
 def test_no_interval_is_broken_at_any_width(run: Run, width: int) -> None:
     text = printed(run, width)
     tables = text[: text.index("Trial ")]
     assert "[" in tables
     assert re.findall(r"\[[^\]]*\n", tables) == []
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_words_give_way_to_numbers_where_there_is_little_room() -> None:
+    sink = io.StringIO()
+    made = table("", ["what", "share"], [("one two three", "107 % [86, 210]")], right=["share"])
+    Terminal(file=sink, width=24).print(made)
+    assert "107 % [86, 210]" in sink.getvalue()
 
 
 def test_values_share_a_line_with_their_intervals_where_there_is_room(run: Run) -> None:
