@@ -119,7 +119,8 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         # float32: the faster arithmetic on most CPUs, and free of bf16's noise; a merge is rounded to bf16 all the same
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": "float32"},
-        "search": {"trials": 20 if tiny else 40, "learned": 2 if tiny else 3},
+        "anchors": {"derived": ["regmean"] if tiny else ["regmean", "fisher"]},
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 40, "learned": 3},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

@@ -37,6 +37,10 @@ class Job(Protocol):
     @property
     def trial(self) -> int: ...
 
+    @property
+    def length(self) -> float:
+        """How much longer than scoring a recipe it may take, a factor."""
+
     def work(self, worker: WorkerLike) -> Any:
         """Have a worker do it."""
 
@@ -48,6 +52,7 @@ class ScoreJob:
     trial: int
     recipe: str
     suite: str
+    length = 1.0
 
     def work(self, worker: WorkerLike) -> Evaluation:
         return worker.evaluate(self.recipe, self.suite)
@@ -60,6 +65,10 @@ class LearnJob:
     trial: int
     lesson: Lesson
 
+    @property
+    def length(self) -> float:
+        return 4.0 + 2.0 * self.lesson.steps
+
     def work(self, worker: WorkerLike) -> Learned:
         return worker.learn(self.lesson)
 
@@ -70,6 +79,7 @@ class DeriveJob:
 
     trial: int
     path: Derivation
+    length = 20.0
 
     def work(self, worker: WorkerLike) -> list[Path]:
         return worker.derive(self.path)

@@ -61,7 +61,8 @@ class RayPool(Closing):
         count: workers, each counted as one CPU by Ray.
         threads: of torch per worker; 0 shares this machine's cores among the workers.
         address: None for a private cluster (a running one is ignored), else HOST:PORT of one, or "auto".
-        trial_seconds: a job that runs longer costs its worker's life; None is no limit.
+        trial_seconds: a job that runs longer costs its worker's life (one that prepares an anchor may take its length
+            times that); None is no limit.
         device: "cpu" keeps workers off GPUs; else the GPUs Ray knows of are shared among them.
 
     Raises:
@@ -137,7 +138,7 @@ class RayPool(Closing):
             if self._queue and slot.ref is None:
                 slot.job = self._queue.popleft()
                 slot.ref = slot.actor.work.remote(slot.job)
-                slot.deadline = time.monotonic() + self._trial_seconds
+                slot.deadline = time.monotonic() + self._trial_seconds * slot.job.length
 
     def _collect(self, slot: Slot) -> Result | None:
         """Take what a slot's ref holds; None where its worker has only started."""
@@ -169,7 +170,8 @@ class RayPool(Closing):
         assert job is not None, "only a busy slot has a deadline"
         self._ray.kill(slot.actor)
         self._replace(slot, started=1)
-        return Result(job, None, f"trial ran longer than {self._trial_seconds:g} s; its worker was stopped", died=True)
+        seconds = self._trial_seconds * job.length
+        return Result(job, None, f"trial ran longer than {seconds:g} s; its worker was stopped", died=True)
 
     def _replace(self, slot: Slot, *, started: int) -> None:
         self._slots[self._slots.index(slot)] = self._new_slot(started)

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow  # whole demos are run
 def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
     run = open_run(tiny_demo)
     kinds = set(run.points()["kind"])
-    assert {"base", "expert:clinical", "uniform a=0.50", "search"} <= kinds
+    assert {"base", "expert:clinical", "uniform a=0.50", "derived regmean 0.4", "search"} <= kinds
     assert (run.trials()["state"] == "complete").sum() == 16
     knee = run.knee()
     _, info = AutoModelForCausalLM.from_pretrained(tiny_demo / "models" / f"trial-{knee}", output_loading_info=True)
@@ -64,6 +64,7 @@ def test_a_second_time_starts_from_what_is_there(tiny_demo: Path) -> None:
 def test_a_study_over_several_methods_names_them(demo_inputs: Path) -> None:
     methods = ["task_arithmetic", "ties", "dare_ties", "della", "sce"]
     overrides = ["name=several", f"space.method=[{', '.join(methods)}]", "search.trials=16"]
+    overrides += ["search.learned=0", "anchors.derived=none"]
     overrides += ["workers.count=0", "workers.threads=1"]  # threads that share a busy core wait for each other
     study = demo_inputs / "study.yaml"
     said = io.StringIO()
