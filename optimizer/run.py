@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evals.outcomes import SUITES
+from optimizer.errors import RunError
 from optimizer.runs.scored import ScoredRun
 from optimizer.views import sentences
 
@@ -100,6 +101,20 @@ class Run(ScoredRun):
         from optimizer.views import figures
 
         return figures.retention(self, trial)
+
+    def plot_sensitivities(self, expert: str) -> go.Figure:
+        """Draw where an expert's gain and loss come from, by layer and kind of tensor.
+
+        Raises:
+            RunError: it was not measured.
+        """
+        from optimizer.views.sensitivity_plot import heat_map
+
+        measured = self.sensitivities()
+        if expert not in measured:
+            rule = "a search with learned points measures it"
+            raise RunError(f"run {self.name} has no sensitivities of {expert!r}; {rule}")
+        return heat_map(measured[expert])
 
     def __repr__(self) -> str:
         return f"<run {self.name}>"

@@ -7,6 +7,7 @@ grow.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import TrialState
 
+from evals.documents import DocumentError, read_json
 from evals.objectives import objective_names, task_scores
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.database.study_home import stored_trials
@@ -22,6 +24,7 @@ from optimizer.errors import RunError
 from optimizer.runs.lesson import LESSON_COLUMNS, read_lesson
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
+from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities, sensitivity_file
 from optimizer.runs.trial import BASE, Role, TrialKind
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, group_at, kind_of, layer_of
@@ -137,6 +140,22 @@ class RecordedRun:
                 weight = fmean(recipe.value(parameter.name, expert=owner, group=place) for place in places[group])
                 rows.append((group, kind_of(group), -1 if layer is None else layer, name, weight))
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
+
+    def sensitivities(self) -> dict[str, Sensitivities]:
+        """Read where each expert's gain and loss come from, as far as it was measured and can be read."""
+        found = {}
+        for name in self.experts:
+            path = sensitivity_file(self.path, name)
+            if not path.is_file():
+                continue
+            with suppress(
+                DocumentError, AttributeError, TypeError, ValueError, KeyError, SpaceError
+            ):  # a file written by hand
+                read_json(path, finite=True)
+                measured = Sensitivities.from_json(path.read_text(encoding="utf-8"))
+                if all(len(measured.by_group(objective)) for objective in OBJECTIVES):
+                    found[name] = measured
+        return found
 
     def scores(self, trial: int, suite: str) -> dict[str, float]:
         """Return a trial's score on each task of a suite, in the metric's own unit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,11 @@ Objective = Literal["domain", "general"]
 Table = tuple[tuple[float, ...], ...]
 
 OBJECTIVES: tuple[Objective, Objective] = ("domain", "general")
+
+
+def sensitivity_file(run: Path, expert: str) -> Path:
+    """Give the file of a run folder that holds an expert's sensitivities."""
+    return run / f"sensitivities-{expert}.json"
 
 
 @dataclass(frozen=True, slots=True)

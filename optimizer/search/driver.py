@@ -40,6 +40,7 @@ from optimizer.search.midpoint import front_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.samplers import make_sampler
 from optimizer.search.scale import find_scale, objectives_of
+from optimizer.search.sensitivity import measure_sensitivities
 from optimizer.workers.pool import Pool, Result, ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.space import Space
@@ -94,6 +95,8 @@ def run_search(
             search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space.groups))
             search.resume()
             search.spend_budget()
+            if preparation.learned:
+                measure_sensitivities(ledger, crew, reporter)
             judge_front(ledger, crew, reporter)
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:  # optuna's text blames the data
         raise unwritable(storage_file(run.path, settings.storage), error) from error

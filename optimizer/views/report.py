@@ -29,6 +29,7 @@ from optimizer.runs.trial import TrialKind
 from optimizer.views import figures, sentences
 from optimizer.views.canvas import DARK, library_script
 from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
+from optimizer.views.sensitivity_plot import heat_map
 from optimizer.words import Change, Interval, count, percent
 
 WORDS = {
@@ -143,7 +144,7 @@ def _figures(run: ScoredRun) -> str:
     return (
         f"<section>{_figure('front')}{hint}{_meanings(run.kinds[trial] for trial in run.points().index)}</section>"
         f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
-        f"<section>{_figure('hypervolume')}</section>{_lessons(run)}"
+        f"<section>{_figure('hypervolume')}</section>{_lessons(run)}{_sensitivities(run)}"
     )
 
 
@@ -172,6 +173,19 @@ def _lessons(run: ScoredRun) -> str:
     return (
         f'<section><h2>What was learned, and its price</h2><p class="soft">{about}</p>{_grid(titles, rows)}</section>'
     )
+
+
+def _sensitivities(run: ScoredRun) -> str:
+    """Write the places of the heat maps, and how exactly their parts add up."""
+    found = run.sensitivities()
+    sections = [
+        f"<section>{_figure(f'sensitivities-{name}')}"
+        f'<p class="soft">Added up, the parts miss the measured difference between base and expert by '
+        f"{percent(measured.error('domain'))} (domain) and {percent(measured.error('general'))} (general), on "
+        f"{measured.items} search items.</p></section>"
+        for name, measured in found.items()
+    ]
+    return "".join(sections)
 
 
 def _number(value: float, digits: int) -> str:
@@ -308,6 +322,9 @@ def _figure_data(run: ScoredRun) -> str:
         "front": figures.front(run).to_plotly_json(),
         "hypervolume": figures.hypervolume(run).to_plotly_json(),
         "weights": {trial: figures.weights(run, trial).to_plotly_json() for trial in trials},
+        "sensitivities": {
+            f"sensitivities-{name}": heat_map(found).to_plotly_json() for name, found in run.sensitivities().items()
+        },
         "retention": {trial: figures.retention(run, trial).to_plotly_json() for trial in trials},
     }
     return json.dumps(data, default=_plain).replace("<", "\\u003c").replace("\u2028", "\\u2028")

@@ -74,7 +74,7 @@ function squeezed(id, figure) {
     if (title?.text) layout[key].title = {...title, text: inLines(title.text, layout.width / LETTER), font: {size: 13}};
   }
   for (const note of layout.annotations ?? []) note.font = {...note.font, size: 12};
-  squeeze[id](figure);
+  squeeze[id]?.(figure);
 }
 
 function draw(id, stored) {
@@ -95,7 +95,9 @@ function drawChosen() {
 }
 
 function drawAll() {
-  for (const id of ["front", "hypervolume"]) draw(id, figures[id]);
+  for (const id of ["front", "hypervolume", ...Object.keys(figures.sensitivities)]) {
+    draw(id, figures[id] ?? figures.sensitivities[id]);
+  }
   drawChosen();
   document.querySelector("#front .figure").on("plotly_click", (event) => {
     const trial = String(event.points[0].customdata);

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from optimizer.runs.sensitivities import Sensitivities
 from optimizer.workers.orders import Derivation, Learned, Lesson
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class WorkerLike(Protocol):
     def learn(self, lesson: Lesson) -> Learned: ...
 
     def derive(self, path: Derivation) -> list[Path]: ...
+
+    def sensitivities(self, expert: str, *, items: int) -> Sensitivities: ...
 
 
 MakeWorker = Callable[[], WorkerLike]
@@ -83,6 +86,19 @@ class DeriveJob:
 
     def work(self, worker: WorkerLike) -> list[Path]:
         return worker.derive(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityJob:
+    """An expert's sensitivities on some items of each task; the trial is the expert's, the answer Sensitivities."""
+
+    trial: int
+    expert: str
+    items: int
+    length = 40.0
+
+    def work(self, worker: WorkerLike) -> Sensitivities:
+        return worker.sensitivities(self.expert, items=self.items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 from evals.outcomes import Outcome, TaskInfo
 from optimizer.errors import CheckpointError, MergeError
 from optimizer.runs.run_folder import RunFolder
+from optimizer.runs.sensitivities import Sensitivities
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
 from optimizer.search.prepared import Preparation
@@ -34,6 +35,7 @@ from search_spaces.space import Space
 
 ITEMS = 20
 AGENTS = ("runtime_env/agent", "runtime_env_agent", "dashboard/agent", "RuntimeEnvAgent", "DashboardAgent")
+TENSORS = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight")
 GROUPS = ("embed", *(f"layer.{i:02d}.{kind}" for i in range(8) for kind in ("attn", "mlp")), "head")
 
 
@@ -110,6 +112,11 @@ class FakeWorker:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         return folders
+
+    def sensitivities(self, expert: str, *, items: int) -> Sensitivities:
+        row = ((1.0,) * len(TENSORS),)
+        total = float(len(TENSORS))
+        return Sensitivities(expert, TENSORS, (0.5,), (1.0,), row, row, total, total, items, 1.0, 1.0)
 
 
 def share_of(expert: str) -> float:

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from optimizer.errors import RunError
 from optimizer.export.commands import export_knob, export_trial, merge_recipe
 from optimizer.run import Run, open_run
 from optimizer.run_study import DERIVED_FOLDER, run_study
 from optimizer.runs.outcome_files import outcomes_path
+from optimizer.runs.sensitivities import sensitivity_file
 from optimizer.runs.trial import Role
 from tests.optimizer.small_study import write_study
 
@@ -77,6 +79,26 @@ def test_what_a_lesson_gave_is_in_the_study(run: Run) -> None:
     told = json.loads(run.attribute(trial_of(run, Role.LEARNED), "lesson"))
     assert set(told) >= {"preference", "steps", "pull", "seen", "kept", "seen_before", "kept_before", "candidates"}
     assert told["kept"] <= told["kept_before"]
+
+
+def test_where_gain_and_loss_come_from_is_measured_and_shown(run: Run) -> None:
+    measured = run.sensitivities()["clinical"]
+    assert all(measured.error(objective) < 0.1 for objective in ("domain", "general"))  # bf16
+    assert run.plot_sensitivities("clinical").data
+    assert 'id="sensitivities-clinical"' in (run.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"expert": NaN}'])
+def test_sensitivities_that_cannot_be_read_are_left_out(run: Run, text: str) -> None:
+    path = sensitivity_file(run.path, "clinical")
+    stored = path.read_text()
+    path.write_text(text)
+    try:
+        assert not open_run(run.path).sensitivities()
+        with pytest.raises(RunError, match="has no sensitivities of 'clinical'"):
+            open_run(run.path).plot_sensitivities("clinical")
+    finally:
+        path.write_text(stored)
 
 
 def test_a_derived_expert_that_was_removed_is_made_again(study: Path, run: Run) -> None:
