@@ -74,7 +74,7 @@ class Ledger:
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Give the study's trials, of some states or of all."""
-        return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
+        return self.study.all_trials(states or None)
 
     def attribute(self, number: int, name: str) -> str:
         """Give a text that a trial was made with."""

@@ -64,6 +64,10 @@ class SampledStudy(Study):
     Those have no parameters, and samplers learn from the parameters that all trials have.
     """
 
+    def all_trials(self, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """Give the trials of some states or of all, also those that samplers do not see; to be read only."""
+        return super()._get_trials(deepcopy=False, states=states)
+
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
