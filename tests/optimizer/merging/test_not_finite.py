@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file, save_file
 
 from optimizer.errors import SearchError
-from optimizer.run_study import make_pool, worker_spec
+from optimizer.run_study import make_pool, preparation_of, worker_spec
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.driver import run_search
 from optimizer.search.plan import make_plan
@@ -50,7 +50,14 @@ def searched(study: Study, pool: SerialPool) -> tuple[RunFolder, list[FrozenTria
     run = RunFolder.create_or_resume(study.run_path, "name: small\n", {}, tasks=tasks)
     with run.lock(), pytest.raises(SearchError, match=TENSOR):
         run_search(
-            study.search, run, space=plan.space, pool=pool, tasks=tasks, require_unchanged=lambda: None, events=print
+            study.search,
+            run,
+            space=plan.space,
+            pool=pool,
+            tasks=tasks,
+            require_unchanged=lambda: None,
+            events=print,
+            preparation=preparation_of(study),
         )
     return run, optuna.load_study(study_name=None, storage=run.storage()).get_trials(deepcopy=False)
 
