@@ -79,6 +79,7 @@ def blend(left: Recipe, right: Recipe, share: float) -> Recipe:
 
 def _preference(run: RecordedRun, trial: int) -> float | None:
     try:
-        return float(sum(json.loads(run.attribute(trial, "lesson"))["preference"].values()))
+        share = float(sum(json.loads(run.attribute(trial, "lesson"))["preference"].values()))
+        return share if 0 < share < 1 else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None  # written by hand

@@ -45,7 +45,7 @@ def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -
     canvas.axes(figure, "forgetting, % of the base's general ability", "domain gain, % of the expert's gain")
     left, right = _span(shown["forgetting"], below=0.04, above=0.12)
     figure.update_xaxes(range=[left, right])
-    figure.update_yaxes(range=_span(shown["domain"], below=0.08, above=0.16))
+    figure.update_yaxes(range=_span(shown["domain"], below=0.08, above=0.26))
     rows = rows_of(search)
     ends = [row for row in rows.values() if TrialKind(row["kind"]).is_reference]
     for place, row in enumerate(ends):  # experts may lie close together: their labels go up and down in turn
