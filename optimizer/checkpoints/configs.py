@@ -7,8 +7,10 @@ compared, by `resident` for the model itself, and for the tokenizer by `check` a
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +103,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if file.name in SETTINGS:
             read_json(file)
     model_config(folder)
-    with refused(folder, what="its tokenizer"):
+    with refused(folder, what="its tokenizer"), silent():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep from the terminal what a library of another language writes to it: the tokenizers echo keys of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ends = {}
+    for number in (1, 2):
+        with suppress(OSError):  # a program may run without one
+            ends[number] = os.dup(number)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for number in ends:
+                os.dup2(nothing.fileno(), number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, end in ends.items():
+            os.dup2(end, number)
+            os.close(end)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from optimizer.masking import redacted
 from optimizer.strict_yaml import read_yaml
 
 FORMAT = 1
+LONGEST_NAME = 4096  # of a task: it may be a path
 ROLES = ("domain", "general", SENTINEL)
 KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole number"}
 
@@ -104,6 +105,8 @@ def _task(given: object, path: Path, key: str) -> TaskInfo:
             _refuse(path, place, f"must be {KINDS[kind]}", value)
         if kind is int and value < 0:
             _refuse(path, place, "must be a whole number", value)
+    if len(given["name"]) > LONGEST_NAME:
+        _refuse(path, f"{key}.name", f"must be {LONGEST_NAME:,} characters at most", given["name"])
     if given["role"] not in ROLES:
         _refuse(path, f"{key}.role", f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}", given["role"])
     if given["role"] == SENTINEL and given["search_items"]:

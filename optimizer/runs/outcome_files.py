@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from evals.outcomes import OUTCOME_COLUMNS, SEARCH, SENTINEL, Outcome, TaskInfo
 from optimizer.errors import RunError
 from optimizer.runs.atomic_file import write_atomically
+from optimizer.strict_yaml import shortened
 
 FRAME_COLUMNS = ("trial", *OUTCOME_COLUMNS)
 SCHEMA = pa.schema(
@@ -162,7 +163,7 @@ def _facts(table: pa.Table) -> dict[str, str]:
 
 
 def _items(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} items of {task}" for task, number in counts.items()) or "nothing"
+    return ", ".join(f"{number} items of {shortened(task)}" for task, number in counts.items()) or "nothing"
 
 
 def _make_place(target: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -690,3 +691,14 @@ def test_an_adapter_whose_tensors_do_not_pair_is_refused(
     file.unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
         open_checkpoint(file.parent, base=open_checkpoint(base))
+
+
+def test_keys_of_a_tokenizer_are_not_echoed_to_the_terminal(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["added_tokens"] = [{**token, "spe" + "[" * 30_000: True} for token in content.get("added_tokens", [])]
+    assert content["added_tokens"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with suppress(CheckpointError):
+        load_tokenizer(base)
+    print("still here")
+    assert capfd.readouterr() == ("still here\n", "")

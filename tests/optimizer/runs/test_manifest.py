@@ -62,6 +62,7 @@ def test_a_sentinel_is_read(tmp_path: Path) -> None:
         (manifest(tasks={}), "tasks must be a list of tasks; given {}"),
         (manifest(tasks=["notes"]), 'tasks.0 must hold keys and values; given "notes"'),
         (manifest(tasks=[TASK | {"name": 3}]), "tasks.0.name must be a text; given 3"),
+        (manifest(tasks=[TASK | {"name": "x/" * 3000}]), "tasks.0.name must be 4,096 characters at most; given"),
         (manifest(tasks=[TASK | {"role": "both"}]), 'tasks.0.role must be domain, general or sentinel; given "both"'),
         (manifest(tasks=[TASK | {"chance": "x"}]), 'tasks.0.chance must be a number; given "x"'),
         (manifest(tasks=[TASK | {"chance": float("nan")}]), "numbers must be finite; given NaN"),
