@@ -138,12 +138,17 @@ def _with_present_paths(run: ScoredRun, recipe: Recipe) -> Recipe:
     models = read_yaml(run.path / "study.yaml").get("models") if (run.path / "study.yaml").is_file() else None
     if not isinstance(models, dict):
         return recipe
-    experts = models.get("experts") or {}
+    experts = models.get("experts")
+    present = {name: path for name, path in (experts if isinstance(experts, dict) else {}).items() if _is_text(path)}
     return replace(
         recipe,
-        base=models.get("base", recipe.base),
-        experts=tuple((name, experts.get(name, source)) for name, source in recipe.experts),
+        base=models["base"] if _is_text(models.get("base")) else recipe.base,
+        experts=tuple((name, present.get(name, source)) for name, source in recipe.experts),
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _require_as_scored(run: ScoredRun, sources: Sources) -> None:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from optimizer.checkpoints.opening import open_checkpoint
-from optimizer.errors import MergeError
-from optimizer.export.commands import merge_recipe
+from optimizer.errors import CheckpointError, MergeError
+from optimizer.export.commands import export_trial, merge_recipe
+from optimizer.run import open_run
 from search_spaces import SpaceError
 from search_spaces.mergekit.stack import Stack
 from tests.pico import pico_expert, pico_llama
+from tests.toy_run import toy_run
 
 LAYERS = 4
 
@@ -268,3 +270,13 @@ def test_a_stack_that_cannot_be_is_refused(
     with pytest.raises(error, match=message):
         merge_recipe(written(tmp_path, PLAIN_STACK.replace(old, new), models), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "models", ["{base: b, experts: 3}", "{base: [1], experts: {clinical: 4}}", "{experts: [a]}", "7"]
+)
+def test_models_of_a_runs_study_file_that_are_none_are_left_aside(tmp_path: Path, models: str) -> None:
+    run = toy_run(tmp_path / "toy", trials=4)
+    (run / "study.yaml").write_text(f"name: toy\nmodels: {models}\n")
+    with pytest.raises(CheckpointError):  # its models are made up
+        export_trial(open_run(run), 3, describe=str)
