@@ -24,7 +24,7 @@ ONE_SIGMA = (0.1587, 0.8413)  # half their distance is the standard error, and s
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
     """One task's outcomes as arrays: n items in hash order, T trials in rising order."""
 
     trials: NDArray[np.int64]  # (T,)
@@ -125,7 +125,7 @@ def task_scores(outcomes: pd.DataFrame, suite: str) -> pd.DataFrame:
     rows = outcomes[outcomes["suite"] == suite]
     frames = []
     for task in rows["task"].unique():
-        table = _table(rows, str(task))
+        table = table_of(rows, str(task))
         frames.append(
             pd.DataFrame(
                 {
@@ -228,70 +228,16 @@ def sentinel_changes(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> 
     """
     rows, frames = scale.rows, [pd.DataFrame(columns=["trial", "task", "score", "change", "low", "high"])]
     for task in (task for task in scale.tasks if task.role == SENTINEL):
-        table = _table(rows, task.name)
+        table = table_of(rows, task.name)
         scale.require_references(table.trials)
         base = table.column(scale.base)
-        scores = _turned(task, table.scores)
-        samples = _turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
+        scores = turned(task, table.scores)
+        samples = turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
         low, high = interval(samples - samples[:, base, None])
         change = scores - scores[base]
         columns = {"score": table.scores, "change": change, "low": low, "high": high}
         frames.append(pd.DataFrame({"trial": table.trials, "task": task.name, **columns}))
     return pd.concat(frames[1:] or frames, ignore_index=True)
-
-
-def weak_tasks(scale: Scale) -> list[str]:
-    """Say why some tasks cannot carry the search, in plain words; empty when all can.
-
-    Two standard errors (paired over items) decide: a domain task must show the expert above the base; a general task
-    must show the base above chance, and some expert below the base.
-    """
-    findings, rows = [], scale.rows
-    for task in scale.measured_by:
-        table = _table(rows, task.name)
-        why = _no_gain if task.role == "domain" else _no_loss
-        findings += why(task, table, scale.base, scale.experts)
-    return findings
-
-
-def _no_gain(task: TaskInfo, table: _Table, base: int, experts: Mapping[str, int]) -> list[str]:
-    scores = _turned(task, table.scores)
-    findings = []
-    for name in _experts_of(task, experts):
-        gain = scores[table.column(experts[name])] - scores[table.column(base)]
-        error = table.stderr_of_difference(experts[name], base)
-        if not gain > 2 * error:
-            findings.append(
-                f"domain task {task.name}: expert {name} does not beat the base by two standard errors "
-                f"({_pair(task, table, base, experts[name], name)}, difference ± {error:.3g}); "
-                "use more items, or a task nearer to what the expert learned"
-            )
-    return findings
-
-
-def _no_loss(task: TaskInfo, table: _Table, base: int, experts: Mapping[str, int]) -> list[str]:
-    scores = _turned(task, table.scores)
-    at_base = scores[table.column(base)]
-    error = float(table.stderr()[table.column(base)])
-    margin = at_base - task.chance if task.chance else abs(at_base)
-    if not margin > 2 * error:
-        return [
-            f"general task {task.name}: the base is at chance ({task.metric} {abs(at_base):.3f} ± {error:.3g}, "
-            f"chance {task.chance:.3g}), so it cannot show forgetting; use an easier task"
-        ]
-    lost = {name: at_base - scores[table.column(trial)] for name, trial in experts.items()}
-    if any(loss > 2 * table.stderr_of_difference(experts[name], base) for name, loss in lost.items()):
-        return []
-    pairs = "; ".join(_pair(task, table, base, trial, name) for name, trial in experts.items())
-    return [
-        f"general task {task.name}: no expert is below the base by two standard errors ({pairs}); "
-        "there is little forgetting to avoid, or too few items to see it"
-    ]
-
-
-def _pair(task: TaskInfo, table: _Table, base: int, trial: int, name: str) -> str:
-    scores = table.scores
-    return f"{task.metric}: base {scores[table.column(base)]:.3f}, {name} {scores[table.column(trial)]:.3f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,14 +257,14 @@ def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
     base, experts, suite, rows = scale.base, scale.experts, scale.suite, scale.rows
     measures: list[_Measure] = []
     for task in scale.measured_by:
-        table = _table(rows, task.name)
+        table = table_of(rows, task.name)
         scale.require_references(table.trials)
         if measures and not np.array_equal(table.trials, measures[0].trials):
             odd = sorted(set(table.trials.tolist()) ^ set(measures[0].trials.tolist()))
             raise TaskError(f"every trial needs outcomes of every task: trial {odd[0]} lacks some of the {suite} suite")
-        point = _turned(task, table.scores)[None, :]  # (1, T)
-        samples = _turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
-        for name in _experts_of(task, experts) if task.role == "domain" else ("",):
+        point = turned(task, table.scores)[None, :]  # (1, T)
+        samples = turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
+        for name in experts_of(task, experts) if task.role == "domain" else ("",):
             at_base, at_expert = table.column(base), table.column(experts[name]) if name else None
             exact = _relative(task, point, at_base, at_expert)
             if not len(exact):
@@ -351,17 +297,28 @@ def _refilled(measure: _Measure, replicates: int) -> _Measure:
     )
 
 
-def _turned(task: TaskInfo, scores: Array) -> Array:
+def turned(task: TaskInfo, scores: Array) -> Array:
+    """Turn a task's scores so that higher is better."""
     return scores if task.higher_is_better else -scores
 
 
-def _experts_of(task: TaskInfo, experts: Mapping[str, int]) -> tuple[str, ...]:
+def experts_of(task: TaskInfo, experts: Mapping[str, int]) -> tuple[str, ...]:
+    """Name the experts that a task measures.
+
+    Raises:
+        TaskError: the study has no such expert.
+    """
     if task.expert and task.expert not in experts:
         raise TaskError(f"task {task.name} names expert {task.expert}; the study has {', '.join(experts)}")
     return (task.expert,) if task.expert else tuple(experts)
 
 
-def _table(rows: pd.DataFrame, task: str) -> _Table:
+def table_of(rows: pd.DataFrame, task: str) -> Table:
+    """Arrange a task's outcomes as arrays.
+
+    Raises:
+        TaskError: there are none, a trial lacks an item or has it twice, or a number is not usable.
+    """
     rows = rows.loc[rows["task"] == task, ["trial", "item", "value", "weight"]]
     trial_codes, trials = pd.factorize(rows["trial"], sort=True)
     item_codes, items = pd.factorize(rows["item"], sort=True)
@@ -381,10 +338,10 @@ def _table(rows: pd.DataFrame, task: str) -> _Table:
     weights[item_codes, trial_codes] = rows["weight"]
     if not (np.isfinite(values).all() and (weights == weights[:, :1]).all() and (weights > 0).all()):
         raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
-    return _Table(np.asarray(trials, dtype=np.int64), values, weights[:, 0])
+    return Table(np.asarray(trials, dtype=np.int64), values, weights[:, 0])
 
 
-def _resampled_scores(table: _Table, replicates: int, seed: Sequence[int]) -> Array:
+def _resampled_scores(table: Table, replicates: int, seed: Sequence[int]) -> Array:
     """Compute scores of resampled item sets: (B, n) counts times (n, T) values."""
     n = len(table.weights)
     draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, NOT_NOW, WRONG, exit_code
 from optimizer.words import printable
+from optimizer.workers.orders import STEPS, By, Form, Loss
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -305,29 +306,16 @@ def learn(
         float, typer.Option(help="What the domain counts beside the general tasks.", min=0, max=1)
     ] = 0.6,
     start: Annotated[float, typer.Option(help="The weight to begin at: 0 the base, 1 the expert.", min=0, max=1)] = 0.5,
-    steps: Annotated[int, typer.Option(help="Steps; each reads a few items of every task.", min=1, max=10_000)] = 24,
-    by: Annotated[str, typer.Option(help="A weight for every tensor, or for every layer group.")] = "tensor",
+    steps: Annotated[int, typer.Option(help="Steps; each reads a few items of every task.", min=1, max=10_000)] = STEPS,
+    by: Annotated[By, typer.Option(help="A weight for every tensor, or for every layer group.")] = "tensor",
     loss: Annotated[
-        str, typer.Option(help="labels: the items' own; teachers: how far the merge is from base and experts.")
+        Loss, typer.Option(help="labels: the items' own; teachers: how far the merge is from base and experts.")
     ] = "labels",
 ) -> None:
     """Learn one recipe's weights by gradients on the search items."""
     from optimizer.learn import learn_weights
 
-    if by not in ("tensor", "group"):
-        _fail(f"--by is tensor or group; given {by}", WRONG)
-    if loss not in ("labels", "teachers"):
-        _fail(f"--loss is labels or teachers; given {loss}", WRONG)
-    learned = learn_weights(
-        study,
-        sets,
-        out,
-        preference=preference,
-        start=start,
-        steps=steps,
-        by=by,  # type: ignore[arg-type]
-        loss=loss,  # type: ignore[arg-type]
-    )
+    learned = learn_weights(study, sets, out, preference=preference, start=start, steps=steps, by=by, loss=loss)
     _say(f"wrote {out}; merge it with: mergefront merge {out} FOLDER")
     _say(
         f"Loss on items kept apart {learned.kept_before:.3f} -> {learned.kept:.3f} (on those learned from "
@@ -341,18 +329,16 @@ def derive(
     study: StudyPath,
     out: Annotated[Path, typer.Argument(help="The folder to make the expert's folder in.", show_default=False)],
     sets: Sets = [],  # noqa: B006  # typer makes a new list
-    form: Annotated[str, typer.Option(help="regmean or fisher.")] = "regmean",
+    form: Annotated[Form, typer.Option(help="The closed form.")] = "regmean",
     share: Annotated[float, typer.Option(help="How far to the expert, between 0 and 1.")] = 0.4,
     expert: Annotated[str, typer.Option(help="The expert, where the study has several.", show_default=False)] = "",
 ) -> None:
     """Make an expert of base and expert by a closed form over the search items."""
     from optimizer.learn import derive_expert
 
-    if form not in ("regmean", "fisher"):
-        _fail(f"--form is regmean or fisher; given {form}", WRONG)
     if not 0 < share < 1:
         _fail(f"--share lies between 0 (the base) and 1 (the expert); given {share:g}", WRONG)
-    folder = derive_expert(study, sets, out, form=form, share=share, expert=expert)  # type: ignore[arg-type]
+    folder = derive_expert(study, sets, out, form=form, share=share, expert=expert)
     _say(f"derived expert: {folder}")
 
 

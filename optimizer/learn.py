@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from evals.documents import checked_path
 from optimizer.errors import MergeError, StudyFileError
@@ -12,15 +12,12 @@ from optimizer.run_study import worker_spec
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.search.plan import make_plan, require_own_names, require_sound
 from optimizer.study.study_file import read_study
+from optimizer.workers.orders import BOUNDS, By, Derivation, Form, Learned, Lesson, Loss
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
     from optimizer.study.study_file import Study
-    from optimizer.workers.orders import Learned
-
-STEPS = 24
-BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 
 
 def learn_weights(
@@ -31,8 +28,8 @@ def learn_weights(
     preference: float,
     start: float,
     steps: int,
-    by: Literal["tensor", "group"],
-    loss: Literal["labels", "teachers"],
+    by: By,
+    loss: Loss,
 ) -> Learned:
     """Learn merge weights on a study's search items, and write them as a recipe.
 
@@ -49,8 +46,6 @@ def learn_weights(
         MergefrontError: the study or the file is not usable, or a merge is not finite.
         TaskError: a task has nothing to learn from.
     """
-    from optimizer.workers.orders import Lesson
-
     if checked_path(out, where="--out", error=MergeError).exists():
         raise MergeError(f"a recipe is written to a new file, and {out} exists; name another one or remove it")
     study = _sound(study_path, overrides)
@@ -75,7 +70,7 @@ def derive_expert(
     overrides: Sequence[str],
     out: Path,
     *,
-    form: Literal["regmean", "fisher"],
+    form: Form,
     share: float,
     expert: str,
 ) -> Path:
@@ -92,8 +87,6 @@ def derive_expert(
         MergefrontError: the study is not usable, or the folder cannot be written.
         TaskError: a task has nothing to learn from.
     """
-    from optimizer.workers.orders import Derivation
-
     study = _sound(study_path, overrides)
     names = list(study.models.experts)
     if not expert and len(names) > 1:

@@ -5,12 +5,11 @@ Each of them is a recipe that was scored; what lies between two is the mean of t
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 
+from evals.outcomes import SEARCH
 from optimizer.errors import RunError
 from optimizer.runs.recorded import RecordedRun
-from optimizer.runs.trial import Role
 from search_spaces.recipe import Recipe, Setting
 
 
@@ -23,10 +22,9 @@ def path_of(run: RecordedRun) -> list[tuple[float, int]]:
     if run.references is None or len(run.experts) != 1:
         raise RunError(f"run {run.name} has no path: one leads from a base to one expert, and both must be scored")
     base, experts = run.references
+    scored, preferences = set(run.outcomes(SEARCH)["trial"]), run.lessons()["preference"]
     learned = [
-        (preference, number)
-        for number in sorted(set(run.outcomes("search")["trial"]))
-        if run.kinds[number].role is Role.LEARNED and (preference := _preference(run, number)) is not None
+        (float(preferences[n]), n) for n in map(int, preferences.index) if n in scored and 0 < preferences[n] < 1
     ]
     (expert,) = experts.values()
     return [(0.0, base), *sorted(learned), (1.0, expert)]
@@ -75,11 +73,3 @@ def blend(left: Recipe, right: Recipe, share: float) -> Recipe:
         for place in places
     )
     return Recipe("task_arithmetic", right.base, experts, settings)
-
-
-def _preference(run: RecordedRun, trial: int) -> float | None:
-    try:
-        share = float(sum(json.loads(run.attribute(trial, "lesson"))["preference"].values()))
-        return share if 0 < share < 1 else None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None  # written by hand

@@ -114,11 +114,6 @@ class RecordedRun:
         except SpaceError as error:
             raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
 
-    def attribute(self, trial: int, name: str) -> str:
-        """Return a text that the search wrote of a trial; empty where there is none."""
-        self.require_trial(trial)
-        return str(self._frozen[trial].user_attrs.get(name, ""))
-
     def method(self, trial: int) -> str:
         """Return the merge method of a trial; empty where it has no recipe."""
         self.require_trial(trial)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from optimizer.errors import CheckpointError, SearchError
@@ -75,6 +76,21 @@ class Crew:
                 del self.out[result.job.trial]
                 final.append((result, time.monotonic() - entry.started))
         return final
+
+    def work_off(self, jobs: Iterable[Job]) -> Iterator[tuple[Result, float]]:
+        """Yield the final results of a stage whose jobs are all known, and the seconds each took.
+
+        Raises:
+            SearchError, KeyboardInterrupt: as of `wait`; KeyboardInterrupt also where a person asked to stop.
+        """
+        waiting = deque(jobs)
+        while waiting or self.out:
+            while waiting and self.takes_jobs:
+                self.submit(waiting.popleft())
+            if not self.out:
+                break
+            yield from self.wait()
+        self.end()
 
     def end(self) -> None:
         """End a stage in which no job is out.

@@ -22,13 +22,14 @@ from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 
 from evals.errors import TaskError
-from evals.objectives import Scale, objective_names, weak_tasks
+from evals.objectives import Scale, objective_names
 from evals.outcomes import SEARCH, TaskInfo
+from evals.weak_tasks import weak_tasks
 from optimizer.database.study_db import unwritable
 from optimizer.database.study_home import storage_file
 from optimizer.errors import SearchError
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import DUPLICATE, WORKER_DIED, TrialKind
+from optimizer.runs.trial import DUPLICATE, WORKER_DIED, Role, TrialKind
 from optimizer.search.crew import Crew
 from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
@@ -278,14 +279,16 @@ class _Search:
     def _prepared(self, result: Result, seconds: float) -> None:
         """Enter the recipe of an anchor that a worker has prepared, and have it scored."""
         number = result.job.trial
+        kind = self.ledger.kinds[number]
         if number not in self.ledger.values:  # else its checkpoint was removed, and is there again
-            self.ledger.enter(number, self.ledger.kinds[number], self.preparer.recipe(number, result.answer))
+            self.ledger.enter(number, kind, self.preparer.recipe(result.job, result.answer))
         fault("prepared.after")
         twin = self.ledger.twin_of(number)
         if twin is not None:
             self.ledger.tell_failed(number, f"{DUPLICATE} {twin}")
             return
-        self.reporter.trial("note", number, f"is prepared ({seconds:.0f} s)")
+        made = "its weights are learned" if kind.role is Role.LEARNED else "its checkpoint is made"
+        self.reporter.trial("note", number, f"{made} ({seconds:.0f} s)")
         if self.crew.takes_jobs:  # else a person asked to stop, and the next start scores it
             self._submit(number)
 

@@ -30,19 +30,12 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     )
     faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
     reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
-    waiting = list(faults)
-    done = len(numbers) - len(waiting)
-    while waiting or crew.out:
-        while waiting and crew.takes_jobs:
-            crew.submit(ledger.job(waiting.pop(0), HOLDOUT))
-        if not crew.out:
-            break
-        for result, _ in crew.wait():
-            error = _take_in(result, ledger)
-            done += not error
-            kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
-            reporter.judged(kind, result.job.trial, text, done=done, total=len(numbers))
-    crew.end()
+    done = len(numbers) - len(faults)
+    for result, _ in crew.work_off([ledger.job(number, HOLDOUT) for number in faults]):
+        error = _take_in(result, ledger)
+        done += not error
+        kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
+        reporter.judged(kind, result.job.trial, text, done=done, total=len(numbers))
     on_front = sum(1 for number in numbers if number in ledger.front())
     reporter.say("done", f"{ledger.finished} trials finished, {on_front} on the front")
 

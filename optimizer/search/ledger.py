@@ -196,13 +196,12 @@ class Ledger:
 
     def create(self, kind: TrialKind, attributes: Mapping[str, str] | None = None) -> int:
         """Make a trial without parameters that is in hand at once, and give its number."""
-        before = len(self.trials())
         self.study.enqueue_trial({}, user_attrs={"kind": kind.stored, **(attributes or {})})
-        (trial,) = self.trials()[before:]
+        number = self.trials()[-1].number  # no other program writes to the study
         fault("enqueue.after")
-        self.kinds[trial.number] = kind
-        self.reopened(trial.number)
-        return trial.number
+        self.kinds[number] = kind
+        self.reopened(number)
+        return number
 
     def enter(self, number: int, kind: TrialKind, recipe: Recipe) -> None:
         """Write down a trial's kind and recipe, the recipe also in the study."""

@@ -16,16 +16,15 @@ from pathlib import Path
 from evals.outcomes import HOLDOUT
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
-from optimizer.workers.orders import By, Derivation, Form, Learned, Lesson, Loss
+from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss
 from optimizer.workers.pool import DeriveJob, Job, LearnJob
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe, Setting
 
 SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
-BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
 LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
-LESSON, RESULT = "request", "lesson"  # user attributes of a learned trial
+REQUEST, LESSON = "request", "lesson"  # user attributes of a learned trial: a lesson as it is given, what it gave
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Preparation:
     learned: int = 0
     by: By = "tensor"
     loss: Loss = "labels"
-    steps: int = 24
+    steps: int = STEPS
     seed: int = 0
 
     def derivations(self) -> dict[TrialKind, tuple[Form, float]]:
@@ -106,7 +105,7 @@ class Preparer:
         if kind is None:
             return None
         learns = kind.role is Role.LEARNED
-        attributes = {LESSON: json.dumps(asdict(self._lesson(kind)))} if learns else {}
+        attributes = {REQUEST: json.dumps(asdict(self._lesson(kind)))} if learns else {}
         return self.job(self.ledger.create(kind, attributes))
 
     def is_ready(self, number: int) -> bool:
@@ -154,18 +153,18 @@ class Preparer:
         """Give the job by which a trial gets its recipe."""
         kind = self.ledger.kinds[number]
         if kind.role is Role.LEARNED:
-            return LearnJob(number, _read_lesson(self.ledger.attribute(number, LESSON)))
+            return LearnJob(number, _read_lesson(self.ledger.attribute(number, REQUEST)))
         return DeriveJob(number, self._path(kind))
 
-    def recipe(self, number: int, answer: Learned | Sequence[Path]) -> Recipe:
+    def recipe(self, job: Job, answer: Learned | Sequence[Path]) -> Recipe:
         """Read a trial's recipe from the answer to its job, and write down what a lesson gave."""
-        kind = self.ledger.kinds[number]
-        if isinstance(answer, Learned):
-            lesson = _read_lesson(self.ledger.attribute(number, LESSON))
+        if isinstance(job, LearnJob):
+            assert isinstance(answer, Learned)
             told = {name: value for name, value in asdict(answer).items() if name != "recipe"}
-            self.ledger.note(number, RESULT, json.dumps({"preference": dict(lesson.preference), **told}))
+            self.ledger.note(job.trial, LESSON, json.dumps({"preference": dict(job.lesson.preference), **told}))
             return Recipe.from_json(answer.recipe)
-        form, share = self._derivations[kind]
+        assert not isinstance(answer, Learned)
+        form, share = self._derivations[self.ledger.kinds[job.trial]]
         expert = f"{self.preparation.experts[0][0]}_{form}_{100 * share:.0f}"
         source = str(answer[SHARES.index(share)])
         whole = tuple(Setting("weight", expert, group, 1.0) for group in self.groups)

@@ -19,23 +19,15 @@ def measure_sensitivities(ledger: Ledger, crew: Crew, reporter: Reporter) -> Non
         KeyboardInterrupt: a person asked to stop.
     """
     experts = {kind.expert_name: number for kind, number in ledger.references.items() if kind.expert_name}
-    waiting = [
+    missing = [
         SensitivityJob(number, name, ITEMS)
         for name, number in experts.items()
         if not sensitivity_file(ledger.run.path, name).exists()
     ]
-    while waiting or crew.out:
-        while waiting and crew.takes_jobs:
-            crew.submit(waiting.pop(0))
-        if not crew.out:
-            break
-        for result, seconds in crew.wait():
-            if result.answer is None:
-                reporter.say("note", f"where gain and loss come from cannot be measured: {result.error}")
-                continue
-            path = sensitivity_file(ledger.run.path, result.answer.expert)
-            write_atomically(path, (result.answer.to_json() + "\n").encode())
-            reporter.say(
-                "note", f"where {result.answer.expert}'s gain and loss come from is measured ({seconds:.0f} s)"
-            )
-    crew.end()
+    for result, seconds in crew.work_off(missing):
+        name = ledger.kinds[result.job.trial].expert_name
+        if result.answer is None:
+            reporter.say("note", f"the sensitivities of {name} cannot be measured: {result.error}")
+        else:
+            write_atomically(sensitivity_file(ledger.run.path, name), (result.answer.to_json() + "\n").encode())
+            reporter.say("note", f"the sensitivities of {name} are measured ({seconds:.0f} s)")

@@ -24,6 +24,7 @@ from pydantic import (
     model_serializer,
 )
 
+from optimizer.workers.orders import STEPS, By, Form, Loss
 from search_spaces.parameters import METHODS
 from search_spaces.shape import LEAST, WORDS, Kind
 
@@ -273,11 +274,11 @@ class LearnedEntry(Section):
     """Anchors whose weights are learned by gradients; typed as their number alone or as a mapping."""
 
     count: int = Field(default=5, ge=0, le=MOST_LEARNED, description="Learned anchors, from less domain to more.")
-    by: Literal["tensor", "group"] = Field(default="tensor", description="What has a weight of its own.")
-    loss: Literal["labels", "teachers"] = Field(
+    by: By = Field(default="tensor", description="What has a weight of its own.")
+    loss: Loss = Field(
         default="labels", description="Learn from the items' answers, or from what expert and base say to the items."
     )
-    steps: int = Field(default=24, ge=1, le=MOST_STEPS, description="Steps of each lesson.")
+    steps: int = Field(default=STEPS, ge=1, le=MOST_STEPS, description="Steps of each lesson.")
 
     @model_serializer(mode="wrap")
     def _as_typed(self, handler: SerializerFunctionWrapHandler) -> int | dict[str, Any]:
@@ -317,10 +318,8 @@ class AnchorsSection(Section):
     """Points that every study scores before it searches."""
 
     derived: Annotated[
-        tuple[Literal["regmean", "fisher"], ...],
-        BeforeValidator(
-            _read_derived, json_schema_input_type=Literal["none"] | tuple[Literal["regmean", "fisher"], ...]
-        ),
+        tuple[Form, ...],
+        BeforeValidator(_read_derived, json_schema_input_type=Literal["none"] | tuple[Form, ...]),
     ] = Field(
         default=("regmean", "fisher"),
         description="Closed forms by which experts are derived from base and expert, each at three shares; or none.",

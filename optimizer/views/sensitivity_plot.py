@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities
+from optimizer.runs.sensitivities import OBJECTIVES, Objective, Sensitivities
 from optimizer.views.canvas import FONT, GREY, INK, PAPER
 from search_spaces.groups import split_name
 
@@ -63,8 +63,8 @@ def heat_map(found: Sensitivities) -> go.Figure:
     return figure
 
 
-def _title(found: Sensitivities, objective: str) -> str:
-    change, error = found.change(objective), found.error(objective)  # type: ignore[arg-type]
+def _title(found: Sensitivities, objective: Objective) -> str:
+    change, error = found.change(objective), found.error(objective)
     return f"{TITLES[objective]}: {change:+.3g} from base to expert (the parts add up to it within {error:.1%})"
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from evals.objectives import weak_tasks
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
+from evals.weak_tasks import weak_tasks
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import ScoredRun

@@ -215,7 +215,8 @@ class Worker:
         from optimizer.merging.merge import merge_into
 
         self._sources = self._sources.extended(recipe.experts)
-        for checkpoint in (self._sources.base, *self._sources.experts.values()):
+        names = {*self._experts, *dict(recipe.experts)} & self._sources.experts.keys()
+        for checkpoint in (self._sources.base, *(self._sources.experts[name] for name in sorted(names))):
             checkpoint.require_unchanged()
         merge_into(self._merged, self._sources, recipe, self._cache)
         if self._merged is not self._parameters:

@@ -20,9 +20,9 @@ from evals.objectives import (
     sentinel_changes,
     task_retention,
     task_scores,
-    weak_tasks,
 )
 from evals.outcomes import TaskInfo
+from evals.weak_tasks import weak_tasks
 
 DOMAIN = TaskInfo("terms", "domain", "", "multiple_choice", "acc", True, 0.25, 0, 0)
 GENERAL = TaskInfo("prose", "general", "", "loglikelihood_rolling", "bits_per_byte", False, 0.0, 0, 0)

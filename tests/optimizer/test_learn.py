@@ -67,10 +67,10 @@ def test_a_derived_expert_is_a_model_and_is_found_again(study: Path, tmp_path: P
     ("words", "told"),
     [
         (("derive", "--share", 1.5), "between 0 (the base) and 1"),
-        (("derive", "--form", "mean"), "regmean or fisher"),
+        (("derive", "--form", "mean"), "--form': Value error, 'mean' is not one of 'regmean', 'fisher'"),
         (("derive", "--expert", "nobody"), "the study's experts are clinical"),
-        (("learn", "--by", "layer"), "tensor or group"),
-        (("learn", "--loss", "both"), "labels or teachers"),
+        (("learn", "--by", "layer"), "--by': Value error, 'layer' is not one of 'tensor', 'group'"),
+        (("learn", "--loss", "both"), "--loss': Value error, 'both' is not one of 'labels', 'teachers'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: tuple[object, ...], told: str, study: Path, tmp_path: Path) -> None:

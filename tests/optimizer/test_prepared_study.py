@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 
@@ -76,9 +75,10 @@ def test_a_knob_between_two_trials_is_exported_with_their_figures(run: Run, tmp_
 
 
 def test_what_a_lesson_gave_is_in_the_study(run: Run) -> None:
-    told = json.loads(run.attribute(trial_of(run, Role.LEARNED), "lesson"))
-    assert set(told) >= {"preference", "steps", "pull", "seen", "kept", "seen_before", "kept_before", "candidates"}
+    told = run.lessons().loc[trial_of(run, Role.LEARNED)]
+    assert told["preference"] == pytest.approx(0.6)
     assert told["kept"] <= told["kept_before"]
+    assert told["candidates"] > 0
 
 
 def test_where_gain_and_loss_come_from_is_measured_and_shown(run: Run) -> None:

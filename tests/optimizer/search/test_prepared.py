@@ -16,7 +16,7 @@ from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.prepared import SHARES, Preparation
 from optimizer.search.samplers import SampledStudy
 from optimizer.workers.orders import Derivation, Learned, Lesson
-from optimizer.workers.pool import SerialPool
+from optimizer.workers.pool import Result, SerialPool
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench, FakeWorker
 from tests.optimizer.search.test_kill import FORKS
@@ -198,9 +198,9 @@ def test_with_two_workers_a_free_one_waits_for_its_lesson(tmp_path: Path) -> Non
     class Two(SerialPool):
         size = 2
 
-        def wait(self, timeout: float) -> list[object]:  # type: ignore[override]
+        def wait(self, timeout: float) -> list[Result]:
             self._jobs.rotate(1)
-            return super().wait(timeout)  # type: ignore[return-value]
+            return super().wait(timeout)
 
     bench = bench_of(tmp_path)
     bench.search(trials=17, sampler="random", pool=Two(FakeWorker))

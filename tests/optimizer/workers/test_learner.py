@@ -182,8 +182,8 @@ def test_a_gradient_that_is_no_number_names_its_tensor(study: Study, worker: Wor
             return states.clone()
 
         @staticmethod
-        def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return gradient * torch.nan
+        def backward(_: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return gradients[0] * torch.nan
 
     before = worker.learn(lesson(study))
     (module,) = (m for name, m in worker.engine.model.named_modules() if name.endswith("layers.1.mlp.down_proj"))
