@@ -176,16 +176,8 @@ def _lessons(run: ScoredRun) -> str:
 
 
 def _sensitivities(run: ScoredRun) -> str:
-    """Write the places of the heat maps, and how exactly their parts add up."""
-    found = run.sensitivities()
-    sections = [
-        f"<section>{_figure(f'sensitivities-{name}')}"
-        f'<p class="soft">Added up, the parts miss the measured difference between base and expert by '
-        f"{percent(measured.error('domain'))} (domain) and {percent(measured.error('general'))} (general), on "
-        f"{measured.items} search items.</p></section>"
-        for name, measured in found.items()
-    ]
-    return "".join(sections)
+    """Write the places of the heat maps of where gain and loss come from."""
+    return "".join(f"<section>{_figure(f'sensitivities-{name}')}</section>" for name in run.sensitivities())
 
 
 def _number(value: float, digits: int) -> str:

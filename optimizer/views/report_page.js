@@ -81,8 +81,9 @@ function draw(id, stored) {
   const figure = structuredClone(stored), {layout} = figure, place = document.getElementById(id);
   const words = {h2: layout.title.text, p: layout.title.subtitle.text};
   for (const [tag, text] of Object.entries(words)) place.querySelector(tag).textContent = text;
-  layout.height -= layout.margin.t - 10;
-  layout.margin.t = 10;
+  const top = (layout.annotations ?? []).some(({yref, y}) => yref === "paper" && y >= 1) ? 40 : 10;  // a panel's title
+  layout.height -= layout.margin.t - top;
+  layout.margin.t = top;
   delete layout.title;
   layout.width = onPaper ? PAPER_WIDTH : place.clientWidth;
   if (narrow.matches || onPaper) squeezed(id, figure);

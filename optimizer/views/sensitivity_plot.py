@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from optimizer.runs.sensitivities import OBJECTIVES, Objective, Sensitivities
 from optimizer.views.canvas import FONT, GREY, INK, PAPER
+from optimizer.words import percent
 from search_spaces.groups import split_name
 
 LESS, MORE = "#0072b2", "#d55e00"  # of loss; told apart with any colour vision
@@ -23,7 +24,7 @@ def heat_map(found: Sensitivities) -> go.Figure:
 
     Args:
         found: of one expert. Blue is where more of the expert lowers the loss. A panel has a scale of its own, since
-            the losses' units differ; its title gives the measured difference that the parts add up to.
+            the losses' units differ; its title gives the measured change, the subtitle by how much the parts miss it.
     """
     kinds, layers = _kinds(found), max((layer or 0) for _, layer in map(_place, found.tensors)) + 1
     columns = ["embed", *map(str, range(layers)), "head"]
@@ -54,7 +55,9 @@ def heat_map(found: Sensitivities) -> go.Figure:
     figure.update_xaxes(title_text="layer, from the embeddings to the head", row=2, col=1)
     figure.update_yaxes(showgrid=False, automargin=True)
     figure.update_annotations(x=0, xanchor="left", font={"size": 14, "color": INK})
-    subtitle = f"dL/dw along base → {html.escape(found.expert)}; blue: more of it lowers the loss, orange: raises it"
+    subtitle = f"dL/dw along base → {html.escape(found.expert)}; blue: more of it lowers the loss, orange: raises it; "
+    domain, general = (percent(found.error(objective)) for objective in OBJECTIVES)
+    subtitle += f"added up, the parts miss the measured change by {domain} (domain) and {general} (general)"
     figure.update_layout(
         title={"text": "Where gain and loss come from", "subtitle": {"text": subtitle, "font": {"color": GREY}}},
         width=WIDTH, height=2 * ROW * len(kinds) + AROUND, font={"family": FONT, "color": INK, "size": 13},
@@ -64,8 +67,7 @@ def heat_map(found: Sensitivities) -> go.Figure:
 
 
 def _title(found: Sensitivities, objective: Objective) -> str:
-    change, error = found.change(objective), found.error(objective)
-    return f"{TITLES[objective]}: {change:+.3g} from base to expert (the parts add up to it within {error:.1%})"
+    return f"{TITLES[objective]} ({found.change(objective):+.3g})"
 
 
 def _kinds(found: Sensitivities) -> list[str]:

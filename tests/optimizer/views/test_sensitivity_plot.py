@@ -30,5 +30,7 @@ def test_every_tensor_has_its_place_and_sign() -> None:
         assert shown[list(panel.y).index("embed_tokens"), list(panel.x).index("embed")] == pytest.approx(values[0])
         assert shown[list(panel.y).index("norm"), list(panel.x).index("head")] == pytest.approx(values[7])
         assert (panel.zmin, panel.zmax) == (-max(map(abs, values)), max(map(abs, values)))
-    assert "-3.6 from base to expert (the parts add up to it within 0.0%)" in figure.layout.annotations[0].text
+    assert "loss on the expert's domain (-3.6)" in figure.layout.annotations[0].text
+    said = figure.layout.title.subtitle.text
+    assert "added up, the parts miss the measured change by 0.0 % (domain) and 0.0 % (general)" in said
     assert "a&lt;b&gt;" in figure.layout.title.subtitle.text
