@@ -351,6 +351,7 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ |= ENVIRONMENT  # before torch is imported
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        os.environ["HF_HOME"] = str(Path(scratch) / "hf")  # read once, at import; else the first slot's home, for all
         world = Path(scratch) / "world"
         build_world(world)
         runner = Runner(world, Path(scratch), arguments.jobs)

@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     tasks_of(manifest, path)
     manifest = {**_from_study_file(folder), **manifest} if "study" not in manifest else manifest
     for key, kinds in (("study", (str,)), ("storage", (str, type(None)))):
-        if not isinstance(manifest.get(key), kinds):
+        if not isinstance(manifest.get(key, ...), kinds):
             _refuse(path, key, "must be a text", manifest.get(key))
     # An earlier version kept a password that has a slash.
     return manifest | {"storage": manifest["storage"] and redacted(manifest["storage"])}

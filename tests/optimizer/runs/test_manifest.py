@@ -73,6 +73,7 @@ def test_a_sentinel_is_read(tmp_path: Path) -> None:
         (manifest(tasks=[{"name": "x"}]), "tasks.0.role must be given"),
         (manifest(study=5), "study must be a text; given 5"),
         (manifest(study="a", storage=[]), r"storage must be a text; given \[\]"),
+        (manifest(study="a"), "storage must be a text; given null"),
         (manifest(tasks=[TASK, TASK]), 'tasks.1.name must be another than those before it; given "notes"'),
     ],
 )
