@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from evals.packing import Pass, Row, Trie, build_trie, passes, rows
+from evals.packing import BLOCK, DEVICE_BLOCK, Pass, Row, Trie, build_trie, passes, rows
 from evals.tokens import Pair
 from evals.trie_attention import Plan
 
@@ -50,7 +50,8 @@ def plain_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.de
 def packed_batches(pairs: Mapping[int, Pair], token_budget: int, device: torch.device) -> list[Batch]:
     """Cut the trie of all requests into passes of at most so many tokens."""
     trie = build_trie(pairs)
-    planned = [*passes(trie, token_budget), None]
+    block = BLOCK if device.type == "cpu" else DEVICE_BLOCK
+    planned = [*passes(trie, token_budget, block), None]
     return [_batch_of_trie(trie, this, following, pairs, device) for this, following in pairwise(planned) if this]
 
 

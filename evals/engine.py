@@ -41,6 +41,7 @@ class Engine:
 
     A probe at construction compares the fast ways with a plain forward pass, and sets:
         packs: requests may be read as one trie (False: no attention of ours, ALiBi, recurrence).
+        flexes: FlexAttention reads a trie's pass as a whole (False: no GPU, no compiler, soft caps or sinks).
         gathers: logits are the output embedding of the last hidden state (False: capped or scaled logits).
 
     Args:
@@ -56,10 +57,12 @@ class Engine:
         self.max_length = _max_length(model.config, tokenizer)
         self._predictions = Predictions(self._logits, model.config.get_text_config().vocab_size)
         self._planned: dict[tuple[Pair, ...], list[Batch]] = {}
-        self.packs = self.gathers = False
+        self.packs = self.gathers = self.flexes = False
         expected = self._probe_plainly()
         self.gathers = self._agrees(expected, packs=False, gathers=True)
         self.packs = self._agrees(expected, packs=True, gathers=self.gathers)
+        if self.packs and model.device.type == "cuda":
+            self.flexes = self._agrees(expected, packs=True, gathers=self.gathers, flexes=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -233,22 +236,24 @@ class Engine:
         for batch, inputs in zip(plain, self._inputs(plain, ""), strict=True):
             yield batch, self._states(**inputs)
         if packed:
+            flexes = self.flexes and not torch.is_grad_enabled()
             with reads_tries(self.model) as inner:
-                for batch, inputs in zip(packed, self._inputs(packed, inner), strict=True):
+                for batch, inputs in zip(packed, self._inputs(packed, inner, flexes), strict=True):
                     yield batch, self._states(**inputs)
 
-    def _inputs(self, batches: Sequence[Batch], inner: str) -> Iterator[dict[str, Any]]:
+    def _inputs(self, batches: Sequence[Batch], inner: str, flexes: bool = False) -> Iterator[dict[str, Any]]:
         """Yield what the model is called with for each batch, one after another.
 
         Args:
             inner: the attention implementation that the model had before it was to read tries.
+            flexes: whether FlexAttention reads them.
         """
         carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         for batch in batches:
             if batch.plan is None:
                 yield {"input_ids": batch.tokens}
             else:
-                masks = [block.mask(self.model.dtype) for block in batch.plan.blocks]
+                masks = [] if flexes else batch.plan.masks(self.model.dtype)
                 trie = Reading(batch.plan, masks, inner, carried)
                 yield {"input_ids": batch.tokens, "position_ids": batch.depths, "trie": trie}
 
@@ -280,17 +285,18 @@ class Engine:
         first = len(pair.context) - 1
         return float(logprobs[first:].gather(-1, tokens[0, first + 1 :, None]).sum())
 
-    def _agrees(self, expected: Sequence[float], *, packs: bool, gathers: bool) -> bool:
+    def _agrees(self, expected: Sequence[float], *, packs: bool, gathers: bool, flexes: bool = False) -> bool:
         """Tell whether the probe, read this way, gives the plain log-likelihoods."""
         pairs = self._probe_pairs()
-        before, self.gathers = self.gathers, gathers
+        before = self.gathers, self.flexes
+        self.gathers, self.flexes = gathers, flexes
         try:  # a trie in three passes, so that a path is carried
             make, token_budget = (packed_batches, 16) if packs else (plain_batches, 64)
             found = self._scored(make(dict(enumerate(pairs)), token_budget, self.model.device), len(pairs))
         except Exception:  # whatever an architecture makes of arguments that it does not know: read it plainly
             return False
         finally:
-            self.gathers = before
+            self.gathers, self.flexes = before
         tolerance = PROBE_TOLERANCE.get(self.model.dtype, PROBE_TOLERANCE_FLOAT32)
         return all(
             abs(score - plain) <= tolerance * len(pair.continuation)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from greenlet import greenlet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +24,8 @@ class LayerByLayer:
     """
 
     def __init__(self, model: PreTrainedModel, passes: Mapping[str, Sequence[Callable[[], object]]]) -> None:
+        from greenlet import greenlet  # here: whoever only scores does without it
+
         self._layers = layers_of(model)
         self._main = greenlet.getcurrent()
         self._waiting = {group: [greenlet(run) for run in runs] for group, runs in passes.items()}

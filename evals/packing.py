@@ -15,6 +15,7 @@ from evals.tokens import Pair
 
 PLAN = 4  # a new number whenever the same requests come to be read together in another way: that moves last bits
 BLOCK = 64  # nodes whose attention is computed together, at least; they read one another and the path to the first
+DEVICE_BLOCK = 512  # on a GPU, where kernels are started for each
 PADDING = 32  # tokens: what a forward pass costs beside its own; rows that cannot branch are padded by no more
 
 
@@ -104,18 +105,18 @@ def build_trie(pairs: Mapping[int, Pair]) -> Trie:
     return trie
 
 
-def passes(trie: Trie, token_budget: int) -> Iterator[Pass]:
-    """Yield the trie in as few passes as the budget allows, all of about one size."""
+def passes(trie: Trie, token_budget: int, block: int = BLOCK) -> Iterator[Pass]:
+    """Yield the trie in as few passes as the budget allows, all of about one size, in blocks of at least so many."""
     count = -(-len(trie) // token_budget)
     for i in range(count):
         start, stop = i * len(trie) // count, (i + 1) * len(trie) // count
-        yield Pass(start, stop, trie.above(start), list(_blocks(trie, start, stop)))
+        yield Pass(start, stop, trie.above(start), list(_blocks(trie, start, stop, block)))
 
 
-def _blocks(trie: Trie, start: int, stop: int) -> Iterator[Block]:
+def _blocks(trie: Trie, start: int, stop: int, least: int) -> Iterator[Block]:
     """Yield runs of nodes: the deeper, the longer, as each run takes up its path anew."""
     while start < stop:
-        size = BLOCK * max(1, trie.depths[start] // (2 * BLOCK))
+        size = least * max(1, trie.depths[start] // (2 * least))
         yield Block(start, min(start + size, stop), trie.above(start))
         start += size
 

@@ -2,8 +2,8 @@
 
 Registered with transformers as one more attention implementation. It cuts a layer's queries into blocks and gives each,
 with the keys and values that it reads, to the implementation that the model had; so soft caps and sinks stay that
-implementation's own. A model that does not use transformers' attention interface ignores all this, which the engine's
-probe notices.
+implementation's own. On a GPU, where each block costs kernels of its own, FlexAttention reads a pass as a whole. A
+model that does not use transformers' attention interface ignores all this, which the engine's probe notices.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,32 +33,26 @@ class Block:
     Args:
         nodes: the L, counted from the pass's first.
         keys: the S places, a slice where they are one run, else (S,).
-        order: (S,) which node each is, counted from the pass's first.
-        ends: (S,) where the descendants of each end, counted alike.
     """
 
     nodes: slice
     keys: slice | torch.Tensor
-    order: torch.Tensor
-    ends: torch.Tensor
-
-    def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return 0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S)."""
-        nodes = torch.arange(self.nodes.start, self.nodes.stop, device=self.order.device)[:, None]
-        hidden = (self.order > nodes) | (self.ends <= nodes)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
-    """What attention needs to know of a pass: its blocks in order, and what is carried.
+    """What attention needs to know of a pass: who reads whom, the blocks in order, and what is carried.
 
     Args:
+        order: (S,) which node is at each place, counted from the pass's first.
+        ends: (S,) where the descendants of each end, counted alike.
+        blocks: of all the pass's nodes, for attention that takes a dense mask.
         carried: how many nodes of earlier passes stand before this one's.
         carry: (C,) the places of the nodes that the next pass carries.
     """
 
+    order: torch.Tensor
+    ends: torch.Tensor
     blocks: list[Block]
     carried: int
     carry: torch.Tensor
@@ -73,18 +69,42 @@ class Plan:
 
         blocks = []
         for block in this.blocks:
-            read = [*block.above, *range(block.start, block.stop)]
-            keys = [place(node) for node in read]
+            keys = [place(node) for node in (*block.above, *range(block.start, block.stop))]
             run = keys[-1] - keys[0] + 1 == len(keys)
             blocks.append(
                 Block(
                     slice(block.start - this.start, block.stop - this.start),
                     slice(keys[0], keys[-1] + 1) if run else tensor(keys),
-                    tensor([node - this.start for node in read]),
-                    tensor([trie.ends[node] - this.start for node in read]),
                 )
             )
-        return cls(blocks, len(this.carried), tensor([place(node) for node in following.carried] if following else []))
+        read = [*this.carried, *range(this.start, this.stop)]
+        return cls(
+            tensor([node - this.start for node in read]),
+            tensor([trie.ends[node] - this.start for node in read]),
+            blocks,
+            len(this.carried),
+            tensor([place(node) for node in following.carried] if following else []),
+        )
+
+    def masks(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return 0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S) a block."""
+        return [self._mask(block, dtype) for block in self.blocks]
+
+    def _mask(self, block: Block, dtype: torch.dtype) -> torch.Tensor:
+        nodes = torch.arange(block.nodes.start, block.nodes.stop, device=self.order.device)[:, None]
+        hidden = (self.order[block.keys] > nodes) | (self.ends[block.keys] <= nodes)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+    @cached_property
+    def tiles(self) -> BlockMask:
+        """Which tiles of the whole pass hold anything that is read, for FlexAttention."""
+        order, ends = self.order, self.ends
+
+        def reads(_: torch.Tensor, __: torch.Tensor, node: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            return (order[place] <= node) & (ends[place] > node)
+
+        return create_block_mask(reads, None, None, len(order) - self.carried, len(order), device=order.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +113,7 @@ class Reading:
 
     Args:
         plan: of the pass.
-        masks: one for each of its blocks.
+        masks: one for each of its blocks; none where FlexAttention reads it whole.
         inner: the attention implementation that the model had.
         carried: keys and values (1, heads, C, width) of each layer, from the pass before; this one leaves its own.
     """
@@ -108,16 +128,20 @@ class Reading:
 def reads_tries(model: PreTrainedModel) -> Iterator[str]:
     """Let a model's layers attend over tries, and say which implementation they had.
 
+    cuDNN stays out of it: it plans anew for blocks of every other length, and that takes ten times as long as reading.
+
     Raises:
         ValueError: the model does not use transformers' attention interface.
     """
     if not model._supports_attention_backend:
         raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
-    before = model.config._attn_implementation
+    before, planned = model.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
     model.set_attn_implementation(NAME)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield before
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(planned)
         model.set_attn_implementation(before)
 
 
@@ -147,6 +171,8 @@ def attend(
         key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
     if len(trie.plan.carry):
         trie.carried[module] = key[:, :, trie.plan.carry], value[:, :, trie.plan.carry]
+    if not trie.masks:
+        return _flexibly(query, key, value, trie, **options), None
     inner = _inner(module, trie.inner, query.device)
     found = []
     for block, mask in zip(trie.plan.blocks, trie.masks, strict=True):
@@ -180,6 +206,36 @@ def _sdpa_on_cpu(
         raise ValueError("softcap")  # as transformers' own: such a model is read another way
     found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2), None
+
+
+def _flexibly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trie: Reading,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor:
+    """Read the whole pass in one kernel that leaves out tiles nobody reads."""
+    if trie.inner != "sdpa" or softcap is not None or s_aux is not None:
+        raise ValueError("FlexAttention stands in for plain scaled dot products only")
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # one kernel, however short the pass
+    found = _flex_attention()(
+        query, key, value, block_mask=trie.plan.tiles, scale=scaling, enable_gqa=True, kernel_options=options
+    )
+    transposed: torch.Tensor = found.transpose(1, 2)
+    return transposed
+
+
+@cache
+def _flex_attention() -> Callable[..., Any]:
+    """Return FlexAttention, compiled once for passes of any length; torch gives up after 8 kinds of model otherwise."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    return compiled
 
 
 AttentionInterface.register(NAME, attend)

@@ -351,8 +351,11 @@ def demo(
     ] = None,
 ) -> None:
     """Run a whole study of a real model, from nothing to an export."""
+    from evals.documents import resolved_path
     from optimizer.demo.demo import run_demo
+    from optimizer.errors import StudyFileError
 
+    resolved_path(out, Path(), where="--out", error=StudyFileError)
     run_demo(out, tiny, workers, _console())
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SETTINGS = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 READ_AS_TEXT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # of what a tokenizer may read
-MOST_OF_A_KIND = 100_000  # layers, heads, experts or labels: transformers makes an object of each before it looks
+# layers, heads, experts, labels, or a head's width: transformers makes an object or number of each before it looks
+MOST_OF_A_KIND = 100_000
 MOST_KEYS = 300  # of a config that is searched for the key at fault
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
 SHOWN = 5  # names listed in one message
@@ -50,9 +51,17 @@ def checked_config(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{file} has {key}={shown(value)}: it asks for code from the hub, which is never run"
                 )
-            if key.startswith("num_") and type(value) is int and value > MOST_OF_A_KIND:
-                raise CheckpointError(f"{file}: {key} may be {MOST_OF_A_KIND:,} at most; given {shown(value)}")
+            most = _most(key)
+            if most is not None and isinstance(value, int | float) and value > most:
+                raise CheckpointError(f"{file}: {key} may be {most:,} at most; given {shown(value)}")
     return config
+
+
+def _most(key: str) -> int | None:
+    """Return the most that a key may say before transformers makes something of that size, if it does."""
+    if key.startswith("num_") or key.endswith(("head_dim", "rotary_dim")):
+        return MOST_OF_A_KIND
+    return 1 if key in ("partial_rotary_factor", "rotary_pct") else None
 
 
 def full_config(folder: Path) -> dict[str, Any]:

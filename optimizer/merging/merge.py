@@ -38,6 +38,7 @@ from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, SpaceError, group_of
 
 DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
+HOST_ROOM = 16 << 30  # bytes of the machine's memory left free by pinned copies
 MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -84,7 +85,8 @@ class MergeCache:
 
     Attributes:
         facts: what does not depend on a recipe.
-        copies: base ("") and experts on a device other than the CPU, by (checkpoint, tensor), where they fit.
+        copies: of base ("") and experts for a device other than the CPU, by (checkpoint, tensor): on the device where
+            they fit, else in pinned memory, from which they come several times as fast as from mapped files.
     """
 
     facts: FactCache = field(default_factory=FactCache)
@@ -95,13 +97,15 @@ class MergeCache:
         source = sources.experts[expert] if expert else sources.base
         if device.type == "cpu":
             return source.tensor(name)
-        if (expert, name) in self.copies:
-            return self.copies[expert, name]
-        keep = fits(source.size(name), free_bytes(device))
-        copy = source.tensor(name).to(device)
-        if keep:
-            self.copies[expert, name] = copy
-        return copy
+        if (expert, name) not in self.copies:
+            tensor, size = source.tensor(name), source.size(name)
+            if fits(size, free_bytes(device)):
+                self.copies[expert, name] = tensor.to(device)
+            elif device.type == "cuda" and free_memory() - size >= HOST_ROOM:
+                self.copies[expert, name] = tensor.pin_memory()
+            else:
+                return tensor.to(device)
+        return self.copies[expert, name].to(device, non_blocking=True)
 
 
 def fits(needed: int, free: int) -> bool:
@@ -112,6 +116,15 @@ def fits(needed: int, free: int) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that programs may have without swapping; 0 where the system does not tell."""
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:")), 0)
 
 
 def require_fitting(sources: Sources, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evals.documents import DocumentError, checked_path, read_json
+from evals.documents import DocumentError, checked_path, read_json, resolved_path
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import dump_scalar, dump_yaml, read_yaml, shown
 from optimizer.study.new_study import GENERAL, expert_name, run_name, source_from
@@ -132,7 +132,10 @@ class _Conversion:
     def _layers(self) -> int:
         from optimizer.checkpoints.configs import LAYER_COUNT_KEYS
 
-        file = (self.out.resolve().parent / self.base).resolve() / "config.json"
+        folder = resolved_path(
+            self.base, self.out.resolve().parent, where=f"{self.path}: genome.base_model", error=StudyFileError
+        )
+        file = folder / "config.json"
         try:
             config = read_json(file)
             count = next((config[key] for key in LAYER_COUNT_KEYS if key in config), None)

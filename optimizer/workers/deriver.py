@@ -135,7 +135,9 @@ class Deriver:
         def tensors_of(name: str, share: float) -> Tensor:
             if name not in means[BASE]:
                 return base.tensor(name)
-            return fisher_mean(base.tensor(name), other.tensor(name), means[BASE][name], means[EXPERT][name], share)
+            of_base, of_expert = means[BASE][name], means[EXPERT][name]
+            ours, theirs = (model.tensor(name).to(of_base.device) for model in (base, other))
+            return fisher_mean(ours, theirs, of_base, of_expert, share)
 
         for names in _by_layer(base.names).values():
             yield names, tensors_of

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from evals import trie_attention
 from evals.engine import Engine, budget_for
 from evals.errors import ScoreError, TaskError
 from evals.packing import Trie, build_trie, passes, rows
@@ -108,6 +110,42 @@ def test_every_architecture_gives_the_plain_numbers(kind: str, packs: bool) -> N
     assert engine.packs == packs
     read = sum(batch.tokens.numel() for batch in engine.batches(asked))
     assert (read == len(build_trie(dict(enumerate(asked))))) == packs  # after the same shots: each token once
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_flex_attention_gives_the_plain_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trie_attention, "_flex_attention", lambda: flex_attention)  # the same arithmetic, uncompiled
+    model = toy(kind, **PACKING[kind])
+    engine = Engine(model, byte_tokenizer(), token_budget=64)
+    engine.packs = engine.flexes = True
+    for asked in (pairs(), pairs_after_shots()):
+        if kind == "gemma2":
+            with pytest.raises(ValueError, match="plain scaled dot products only"):
+                engine.loglikelihoods(asked)
+        else:
+            found = [score for score, _ in engine.loglikelihoods(asked)]
+            assert found == pytest.approx([plainly(model, pair) for pair in asked], abs=2e-4)
+
+
+@CUDA
+@pytest.mark.parametrize(("kind", "packs"), [*((k, True) for k in PACKING), *((k, False) for k in PLAIN)])
+def test_a_cuda_device_gives_the_plain_numbers(kind: str, packs: bool) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16, "n_embd": 64} | (PACKING if packs else PLAIN)[kind]
+    model = toy(kind, **sizes).eval()
+    asked = [*pairs(), *pairs_after_shots()]
+    expected = [plainly(model, pair) for pair in asked]
+    engine = Engine(model.cuda(), byte_tokenizer(), token_budget=256)
+    assert (engine.packs, engine.flexes) == (packs, packs and kind != "gemma2")
+    found = [score for score, _ in engine.loglikelihoods(asked)]
+    assert found == pytest.approx(expected, abs=5e-3)
+    with torch.enable_grad():
+        model.requires_grad_(True)
+        loss = engine.backward(asked[:5], lambda x: -x.sum())
+    assert loss == pytest.approx(-sum(expected[:5]), abs=5e-3)
 
 
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}

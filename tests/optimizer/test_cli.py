@@ -146,6 +146,8 @@ def test_a_fault_of_ours_stays_visible(run: Path, monkeypatch: pytest.MonkeyPatc
         (["init", "a/b", "x" * 300], "a path may have 255 bytes in each name"),
         (["init", "a/b", "c/d", "--force", "--out", "loop/x"], "leads nowhere"),
         (["init", "a/b", "c/d", "--force", "--out", "loop"], "leads nowhere"),
+        (["init", "--from-evolve", "evolve.yaml", "--out", "x"], "genome.base_model: {}/loop leads nowhere"),
+        (["demo", "--tiny", "--out", "loop/x"], "--out: loop/x leads nowhere"),
         (["check", "loop"], "loop"),
         (["merge", "loop", "out"], "loop"),
         (["status", "loop"], "loop"),
@@ -160,10 +162,12 @@ def test_a_path_that_cannot_be_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
+    genome = "{models: [./e], base_model: ./loop, merge_method: linear, layer_granularity: 2}"
+    (tmp_path / "evolve.yaml").write_text(f"genome: {genome}\ntasks: [{{name: x}}]\n")
     result = call(*words)
     assert result.exit_code == 2, result.exception
     assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert message.format(tmp_path) in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging.methods import kernels
+from optimizer.merging.methods.compiled import Array, kernels
 from optimizer.merging.methods.facts import FactCache
 
 BLOCK = 1 << 16  # elements on a CPU: a handful of float32 blocks stay in a core's cache
@@ -33,9 +33,9 @@ Walk = Callable[[Tensor, Sequence[Tensor], int], Tensor]
 class Arrays:
     """Flat numbers of base, experts and the merge, as `kernels` takes them; rows of `width` elements."""
 
-    base: kernels.Array
-    experts: tuple[kernels.Array, ...]
-    out: kernels.Array
+    base: Array
+    experts: tuple[Array, ...]
+    out: Array
     width: int
 
 
@@ -79,12 +79,12 @@ class Tensors:
         return self.facts.get_or_compute((self.name, *(name for name, _ in self.experts), what), compute)
 
     def arrays(self, out: Tensor | None = None) -> Arrays | None:
-        """Return the numbers as compiled passes take them; None where they are not on a CPU.
+        """Return the numbers as compiled passes take them; None where they are not on a CPU, or numba is missing.
 
         Args:
             out: where the merge goes; without it the base stands there, for passes that only read.
         """
-        if self.base.device.type != "cpu":
+        if self.base.device.type != "cpu" or kernels is None:
             return None
         experts = self.others
         if len({expert.dtype for expert in experts}) > 1:  # a pass is compiled for one type of experts
@@ -190,7 +190,7 @@ def blend_in_one_pass(blend: Blend, tensors: Tensors, out: Tensor) -> bool:
     return largest is not None and largest < kernels.OVERFLOW[out.dtype]
 
 
-def _numbers(factors: Sequence[Factor]) -> kernels.Array | None:
+def _numbers(factors: Sequence[Factor]) -> Array | None:
     """Return factors as an array; None where one is not a single number."""
     return np.array(factors, np.float32) if all(isinstance(factor, float) for factor in factors) else None
 

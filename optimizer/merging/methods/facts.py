@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,11 +65,16 @@ class RankTable:
 
     @classmethod
     def of(cls, numbers: Iterable[Tensor], size: int) -> RankTable:
-        """Build the table.
+        """Build the table, on the device of the numbers.
 
         Args:
             numbers: float32 blocks of any shape, `size` numbers in all, none negative.
         """
+        blocks = iter(numbers)
+        head = next(blocks, None)
+        if head is not None and head.device.type != "cpu":
+            return cls._of_distinct(chain([head], blocks), size)
+        numbers = chain([head], blocks) if head is not None else ()
         ascending = np.empty(size, np.float32)
         start = 0
         for block in numbers:
@@ -84,6 +90,20 @@ class RankTable:
             return cls(ascending[first], first, size, zeros, True)
         values = np.unique(np.append(ascending[::SPARSE], ascending[-1]))
         return cls(values, np.searchsorted(ascending, values, "left"), size, zeros, len(values) == distinct)
+
+    @classmethod
+    def _of_distinct(cls, numbers: Iterable[Tensor], size: int) -> RankTable:
+        """Build the same table where sorting is for a device to do, which also counts the distinct numbers."""
+        distinct, counts = torch.unique(torch.cat([block.reshape(-1) for block in numbers]), return_counts=True)
+        first = counts.cumsum(0) - counts
+        zeros = int(counts[0]) if float(distinct[0]) == 0 else 0
+        whole = len(distinct) <= max(size // SPARSE, SMALL)
+        if not whole:  # every so many-th of the sorted numbers, and the largest
+            ranks = torch.arange(0, size, SPARSE, device=first.device)
+            chosen = torch.unique(torch.searchsorted(first, ranks, right=True) - 1)
+            chosen = torch.unique(torch.cat([chosen, chosen.new_tensor([len(distinct) - 1])]))
+            whole, distinct, first = len(chosen) == len(distinct), distinct[chosen], first[chosen]
+        return cls(distinct.cpu().numpy(), first.cpu().numpy(), size, zeros, whole)
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +157,10 @@ class Cut:
 
 
 def _between(block: Tensor, low: np.float32, high: np.float32) -> np.ndarray[Any, np.dtype[np.float32]]:
-    numbers = block.reshape(-1).cpu().numpy()
+    flat = block.reshape(-1)
+    if flat.device.type != "cpu":  # few are between: only these need travel
+        return flat[(flat >= float(low)) & (flat <= float(high))].cpu().numpy()
+    numbers = flat.numpy()
     return numbers[(numbers >= low) & (numbers <= high)]
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from optimizer.merging.methods import kernels
 from optimizer.merging.methods.blocks import Arrays, Blend, Line, Mixture, Tensors, Values, Walk
+from optimizer.merging.methods.compiled import kernels
 from optimizer.merging.methods.facts import Cut, RankTable, exact_sum
-from optimizer.merging.methods.pruning import NOTHING
+from optimizer.merging.methods.pruning import NOTHING, sorted_rows
 from optimizer.merging.methods.task_vectors import agreeing, sum_of
 
 
@@ -276,6 +276,6 @@ def _importance(tensors: Tensors) -> tuple[Tensor, float]:
         scores.append(((x - b).abs_() * divergence[:, None]).reshape(-1))
     if not scores:
         return torch.zeros(0), 0.0
-    ranked = np.sort(torch.cat(scores).cpu().numpy())
+    ranked = sorted_rows(torch.cat(scores)[None])[0]
     low, median, high = (float(ranked[int(np.float32(q) * np.float32(len(ranked) - 1))]) for q in (0.25, 0.5, 0.75))
     return torch.cat(divergences), float(np.float32(median) + np.float32(1.5) * np.float32(high - low))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging.methods import kernels
 from optimizer.merging.methods.blocks import Tensors, Values, row_width
+from optimizer.merging.methods.compiled import Array, kernels
 from optimizer.merging.methods.facts import Cut, RankTable
 from optimizer.merging.methods.randomness import STEPS, random_mask, random_steps, rounded, steps_of
 
@@ -162,12 +162,12 @@ class RankChance:
 
     def fill_mask(
         self,
-        mask: kernels.Array,
-        base: kernels.Array,
-        expert: kernels.Array,
+        mask: Array,
+        base: Array,
+        expert: Array,
         width: int,
         start: int,
-        scratch: tuple[kernels.Array, kernels.Array],
+        scratch: tuple[Array, Array],
     ) -> None:
         """Set the mask of whole rows to 1.0 where a delta is kept, else to 0.0.
 
@@ -202,7 +202,7 @@ class RankChance:
         halves = steps.mul_(scale).add_(shift).clamp_(0, 2 * width + 1).int()
         coin = halves & 1
         magnitudes = delta.abs().view(torch.int32)  # float32 bits sort as the numbers do
-        ends = magnitudes.new_tensor([-1, kernels.INFINITY]).expand(rows, 2)
+        ends = magnitudes.new_tensor([-1, int(np.float32(np.inf).view(np.int32))]).expand(rows, 2)
         ranked = torch.cat([ends[:, :1], magnitudes.sort(dim=1).values, ends[:, 1:]], dim=1)
         return (magnitudes >= ranked.gather(1, ((halves >> 1) - coin + 1).long()) + coin).float()
 
@@ -213,13 +213,14 @@ def _rank_weights(pair: Tensors) -> tuple[float, float]:
     width = row_width(pair.base)
     places = torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.full((1,), 0.5).double()
     for delta in _deltas(pair):
-        columns = _sorted_rows(delta.abs_()).double().sum(0).cpu()
+        columns = sorted_rows(delta.abs_()).double().sum(0).cpu()
         plain += float(columns.sum())
         ranked += float(columns @ places)
     return plain, ranked
 
 
-def _sorted_rows(block: Tensor) -> Tensor:
+def sorted_rows(block: Tensor) -> Tensor:
+    """Sort each row of a block (rows, n), smallest first."""
     if block.device.type == "cpu":  # numpy's sort has vector instructions
         return torch.from_numpy(np.sort(block.numpy(), axis=1))
     return block.sort(dim=1).values

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging.methods import kernels
 from optimizer.merging.methods.blocks import BLOCK, Arrays, Blend, Deltas, Line, Tensors, Values, Walk
+from optimizer.merging.methods.compiled import Array, kernels
 from optimizer.merging.methods.pruning import (
     Prune,
     Pruning,
@@ -232,7 +232,7 @@ def _pruning(prunes: Sequence[Prune | None]) -> Callable[[Tensor, Sequence[Tenso
     return step
 
 
-def _records(prunes: Sequence[Prune | None], factors: Sequence[float], weights: Sequence[float]) -> kernels.Array:
+def _records(prunes: Sequence[Prune | None], factors: Sequence[float], weights: Sequence[float]) -> Array:
     records = np.zeros(len(prunes), kernels.PRUNE)
     for i, (prune, factor, weight) in enumerate(zip(prunes, factors, weights, strict=True)):
         fields = {"kind": kernels.WHOLE} if prune is None else prune.fields()
@@ -241,7 +241,7 @@ def _records(prunes: Sequence[Prune | None], factors: Sequence[float], weights: 
     return records
 
 
-def _parts(arrays: Arrays, prunes: Sequence[Prune | None]) -> Iterator[tuple[int, Arrays, kernels.Array]]:
+def _parts(arrays: Arrays, prunes: Sequence[Prune | None]) -> Iterator[tuple[int, Arrays, Array]]:
     """Yield (first element, arrays, masks): the tensor as one, or whole rows where a delta is pruned by a mask."""
     size = arrays.out.size
     ranked = [(e, prune) for e, prune in enumerate(prunes) if isinstance(prune, RankChance)]

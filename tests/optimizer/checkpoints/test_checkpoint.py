@@ -412,6 +412,11 @@ def test_a_config_must_be_there(base: Path) -> None:
         ('{"model_type": "llama", "model_type": "gpt2"}', "the key 'model_type' stands twice"),
         ('{"num_labels": 4611686018427387904}', "num_labels may be 100,000 at most"),
         ('{"text_config": {"num_experts": 1000000}}', "num_experts may be 100,000 at most"),
+        ('{"head_dim": 1000000000}', "head_dim may be 100,000 at most"),
+        (
+            '{"rope_parameters": {"partial_rotary_factor": 1e9}}',
+            "partial_rotary_factor may be 1 at most; given 1000000000.0",
+        ),
         ('{"_attn_implementation": "someone/kernel"}', "asks for code from the hub"),
         ("[]", "must hold a JSON object"),
         (" " * 16_000_001, "may hold 16,000,000 bytes"),

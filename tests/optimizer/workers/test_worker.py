@@ -21,6 +21,7 @@ from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.resident import resident_model
 from optimizer.errors import CheckpointError, MergeError, WorkerError
 from optimizer.merging.merge import merge_to_folder
+from optimizer.workers.orders import Derivation, Form, Lesson, Loss
 from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces.recipe import Recipe, Setting
 from tests.pico import pico_expert, pico_llama
@@ -233,6 +234,7 @@ def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_p
 IN_ANOTHER_PROCESS = """
 import sys
 from evals.outcomes import TaskSpec
+from optimizer.workers.orders import Derivation, Form, Lesson, Loss
 from optimizer.workers.worker import Worker, WorkerSpec
 
 spec, recipe = (eval(text) for text in sys.argv[1:])
@@ -265,3 +267,46 @@ def test_another_process_gives_the_same_bits(spec: WorkerSpec, tmp_path: Path) -
     )
     assert there.stdout.splitlines() == [repr(row) for row in here]  # repr gives every bit of a float
     assert len(here) == len(KINDS) * ITEMS
+
+
+GPU = os.environ.get("MERGEFRONT_TEST_GPU", "cuda")  # "cpu" tries the tests themselves
+
+
+@pytest.fixture(scope="module", params=["auto", "float32"])
+def both(request: pytest.FixtureRequest, spec: WorkerSpec) -> tuple[Worker, Worker]:
+    """A worker on a CUDA device, and one on the CPU."""
+    if GPU == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return Worker(replace(spec, dtype=request.param, device=GPU)), Worker(replace(spec, dtype=request.param))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "breadcrumbs"])
+def test_a_cuda_device_scores_as_the_cpu_does(method: str, both: tuple[Worker, Worker]) -> None:
+    for weight in (0.0, 0.6):
+        ours, theirs = (worker.evaluate(recipe(weight, method), "search").outcomes for worker in both)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.loglikelihoods == pytest.approx(other.loglikelihoods, rel=0.02, abs=0.3)
+
+
+@pytest.mark.parametrize("loss", ["labels", "teachers"])
+def test_a_cuda_device_learns_as_the_cpu_does(loss: Loss, both: tuple[Worker, Worker]) -> None:
+    lesson = Lesson(recipe(0.5), (("e", 0.5),), "tensor", 3, (-1.0, 2.0), 0, loss)
+    ours, again, theirs = (worker.learn(lesson) for worker in (both[0], *both))
+    assert ours.recipe == again.recipe
+    assert ours.seen_before == pytest.approx(theirs.seen_before, rel=0.1, abs=0.05)
+    assert ours.candidates > 0
+
+
+@pytest.mark.parametrize("form", ["regmean", "fisher"])
+def test_a_cuda_device_derives_as_the_cpu_does(form: Form, both: tuple[Worker, Worker], tmp_path: Path) -> None:
+    folders = [both[i].derive(Derivation(form, "e", (0.4,), tmp_path / str(i)))[0] for i in (0, 1)]
+    ours, theirs = (open_checkpoint(folder) for folder in folders)
+    apart = [float((ours.tensor(name).float() - theirs.tensor(name).float()).abs().mean()) for name in theirs.names]
+    assert max(apart) < 0.01
+
+
+def test_a_cuda_device_measures_sensitivities_as_the_cpu_does(both: tuple[Worker, Worker]) -> None:
+    ours, theirs = (worker.sensitivities("e", points=2) for worker in both)
+    scale = max(abs(x) for row in theirs.domain for x in row)
+    for mine, other in zip(ours.domain, theirs.domain, strict=True):
+        assert mine == pytest.approx(other, abs=0.1 * scale)
