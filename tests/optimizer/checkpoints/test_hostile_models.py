@@ -23,7 +23,7 @@ from optimizer.errors import CheckpointError
 from optimizer.search.plan import make_plan
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
-from tests.optimizer.checkpoints.test_checkpoint import adapter, shard
+from tests.optimizer.checkpoints.edits import adapter, shard
 from tests.optimizer.small_study import write_study
 
 ROUNDS = 25  # of each kind
