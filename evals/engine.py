@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from evals.batches import Batch, packed_batches, plain_batches
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
 from evals.layerwise import LayerByLayer
+from evals.memory import fits_whole, recomputing
 from evals.predictions import Predictions
 from evals.teachers import Beliefs, Taught
 from evals.tokens import Encoder, Pair, Prompt
@@ -127,7 +128,8 @@ class Engine:
     ) -> float:
         """Run a loss of the pairs' log-likelihoods (n,) backwards into the parameters that ask for gradients.
 
-        All that is read together stays in memory until its gradients are there, so give few pairs at a time.
+        All that is read together stays in memory until its gradients are there, so give few pairs at a time. Where its
+        activations would take more than their share of what is free, layers run again instead.
 
         Args:
             pairs: n of them.
@@ -144,10 +146,13 @@ class Engine:
         packed, plain = self._by_reading(pairs)
         batches = plain_batches(plain, self.token_budget, device) + packed_batches(packed, sys.maxsize, device)
         of = self._predictions.logprobs if beliefs is None else self._agreements(pairs, beliefs)
-        value = loss(self._summed(batches, len(pairs), of))
-        if not torch.isfinite(value):
-            raise ScoreError("the loss is not finite: the candidate is not a usable model")
-        value.backward()
+        whole = (packed and plain) or fits_whole(self.model, sum(batch.tokens.numel() for batch in batches))
+        with nullcontext() if whole else recomputing(self.model):
+            value = loss(self._summed(batches, len(pairs), of))
+            if not torch.isfinite(value):
+                raise ScoreError("the loss is not finite: the candidate is not a usable model")
+            with reads_tries(self.model) if packed and not whole else nullcontext():  # layers run again in it
+                value.backward()
         return float(value.detach())
 
     @contextmanager

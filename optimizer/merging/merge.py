@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evals import memory
 from optimizer.checkpoints.checkpoint import DTYPES, Checkpoint, count_nonfinite, sum_is_finite
 from optimizer.checkpoints.compare import require_compatible
 from optimizer.checkpoints.new_folder import new_folder
@@ -101,7 +102,7 @@ class MergeCache:
             tensor, size = source.tensor(name), source.size(name)
             if fits(size, free_bytes(device)):
                 self.copies[expert, name] = tensor.to(device)
-            elif device.type == "cuda" and free_memory() - size >= HOST_ROOM:
+            elif device.type == "cuda" and memory.free_bytes(torch.device("cpu")) - size >= HOST_ROOM:
                 self.copies[expert, name] = tensor.pin_memory()
             else:
                 return tensor.to(device)
@@ -116,15 +117,6 @@ def fits(needed: int, free: int) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-
-
-def free_memory() -> int:
-    """Bytes of this machine's memory that programs may have without swapping; 0 where the system does not tell."""
-    try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:")), 0)
 
 
 def require_fitting(sources: Sources, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from evals import memory
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.tensor_file import INDEX_FILE
@@ -391,20 +392,13 @@ def test_sources_stay_on_a_device_where_they_fit(free: int, pico: Sources, monke
     assert cache.tensor(pico, "", pico.base.names[0], torch.device("cpu")).device.type == "cpu"
 
 
-def test_free_memory_is_what_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < merge.free_memory() < total
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 9 kB\nMemAvailable:  3 kB\n")
-    assert merge.free_memory() == 3 * 1024
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("free", [0, 1 << 50])
 def test_sources_that_do_not_fit_a_cuda_device_are_pinned(
     free: int, pico: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(merge, "free_memory", lambda: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     cache, device, name = MergeCache(), torch.device("cuda"), pico.base.names[0]
     for _ in range(2):
         found = cache.tensor(pico, "", name, device)
