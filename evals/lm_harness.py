@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import ScoreError, TaskError, error_text
-from evals.lm_split import Item, content_hash
+from evals.lm_split import Item, content_hash, right_choices
 from evals.outcomes import SUITES, Outcome, TaskInfo
 from evals.packing import build_trie
 from evals.tokens import Encoder, Pair, Prompt, Text
@@ -57,11 +57,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class AskedItem:
-    """An item of a task and the requests that lm-eval makes of it."""
+    """An item of a task and the requests that lm-eval makes of it.
+
+    Args:
+        right: which choices are right.
+    """
 
     task: LoadedTask
     item: Item
     requests: tuple[Request, ...]
+    right: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,9 @@ class Harness:
         """Build and tokenise a suite's requests, once for all candidates."""
         encoder = Encoder(tokenizer)
         items = [
-            AskedItem(task, item, self._requests(task, item, encoder))
+            AskedItem(
+                task, item, self._requests(task, item, encoder), right_choices(task.members[item.member], item.doc)
+            )
             for task in self.tasks
             for item in task.items[suite]
         ]
@@ -326,6 +333,7 @@ def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_le
         truncated=not all(request.encoded.fits(max_length) for request in asked.requests),
         lengths=tuple(answer.length for answer in answered),
         broken_off=any(answer.broken_off for answer in answered),
+        right=asked.right,
     )
 
 

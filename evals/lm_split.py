@@ -51,9 +51,16 @@ def content_of(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, f
     content = content_hash(json.dumps([text, choices, target], ensure_ascii=False, default=str))
     if member.OUTPUT_TYPE != "multiple_choice":
         return content, 0.0
-    gold = text if member.multiple_input else target
-    right = {choice_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}
-    return content, len(right) / len(choices or [])
+    return content, len(right_choices(member, doc)) / len(choices or [])
+
+
+def right_choices(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return which choices of an item are right, in order; none where a task has no choices."""
+    if member.OUTPUT_TYPE != "multiple_choice":
+        return ()
+    gold = _field(member.doc_to_text if member.multiple_input else member.doc_to_target, doc)
+    choices = _field(member.doc_to_choice, doc)
+    return tuple(sorted({choice_index(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])}))
 
 
 def _field(read: Callable[[Mapping[str, Any]], Any], doc: Mapping[str, Any]) -> Any:

@@ -13,7 +13,10 @@ SUITES = (SEARCH, HOLDOUT)
 SENTINEL = "sentinel"  # the role of a task that the search never sees
 REST = -1  # as a number of holdout items: all that the search leaves
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
-OUTCOME_COLUMNS = ("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off")
+OUTCOME_COLUMNS = (
+    *("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off"),
+    *("right", "inclusion"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Outcome:
         truncated: the item was longer than the model's context and was cut, as lm-eval cuts it.
         lengths: tokens of each choice in order, of the text, or of the answer that was written.
         broken_off: the answer was still being written when it reached the task's limit of tokens.
+        right: which choices are right, by their place; empty where there are no choices.
+        inclusion: probability with which the item was drawn from its task's bank; 1 where all were scored.
     """
 
     task: str
@@ -85,3 +90,5 @@ class Outcome:
     truncated: bool
     lengths: tuple[int, ...] = ()
     broken_off: bool = False
+    right: tuple[int, ...] = ()
+    inclusion: float = 1.0

@@ -29,9 +29,11 @@ SCHEMA = pa.schema(
         "truncated": pa.bool_(),
         "lengths": pa.list_(pa.int64()),
         "broken_off": pa.bool_(),
+        "right": pa.list_(pa.int64()),
+        "inclusion": pa.float64(),
     }
 )
-LATER_COLUMNS = ("lengths", "broken_off")  # unknown to the first version
+LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion")  # unknown to earlier versions
 TEXT_COLUMNS = ("task", "suite", "item")
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
 FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata

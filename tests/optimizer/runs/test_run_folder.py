@@ -226,10 +226,12 @@ def test_outcomes_come_back_as_they_went(tmp_path: Path) -> None:
 def test_outcomes_of_an_earlier_version_have_no_value_where_it_had_no_column(tmp_path: Path) -> None:
     run = made(tmp_path / "toy")
     path = run.write_outcomes(7, "search", "d1", OUTCOMES)
-    pq.write_table(pq.read_table(path).drop_columns(["lengths", "broken_off"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["lengths", "broken_off", "right", "inclusion"]), path)
     frame = run.read_outcomes(7, "search")
     assert list(frame.columns) == list(FRAME_COLUMNS)
     assert frame["broken_off"].count() == 0
+    assert frame["inclusion"].count() == 0
+    assert frame["inclusion"].count() == 0
 
 
 def test_a_damaged_outcomes_file_is_named(tmp_path: Path) -> None:
