@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from evals.layerwise import layers_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHARE = 4  # a way back may keep one part in so many of what is free: other workers look at the same memory
 
@@ -34,21 +34,21 @@ def free_bytes(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:")), 0)
 
 
-def activation_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Estimate what a pass over so many tokens keeps for the way back.
+def activation_bytes(config: PreTrainedConfig, tokens: int, width: int) -> int:
+    """Estimate what a pass over so many tokens keeps for the way back, a number having so many bytes.
 
     A layer keeps about 20 numbers a token for each of its width and 4 for each of its MLP's; measured on a Llama of
     8 B numbers in bf16: 9 MB a token.
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = 20 * config.hidden_size + 4 * inner
-    return int(tokens * config.num_hidden_layers * layer * model.dtype.itemsize)
+    return int(tokens * config.num_hidden_layers * layer * width)
 
 
 def fits_whole(model: PreTrainedModel, tokens: int) -> bool:
     """Tell whether there is room to keep all activations of a pass over so many tokens."""
-    return activation_bytes(model, tokens) <= free_bytes(model.device) // SHARE
+    return activation_bytes(model.config, tokens, model.dtype.itemsize) <= free_bytes(model.device) // SHARE
 
 
 @contextmanager

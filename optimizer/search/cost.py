@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import HOLDOUT, SEARCH, SUITES
 from optimizer.search.prepared import SHARES
+from optimizer.workers.orders import QUESTIONS, TEXTS
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ class Cost:
 
     resident_bytes: int  # a worker's own copy of the model
     mapped_bytes: int  # the sources, mapped once for all workers of a machine
+    learning_bytes: int  # activations of a step that learns, in one worker; layers run again where they do not fit
     disk_bytes: int  # of derived experts
     tokens: Mapping[str, int]  # of one trial, by suite
     prepared: float  # what preparing anchors costs, in candidates
@@ -53,11 +55,25 @@ def cost_of(plan: Plan) -> Cost | None:
     return Cost(
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
+        learning_bytes=_learning_bytes(plan.base, rows, round(width)) if learned.count else 0,
         disk_bytes=derived * plan.base.bytes,
         tokens=tokens,
         prepared=prepared,
         hours=work / _speed(plan.study) / 3600,
     )
+
+
+def _learning_bytes(base: Checkpoint, rows: Sequence[Mapping[str, Any]], width: int) -> int:
+    """Estimate the activations of one step: a few items of every task are read together."""
+    from evals.memory import activation_bytes
+    from optimizer.checkpoints.configs import model_config
+
+    tokens = 0.0
+    for row in rows:
+        items = row[f"{SEARCH}_items"]
+        read = min(items, QUESTIONS if row["kind"] == "multiple_choice" else TEXTS)
+        tokens += read * (row[f"{SEARCH}_tokens"] or 0) / max(1, items)
+    return activation_bytes(model_config(base.folder), round(tokens), width)
 
 
 def _speed(study: Study) -> float:

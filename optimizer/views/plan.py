@@ -92,6 +92,8 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
         "memory",
         f"{workers} x {own} of models, {mapped} of files, shared; this machine has {_size(have)}{verdict}",
     )
+    if cost.learning_bytes:
+        yield "", f"{_size(cost.learning_bytes)} more while a worker learns; where that is too much, layers run again"
     for suite, tokens in cost.tokens.items():
         yield f"{suite} suite", f"about {tokens:,} tokens a trial"
     if cost.prepared:

@@ -47,7 +47,7 @@ def test_layers_that_run_again_give_the_same_gradients(kind: str, monkeypatch: p
 
 def test_a_pass_that_takes_more_than_its_share_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy("llama")
-    needed = memory.activation_bytes(model, 100)
+    needed = memory.activation_bytes(model.config, 100, 4)
     assert needed == 100 * 2 * (20 * 32 + 4 * 64) * 4
     for free, fits in ((memory.SHARE * needed, True), (memory.SHARE * needed - memory.SHARE, False)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
