@@ -19,7 +19,7 @@ from evals.batches import Batch, packed_batches, plain_batches
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
 from evals.layerwise import LayerByLayer
-from evals.memory import fits_whole, recomputing
+from evals.memory import fits_whole, inner_size, recomputing
 from evals.predictions import Predictions
 from evals.teachers import Beliefs, Taught
 from evals.tokens import Encoder, Pair, Prompt
@@ -60,7 +60,7 @@ class Engine:
         self._planned: dict[tuple[Pair, ...], list[Batch]] = {}
         self.packs = self.gathers = self.flexes = False
         expected = self._probe_plainly()
-        self.gathers = self._agrees(expected, packs=False, gathers=True)
+        self.gathers = self._head_is_last() and self._agrees(expected, packs=False, gathers=True)
         self.packs = self._agrees(expected, packs=True, gathers=self.gathers)
         if self.packs and model.device.type == "cuda":
             self.flexes = self._agrees(expected, packs=True, gathers=self.gathers, flexes=True)
@@ -284,6 +284,23 @@ class Engine:
         with torch.inference_mode():
             return [self._plainly(pair) for pair in self._probe_pairs()]
 
+    def _head_is_last(self) -> bool:
+        """Tell whether logits are what the output embedding gives, neither capped nor scaled, bit for bit.
+
+        The probe's tolerance cannot tell: a cap of 30 changes small logits by less than rounding does.
+        """
+        given: list[torch.Tensor] = []
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return False
+        hook = head.register_forward_hook(lambda module, inputs, output: given.append(output))
+        try:
+            with torch.inference_mode():
+                logits = self.model(input_ids=self._some_tokens(20)[None], use_cache=False).logits
+        finally:
+            hook.remove()
+        return len(given) == 1 and torch.equal(given[0].to(logits.dtype), logits)
+
     def _plainly(self, pair: Pair) -> float:
         tokens = torch.tensor([pair.context + pair.continuation], device=self.model.device)
         logprobs = self.model(input_ids=tokens[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
@@ -323,7 +340,7 @@ def budget_for(model: PreTrainedModel, room: int) -> int:
     if model.device.type == "cpu":
         return TOKEN_BUDGET
     config = model.config.get_text_config()
-    width = 16 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    width = 16 * config.hidden_size + 3 * inner_size(config)
     fits = room // 2 // (width * model.dtype.itemsize)  # per token: a layer's states, attention's copies, the MLP's
     return max(256, min(MOST_TOKENS, 1 << max(0, fits.bit_length() - 1)))
 

@@ -62,7 +62,7 @@ def layers_of(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
         ValueError: it has no list of as many modules as its config says it has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for module in (model.get_decoder() or model).modules():  # not those of a tower beside it
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)
     raise ValueError(f"{type(model).__name__} has no list of {count} layers")

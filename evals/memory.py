@@ -41,9 +41,14 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, width: int) -> int:
     8 B numbers in bf16: 9 MB a token.
     """
     config = config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = 20 * config.hidden_size + 4 * inner
+    layer = 20 * config.hidden_size + 4 * inner_size(config)
     return int(tokens * config.num_hidden_layers * layer * width)
+
+
+def inner_size(config: PreTrainedConfig) -> int:
+    """Return the width of the widest feed-forward."""
+    given = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(max(given) if isinstance(given, list) else given)
 
 
 def fits_whole(model: PreTrainedModel, tokens: int) -> bool:

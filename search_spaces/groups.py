@@ -14,57 +14,67 @@ from search_spaces.errors import SpaceError
 
 GROUP = re.compile(r"embed|head|layer\.(\d{2,})\.(attn|mlp)")
 
+PASSED = "passed"  # what the text path does not use: no group of a space or recipe, the base's own in every merge
+
 # Matched against the first path component after the layer index, the feed-forward side first:
 # `post_attention_layernorm` feeds the feed-forward in Llama and its kin, and OPT calls the same norm
 # `final_layer_norm`. Gemma 2 and OLMo 2 put `post_attention_layernorm` on the attention's output; it goes by name too.
-_MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|router|^fc\d|post_attention|(ln|norm)_?2$|final_layer_?norm")
-_ATTN = re.compile(r"attn|attention|input_layer_?norm|(ln|norm)_?1$")
+# What mixes tokens by a state or a convolution stands where attention does.
+_MLP = re.compile(r"mlp|ffn|feed_?forward|_ff_|moe|expert|router|^fc\d|post_attention|(ln|norm)_?2$|final_layer_?norm")
+_ATTN = re.compile(
+    r"attn|attention|input_layer_?norm|(ln|norm)_?1$|mamba|mixer|conv|ssm|recurrent|temporal|operator_norm|^norm$"
+)
 
-# Matched against the whole name of a tensor outside the layers. GPT-NeoX calls its head `embed_out`.
-_OUTPUT = re.compile(r"lm_head|embed_out")
+# Matched against the whole name of a tensor outside the layers. GPT-NeoX calls its head `embed_out`, LFM2 its last norm
+# `embedding_norm`.
+_OUTPUT = re.compile(r"lm_head|embed_out|embedding_norm")
 _INPUT = re.compile(r"emb|\bwte\b|\bwpe\b")
 _LAST_NORM = re.compile(r"norm|\bln_f\b")
+
+_STACK = re.compile(r"(^|[._])(layers?|h|blocks?)$")  # ends the path before a layer's number
+_TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech|multi_?modal)")
 
 
 @lru_cache(maxsize=1 << 16)
 def group_of(tensor: str) -> str:
     """Name the group a tensor belongs to.
 
+    What a layer holds beside attention and feed-forward goes with the feed-forward, what stands outside layers beside
+    embeddings goes with the head: `is_placed` tells these apart.
+
     Args:
         tensor: a checkpoint's tensor name such as `model.layers.7.mlp.up_proj.weight`.
 
     Returns:
-        `embed`, `layer.07.attn`, `layer.07.mlp` (norms with the module they feed) or `head` (last norm and lm_head).
-
-    Raises:
-        SpaceError: no rule places the name.
+        `embed`, `layer.07.attn`, `layer.07.mlp` (norms with the module they feed), `head` (last norm and lm_head), or
+        PASSED for what reads images or sound.
     """
+    if _TOWER.search(tensor):
+        return PASSED
     stack, layer, rest = split_name(tensor)
     if layer is not None:
-        kind = _layer_kind(rest)
-        group = f"layer.{layer:02d}.{kind}" if kind else ""
-    else:
-        group = _outer_group(stack)
-    if not group:
-        raise SpaceError(
-            "every tensor is part of the embeddings, a layer's attention or feed-forward, or the head",
-            given=repr(tensor),
-            where="the checkpoint's tensor names",
-            mend="only decoder language models with attention and feed-forward layers can be merged by group",
-        )
-    return group
+        return f"layer.{layer:02d}.{_layer_kind(rest) or 'mlp'}"
+    return _outer_group(stack) or "head"
+
+
+def is_placed(tensor: str) -> bool:
+    """Tell whether a rule knows the module that a tensor belongs to."""
+    stack, layer, rest = split_name(tensor)
+    return bool(_TOWER.search(tensor) or (_outer_group(stack) if layer is None else _layer_kind(rest)))
 
 
 def group_tensors(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Partition tensor names into groups, in the order data flows: embed, layers by depth (attn, mlp), head.
 
     Raises:
-        SpaceError: a name no rule places, two stacks of layers (a vision tower, an encoder), or a gap in the layers.
+        SpaceError: there are two stacks of layers (an encoder), or a gap in the layers.
     """
     found: dict[str, list[str]] = {}
     stacks: dict[str, str] = {}
     for name in sorted(set(names)):
-        found.setdefault(group_of(name), []).append(name)
+        if (group := group_of(name)) == PASSED:
+            continue
+        found.setdefault(group, []).append(name)
         stack, layer, _ = split_name(name)
         if layer is not None:
             stacks.setdefault(stack, name)
@@ -115,7 +125,9 @@ def group_at(place: str) -> str:
     if "." not in place or place.startswith("layer."):  # no checkpoint calls its stack of layers so
         _match(place)
         return place
-    return group_of(place)
+    if (group := group_of(place)) == PASSED:
+        raise SpaceError("what reads images or sound is passed through as the base has it", given=repr(place))
+    return group
 
 
 def flow_order(group: str) -> tuple[int, str]:
@@ -129,13 +141,14 @@ def flow_order(group: str) -> tuple[int, str]:
 def split_name(tensor: str) -> tuple[str, int | None, str]:
     """Split a tensor name at its first whole number: (path before, layer index, path after).
 
-    Later numbers are a layer's own, such as `experts.3` of a mixture. Without a number: (name, None, "").
+    Later numbers are a layer's own, such as `experts.3` of a mixture. Outside a stack of layers: (name, None, "").
     """
     parts = tensor.split(".")
-    for at, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:at]), int(part), ".".join(parts[at + 1 :])
-    return tensor, None, ""
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if at is None or _TOWER.search(tensor):
+        return tensor, None, ""
+    stack, rest = ".".join(parts[:at]), ".".join(parts[at + 1 :])
+    return (stack, int(parts[at]), rest) if _STACK.search(stack) or _layer_kind(rest) else (tensor, None, "")
 
 
 def _layer_kind(rest: str) -> str:

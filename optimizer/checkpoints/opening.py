@@ -152,7 +152,7 @@ def _inside(folder: Path, name: str, what: str) -> Path:
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     """Drop a stored copy of a tied head, and require that config and tensors agree about tying and depth."""
-    tied = _text_config(checkpoint.config).get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings"))
+    tied = checkpoint.config.get("tie_word_embeddings", _text_config(checkpoint.config).get("tie_word_embeddings"))
     heads = [name for name in checkpoint.names if name.endswith(HEADS)]
     embeddings = [name for name in checkpoint.names if name.endswith(EMBEDDINGS)]
     _require_depth(checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,11 +102,15 @@ def _no_bar() -> Iterator[None]:
 
 
 def _architecture(config: PreTrainedConfig, base: Checkpoint) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder
+    known = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    if config.get_text_config() is not config:  # of towers too, which its causal model would leave out
+        known.reverse()
+    for mapping in known:
+        if type(config) in mapping:
+            return mapping[type(config)]  # the Auto class insists on a folder
+    raise CheckpointError(f"a base must be a causal language model; {base.folder} is a {config.model_type}")
 
 
 def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]:
@@ -122,6 +127,8 @@ def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]
         CheckpointError: a tensor could be in two places, or a parameter holds what no tensor fills.
     """
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()  # a buffer may be a part of the model: a router's bias, a layer's scale
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     prefix = f"{model.base_model_prefix}."
     places: dict[str, Tensor] = {}
     for name in base.names:
@@ -131,7 +138,9 @@ def tensor_places(model: PreTrainedModel, base: Checkpoint) -> dict[str, Tensor]
     holds = sum(parameter.numel() for parameter in parameters.values())
     for name in sorted(set(base.names) - set(places)):
         tensor = base.tensor(name)
-        found = [part for part in _parts(name, parameters) if _holds(part, tensor)]
+        held = [(_in_common(name, other), part) for other, part in _parts(name, parameters) if _holds(part, tensor)]
+        most = max((common for common, _ in held), default=0)
+        found = [part for common, part in held if common == most]
         if len(found) > 1:
             raise CheckpointError(f"{base.folder}: {name} could be {len(found)} parts of the model: they are alike")
         holds -= sum(part.numel() for part in found)
@@ -154,16 +163,22 @@ def merge_target(parameters: dict[str, Tensor], base: Checkpoint) -> dict[str, T
     return {name: torch.empty(base.shape(name), dtype=base.dtype(name)) for name in base.names}
 
 
-def _parts(name: str, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Give what a tensor may be: a parameter, or what a fused one holds at the number of an expert, halved or not."""
+def _in_common(one: str, other: str) -> int:
+    """Count the parts in which two names end alike."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _parts(name: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Give what a tensor may be, by name: a parameter, or the whole or half of a fused one at an expert's number."""
     layer, inner = _numbers(name)[:1], _numbers(name)[1:]
     for other, parameter in parameters.items():
         if _numbers(other)[:1] != layer:
             continue
-        yield parameter
+        yield other, parameter
         if inner and parameter.dim() == 3 and inner[-1] < len(parameter):
             whole = parameter[inner[-1]]
-            yield from (whole, *whole.tensor_split(2))
+            yield from ((other, part) for part in (whole, *whole.tensor_split(2)))
 
 
 def _numbers(name: str) -> list[int]:

@@ -24,6 +24,7 @@ COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",  # of images and sound
 )  # fmt: skip
 TEMPLATE_FOLDER = "additional_chat_templates"
 SHARD_BYTES = 5_000_000_000

@@ -37,6 +37,7 @@ from optimizer.merging.methods.directions import DirectionWalk, directions
 from optimizer.merging.methods.task_vectors import AgreeingSum
 from search_spaces import METHODS as SPECS
 from search_spaces import Recipe, SpaceError, group_of
+from search_spaces.groups import PASSED
 
 DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
 HOST_ROOM = 16 << 30  # bytes of the machine's memory left free by pinned copies
@@ -270,6 +271,8 @@ class Merger:
 
     def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
         place = name if name in self._own_numbers else group_of(name)
+        if place == PASSED:
+            return (), None
         if place not in self._numbers:
             self._numbers[place] = self._numbers_of(place)
         return self._numbers[place]

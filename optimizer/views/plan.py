@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -12,6 +12,7 @@ from evals.outcomes import SUITES
 from optimizer.search.cost import Cost, cost_of, count_numbers
 from optimizer.views.tables import table
 from optimizer.words import count, printable
+from search_spaces.groups import PASSED, group_of, is_placed, split_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,8 @@ def print_plan(plan: Plan, console: Console) -> None:
             )
         )
     if plan.space is not None:
-        console.print(table("Search space", ["", ""], _space_rows(plan.space)))
+        names = plan.base.names if plan.base is not None else ()
+        console.print(table("Search space", ["", ""], [*_space_rows(plan.space), *_odd_rows(names)]))
     if plan.harness is not None:
         numbers = ["chance", "shots", "search items", "holdout items"]
         columns = ["task", "role", "metric", *numbers]
@@ -100,6 +102,25 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
         text = f"about as much as {cost.prepared:.0f} trials"
         yield "learned, derived", text + (f", and {_size(cost.disk_bytes)} of disk" if cost.disk_bytes else "")
     yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
+
+
+def _odd_rows(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what becomes of tensors that are in no group, and of those in one for want of a rule."""
+    passed = [name for name in names if group_of(name) == PASSED]
+    if passed:
+        towers = sorted({".".join(name.split(".")[:2]) for name in passed})
+        yield (
+            "passed on",
+            f"{count(len(passed), 'tensor')}, as the base has them, for images or sound: {_shortened(towers)}",
+        )
+    where: dict[str, set[str]] = {}
+    for name in names:
+        if not is_placed(name):
+            stack, layer, rest = split_name(name)
+            place = "the head" if layer is None else "their layer's mlp"
+            where.setdefault(place, set()).add(stack if layer is None else rest)
+    for place, parts in where.items():
+        yield "of no module", f"{_shortened(sorted(parts))}: weighed with {place}"
 
 
 def _shortened(names: tuple[str, ...] | list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from evals.outcomes import SEARCH, Outcome, TaskInfo, TaskSpec
 from optimizer.workers.memory import lack_of_memory_in_words
+from search_spaces.groups import PASSED, group_of
 from search_spaces.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -206,9 +207,9 @@ class Worker:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the base's floating tensors."""
+        """Names of the base's floating tensors, without what is passed through."""
         base = self._sources.base
-        return tuple(name for name in base.names if base.dtype(name).is_floating_point)
+        return tuple(n for n in base.names if base.dtype(n).is_floating_point and group_of(n) != PASSED)
 
     def merge(self, recipe: Recipe) -> None:
         """Make the resident model the merge of a recipe."""

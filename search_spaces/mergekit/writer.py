@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of, split_name
+from search_spaces.groups import PASSED, group_of, group_tensors, kind_of, layer_count, layer_of, split_name
 from search_spaces.mergekit.settings import OWN_KEY, folder_name
 from search_spaces.parameters import Parameter
 from search_spaces.recipe import Recipe, method_spec
@@ -34,9 +34,12 @@ def to_mergekit(
         A dict of plain types, ready for YAML.
 
     Raises:
-        SpaceError: no substring of their names tells two groups apart.
+        SpaceError: no substring of their names tells two groups apart, or some are passed through.
     """
-    groups = group_tensors(tensor_names)
+    names = list(tensor_names)
+    if passed := [name for name in names if group_of(name) == PASSED]:
+        raise SpaceError("mergekit has no words for tensors that stay the base's", given=f"{len(passed)}: {passed[0]}")
+    groups = group_tensors(names)
     shared: dict[str, object] = {}
     for parameter in _parameters_written(recipe):
         if parameter.scope == "group":

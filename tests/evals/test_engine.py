@@ -169,6 +169,15 @@ def test_only_what_is_longer_than_a_window_is_read_plainly(kind: str, options: d
     assert any(plan is not None for plan in plans)
 
 
+@pytest.mark.parametrize(("kind", "option"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")])
+def test_a_head_that_is_hardly_changed_is_noticed(kind: str, option: str) -> None:
+    def engine(value: float | None) -> Engine:
+        return Engine(toy(kind, **(PACKING[kind] | {option: value})), byte_tokenizer(), token_budget=256)
+
+    assert not engine(1000.0 if kind == "gemma2" else 1.001).gathers  # either changes no logit by a thousandth
+    assert engine(None if kind == "gemma2" else 1.0).gathers
+
+
 def test_capped_logits_are_not_made_from_hidden_states() -> None:
     assert not Engine(toy("gemma2", **PACKING["gemma2"]), byte_tokenizer(), token_budget=256).gathers
     assert Engine(toy("llama"), byte_tokenizer(), token_budget=256).gathers

@@ -5,7 +5,18 @@ from collections.abc import Callable
 import pytest
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import flow_order, group_of, group_tensors, kind_of, layer_count, layer_of
+from search_spaces.groups import (
+    PASSED,
+    flow_order,
+    group_at,
+    group_of,
+    group_tensors,
+    is_placed,
+    kind_of,
+    layer_count,
+    layer_of,
+    split_name,
+)
 from tests.search_spaces.names import ALL, gpt2, llama
 
 Names = Callable[[int], dict[str, str]]
@@ -38,10 +49,54 @@ def test_a_group_says_its_kind_and_layer() -> None:
     assert sorted(["layer.117.mlp", "head", "layer.20.attn", "embed"], key=flow_order)[1] == "layer.20.attn"
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mamba.in_proj.weight", "score.weight", "projector.linear.weight", ""])
-def test_a_tensor_no_rule_places_is_named(name: str) -> None:
-    with pytest.raises(SpaceError, match=name or "''"):
-        group_tensors([*llama(), name])
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.layers.3.mamba.A_log", "layer.03.attn"),
+        ("model.layers.3.pre_ff_layernorm.weight", "layer.03.mlp"),
+        ("backbone.layers.3.mixer.in_proj.weight", "layer.03.attn"),
+        ("backbone.layers.3.norm.weight", "layer.03.attn"),
+        ("model.layers.3.conv.conv.weight", "layer.03.attn"),
+        ("model.layers.3.operator_norm.weight", "layer.03.attn"),
+        ("model.layers.3.linear_attn.in_proj_qkvz.weight", "layer.03.attn"),
+        ("model.embedding_norm.weight", "head"),
+        ("model.embed_tokens_per_layer.weight", "embed"),
+    ],
+)
+def test_what_mixes_tokens_stands_where_attention_does(name: str, group: str) -> None:
+    assert group_of(name) == group
+    assert is_placed(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.layers.3.layer_scalar", "layer.03.mlp"),
+        ("model.layers.3.altup.correction_coefs.weight", "layer.03.mlp"),
+        ("model.altup_projections.0.weight", "head"),  # a number, but of no layer
+        ("score.weight", "head"),
+    ],
+)
+def test_what_no_rule_knows_goes_with_its_layer_or_the_head(name: str, group: str) -> None:
+    assert group_of(name) == group
+    assert not is_placed(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+        "model.visual.blocks.1.mlp.linear_fc1.weight",
+        "multi_modal_projector.linear_1.weight",
+        "model.embed_audio.embedding_projection.weight",
+    ],
+)
+def test_what_reads_images_or_sound_is_in_no_group(name: str) -> None:
+    assert group_of(name) == PASSED
+    assert split_name(name)[1] is None
+    assert group_tensors([*llama(), name]) == group_tensors(llama())
+    with pytest.raises(SpaceError, match="passed through as the base has it"):
+        group_at(name)
 
 
 @pytest.mark.parametrize("group", ["layer.7.attn", "layer.007.attn", "layer.07", "layers.07.attn", "Head", ""])
@@ -51,9 +106,9 @@ def test_a_misspelt_group_is_refused(group: str) -> None:
 
 
 def test_two_stacks_and_gaps_are_refused() -> None:
-    tower = "vision_tower.layers.0.self_attn.q_proj.weight"
-    with pytest.raises(SpaceError, match=r"one stack of layers.*vision_tower"):
-        group_tensors([*llama(), tower])
+    encoder = "encoder.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(SpaceError, match=r"one stack of layers.*encoder"):
+        group_tensors([*llama(), encoder])
     with pytest.raises(SpaceError, match="no tensor with a layer index"):
         group_tensors(["model.norm.weight"])
     with pytest.raises(SpaceError, match=r"without a gap.*\[0, 2\]"):

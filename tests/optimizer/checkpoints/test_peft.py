@@ -17,7 +17,7 @@ from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
 from optimizer.merging.merge import Sources
 from search_spaces import Recipe, Setting
-from tests.optimizer.checkpoints.test_architectures import CONFIGS
+from tests.optimizer.checkpoints.test_families import random_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,7 +30,7 @@ def write_adapter(
     """Write a base and a random adapter on it, LoRA where no other config is given; return peft's model of both."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[family])
+        model = random_model(family.removesuffix("-tied"), tie_word_embeddings=family.endswith("-tied"))
         model.save_pretrained(folder / "base")
         config = config or peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **settings)
         adapted = peft.get_peft_model(model, config)
