@@ -18,6 +18,8 @@ from evals.lm_harness import Harness
 from evals.outcomes import HOLDOUT, SEARCH, Outcome
 from tests.evals.conftest import load, questions, words, write_task
 
+pytestmark = pytest.mark.slow  # lm-eval runs beside ours
+
 TOLERANCE = 1e-4  # nats per log-likelihood
 
 

@@ -25,6 +25,8 @@ from tests.optimizer.small_study import write_study
 from tests.pico import pico_expert
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 WIDTH = 100
 
 
@@ -398,6 +400,7 @@ def test_two_experts_measured_by_one_task_are_shown_apart_from_search_to_card(tm
     assert call("init", tmp_path / "base", *experts, *tasks, "--out", study).exit_code == 0
     small = ["items=4", "holdout_items=4"]
     sets = [*(f"--set=evals.{item}" for item in small), "--set=search.trials=8", "--set=search.sampler=random"]
+    sets += ["--set=search.learned=0"]
     shown = call("search", study, *sets, "--set=space.shape=uniform", "--workers", "0")
     assert shown.exit_code == 0, shown.output
     knee = open_run(run).knee()

@@ -19,6 +19,8 @@ from optimizer.runs.sensitivities import sensitivity_file
 from optimizer.runs.trial import Role
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 SETS = ["anchors.derived=[regmean]", "search.learned={count: 1, steps: 4}", "search.trials=12"]
 
 

@@ -17,6 +17,8 @@ from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from tests.toy_run import STUDY, toy_run, toy_space, toy_tasks
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -19,6 +19,8 @@ from optimizer.search.events import Event
 from optimizer.views.progress import Progress
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 TRIALS = 7
 
 

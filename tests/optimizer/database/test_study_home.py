@@ -29,6 +29,8 @@ from optimizer.study.study_file import stored_storage
 from tests.optimizer.fakes import Bench
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 def call(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])

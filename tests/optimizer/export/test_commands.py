@@ -21,6 +21,8 @@ from search_spaces.mergekit.stack import Stack
 from tests.pico import pico_expert, pico_llama
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 LAYERS = 4
 
 FLAT = """

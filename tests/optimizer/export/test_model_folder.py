@@ -24,6 +24,8 @@ from search_spaces import METHODS, Recipe, Setting
 from search_spaces.mergekit.reader import from_mergekit
 from tests.pico import pico_expert, pico_llama
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 def weighted(method: str, experts: dict[str, str], base: Path, *values: tuple[str, str, str, float]) -> Recipe:
     return Recipe(method, str(base), tuple(experts.items()), tuple(Setting(*value) for value in values))
@@ -216,7 +218,6 @@ def test_mergekit_makes_the_same_model_from_our_yaml(case: str, tied: bool, tmp_
     assert_same_model(ours, tmp_path / "theirs")
 
 
-@pytest.mark.slow
 def test_mergekit_run_as_its_users_run_it_makes_the_same_model(tmp_path: Path) -> None:
     folder = os.environ.get("MERGEKIT_BIN")  # of another environment
     if not folder:

@@ -21,6 +21,8 @@ from optimizer.workers.pool import SerialPool
 from optimizer.workers.worker import Evaluation, Worker
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 TENSOR = "model.layers.1.mlp.down_proj.weight"
 BAD = [float("nan"), float("-inf")]
 KINDS = {

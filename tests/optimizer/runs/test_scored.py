@@ -22,6 +22,8 @@ from optimizer.views.report import report_html
 from optimizer.views.tables import front_document
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -31,6 +31,8 @@ from tests.conftest import ROOT
 from tests.optimizer.fakes import Bench, FakeWorker, is_anchor
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.optimizer.fakes", "optimizer.run"])
 
@@ -94,7 +96,6 @@ def test_a_database_that_is_locked_for_a_moment_is_waited_for(bench: Bench) -> N
     assert len(finished(bench)) == 12
 
 
-@pytest.mark.slow
 def test_a_database_that_stays_locked_is_named_and_nothing_scored_is_lost(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "toy", storage=f"sqlite:///{tmp_path}/elsewhere.db?timeout=0.3")
     stranger = Stranger(tmp_path / "elsewhere.db", None)
@@ -111,7 +112,6 @@ def test_a_database_that_stays_locked_is_named_and_nothing_scored_is_lost(tmp_pa
 # --- what a search does not depend on ---
 
 
-@pytest.mark.slow
 def test_a_clock_that_jumps_back_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     bench.search(trials=10)
     with closing(sqlite3.connect(bench.folder / "study.db")) as database:
@@ -138,7 +138,6 @@ class Coarse(FakeWorker):
         return replace(exact, outcomes=tuple(alike))
 
 
-@pytest.mark.slow
 def test_equal_points_are_all_on_the_front_and_keep_their_order(bench: Bench) -> None:
     bench.search(trials=20, pool=SerialPool(Coarse))
     run = open_run(bench.folder)
@@ -151,7 +150,6 @@ def test_equal_points_are_all_on_the_front_and_keep_their_order(bench: Bench) ->
 NAME = "ünïcode-名前-\u202eعربي🙂 a'b\"c?d%20{e}#f\n-rf ..;$(x) " + "n" * 120
 
 
-@pytest.mark.slow
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     for name in (NAME, "-rf", "CON", "nul.db"):
         bench = Bench(tmp_path / name / "toy")
@@ -168,7 +166,6 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
 # --- secrets, code, rights ---
 
 
-@pytest.mark.slow
 def test_planted_secrets_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token, password = "hf_" + "Q" * 34, "s3cr3t-Passw0rd"
     study = write_study(tmp_path)
@@ -228,7 +225,6 @@ def _heeding_modes(folder: Path, answer: Path) -> None:
     answer.write_text(json.dumps(said))
 
 
-@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_can_be_read() -> None:
     parent = Path(tempfile.mkdtemp())
     try:
@@ -269,7 +265,6 @@ def test_no_process_of_ours_is_forked() -> None:
 # --- little or nothing finished ---
 
 
-@pytest.mark.slow
 def test_more_failures_than_successes_at_the_start_stop_the_search(bench: Bench) -> None:
     asked: list[Recipe] = []
 

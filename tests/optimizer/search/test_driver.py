@@ -28,6 +28,8 @@ from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
 from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, mean_weight, space_of
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 COMPLETE, FAIL, RUNNING, WAITING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING
 
 
@@ -175,7 +177,6 @@ def test_a_known_recipe_is_not_scored_twice(bench: Bench, monkeypatch: pytest.Mo
     assert any("the space has no more" in event.text for event in bench.events) == (not random)
 
 
-@pytest.mark.slow
 def test_a_recipe_that_cannot_be_merged_fails_once_with_its_reason(bench: Bench) -> None:
     def refuse(recipe: Recipe) -> None:
         seen[recipe.digest] += 1
@@ -237,7 +238,6 @@ def test_a_dead_workers_trial_goes_to_another_up_to_max_attempts(bench: Bench) -
     assert len(trials) == 12
 
 
-@pytest.mark.slow
 def test_a_resumed_search_goes_on_without_repeating_a_point(bench: Bench) -> None:
     for budget in (10, 10, 13, 16):
         bench.search(trials=budget)

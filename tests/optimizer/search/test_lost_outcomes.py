@@ -27,6 +27,8 @@ from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench, FakeWorker, Refuse, is_anchor, tasks_of
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 TRIALS = 19
 FIRST = 2  # trials after the base and the expert
 

@@ -21,6 +21,8 @@ from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench, FakeWorker
 from tests.optimizer.search.test_kill import FORKS
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 BUDGET = 22
 LEARNED = ["learned p=0.37", "learned p=0.60", "learned p=0.83"]
 DERIVED = [f"derived {form} {share:g}" for form in ("regmean", "fisher") for share in SHARES]
@@ -159,7 +161,6 @@ def points_of(folder: Path) -> list[tuple[str, str, list[float]]]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
     [

@@ -17,6 +17,8 @@ from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html, write_report
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -20,6 +20,8 @@ from optimizer.views.sentences import MEANINGS, gap_sentence, what_prepared_poin
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

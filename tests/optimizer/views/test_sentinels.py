@@ -19,6 +19,8 @@ from optimizer.views.tables import front_document, print_front
 from optimizer.words import Change
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 TITLE = "Sentinel tasks"
 
 
