@@ -17,6 +17,8 @@ from evals.errors import TaskError
 from evals.outcomes import HOLDOUT, SEARCH
 from tests.evals.conftest import load, questions, write_task
 
+pytestmark = pytest.mark.slow  # hundreds of crafted files
+
 NESTED = "[" * 100_000 + "]" * 100_000
 
 
@@ -79,7 +81,6 @@ def test_a_task_that_is_no_file(tmp_path: Path) -> None:
     assert "holds one task, or one group of tasks" in refusal(tmp_path / "empty")
 
 
-@pytest.mark.slow
 def test_only_what_is_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task's neighbours are not read; a group's are, within bounds, and one that is broken is missed by its name."""
     folder = write_task(tmp_path / "g", questions(), task="one")

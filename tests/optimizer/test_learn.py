@@ -13,6 +13,8 @@ from optimizer.cli import app
 from search_spaces import Recipe
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # weights are learned
+
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:

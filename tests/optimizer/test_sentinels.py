@@ -20,6 +20,8 @@ from optimizer.workers.orders import Lesson
 from optimizer.workers.worker import Worker
 from tests.optimizer.small_study import write_study, write_task
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,6 +26,8 @@ from optimizer.study.study_file import read_study
 from tests.optimizer.checkpoints.edits import adapter, shard
 from tests.optimizer.small_study import write_study
 
+pytestmark = pytest.mark.slow  # hundreds of crafted files
+
 ROUNDS = 25  # of each kind
 SECONDS = 10  # a case takes some hundredths of one
 GROWTH = 400_000  # kB over all cases of a kind; what is imported is among them

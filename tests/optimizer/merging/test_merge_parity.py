@@ -33,7 +33,7 @@ from search_spaces import METHODS, Recipe
 from search_spaces.mergekit.reader import from_mergekit
 from tests.pico import pico_expert, pico_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # mergekit runs beside ours
 
 DEMO = Path(__file__).parents[3] / "runs/demo-inputs"
 NEAR = 3e-7  # as `apart` has it: some roundings of a float32

@@ -12,6 +12,8 @@ from evals.objectives import Draws, Scale, draw_objectives
 from evals.outcomes import TaskInfo
 from optimizer.runs.comparison import Gap, gap_to_line, most_domain
 
+pytestmark = pytest.mark.slow  # studies are simulated
+
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.0, 200, 0),
     TaskInfo("facts", "general", "", "multiple_choice", "acc", True, 0.25, 200, 0),

@@ -15,6 +15,8 @@ from optimizer.runs.front import hypervolume, losses, non_dominated
 from optimizer.runs.trial import Role
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 NAMES = ("domain", "forgetting")
 ROLES = (Role.BASE, Role.EXPERT, Role.UNIFORM, Role.DERIVED, Role.LEARNED, Role.SEARCHED)
 

@@ -12,6 +12,8 @@ from optimizer.runs.path import blend, path_of, recipe_at
 from search_spaces.recipe import Recipe, Setting
 from tests.optimizer.fakes import GROUPS, Bench
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,6 +27,8 @@ from optimizer.runs.run_folder import RunFolder, is_locked
 from search_spaces.recipe import Recipe, Setting
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.25, 8, 8),
     TaskInfo("science", "general", "", "multiple_choice", "acc", True, 0.25, 8, 8),

@@ -15,6 +15,8 @@ from optimizer.views import canvas, front_plot, plots
 from optimizer.views.pictures import picture
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 EVIL = '<img src=x onerror="alert(1)"> $x$'
 
 

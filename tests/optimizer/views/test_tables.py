@@ -14,6 +14,8 @@ from optimizer.views.tables import front_document, print_front, table
 from optimizer.views.terminal import Terminal
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -22,6 +22,8 @@ from optimizer.workers.orders import PULLS, Learned, Lesson
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
+pytestmark = pytest.mark.slow  # weights are learned
+
 
 def lesson(study: Study, **changes: object) -> Lesson:
     start = Recipe(

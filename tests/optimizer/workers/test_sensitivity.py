@@ -18,6 +18,8 @@ from search_spaces import Recipe, Setting
 from tests.optimizer.small_study import write_study
 from tests.pico import pico_expert, pico_llama
 
+pytestmark = pytest.mark.slow  # gradients are taken
+
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
