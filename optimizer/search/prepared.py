@@ -22,6 +22,7 @@ from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe, Setting
 
 SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
+LEARNED_ON: tuple[Form, float] = ("regmean", SHARES[1])  # the derived expert that lessons begin at
 PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
 LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
 REQUEST, LESSON = "request", "lesson"  # user attributes of a learned trial: a lesson as it is given, what it gave
@@ -187,9 +188,16 @@ class Preparer:
         )
 
     def _start(self, preference: Mapping[str, float]) -> Recipe:
-        """Give the anchor that is best by a preference: the domains' gain against what is forgotten, as shares of the
-        most that an expert forgets."""
-        ledger = self.ledger
+        """Give RegMean's middle expert where there is one, else the anchor that is best by a preference.
+
+        Which anchor is best on search items is decided by their noise; RegMean's deltas were the better ones to learn
+        on whatever the preference. Best is the domains' gain against forgetting, in shares of the most that an expert
+        forgets.
+        """
+        starts, ledger = list(self._starts()), self.ledger
+        for number, recipe in starts:
+            if self._derivations.get(ledger.kinds[number]) == LEARNED_ON:
+                return recipe
         most = max(ledger.values[n][-1] for kind, n in ledger.references.items() if kind.role is Role.EXPERT)
         general = 1 - math.fsum(preference.values())
 
@@ -198,7 +206,7 @@ class Preparer:
             won = math.fsum(share * gain for share, gain in zip(preference.values(), gains, strict=True))
             return won - general * forgetting / max(most, 1e-9)
 
-        return max(self._starts(), key=lambda pair: (worth(pair[0]), -pair[0]))[1]
+        return max(starts, key=lambda pair: (worth(pair[0]), -pair[0]))[1]
 
     def _starts(self) -> Iterator[tuple[int, Recipe]]:
         for number in self.ledger.finished_anchors():

@@ -15,7 +15,7 @@ from optimizer.errors import MergeError
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.prepared import SHARES, Preparation
 from optimizer.search.samplers import SampledStudy
-from optimizer.workers.orders import Derivation, Learned, Lesson
+from optimizer.workers.orders import Derivation, Form, Learned, Lesson
 from optimizer.workers.pool import Result, SerialPool
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench, FakeWorker
@@ -78,8 +78,11 @@ def test_a_derived_anchor_is_its_checkpoint_whole(tmp_path: Path) -> None:
     assert recipe.value("weight", expert="clinical_fisher_40", group="head") == 1.0
 
 
-def test_a_lesson_starts_at_the_best_anchor_by_its_preference_and_says_what_it_gave(tmp_path: Path) -> None:
-    bench = bench_of(tmp_path)
+@pytest.mark.parametrize("forms", [("regmean", "fisher"), ("fisher",), ()])
+def test_a_lesson_starts_at_regmean_or_the_best_anchor_and_says_what_it_gave(
+    forms: tuple[Form, ...], tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path / "toy", forms=forms, learned=3)
     bench.search(trials=BUDGET, sampler="random")
     trials = trials_of(bench)
     expert = next(t for t in trials if kinds_of([t]) == ["expert:clinical"])
@@ -93,6 +96,8 @@ def test_a_lesson_starts_at_the_best_anchor_by_its_preference_and_says_what_it_g
         anchors = [t for t in trials if TrialKind.of(t.user_attrs).role not in (Role.LEARNED, Role.SEARCHED)]
         worth = {t.number: share * t.values[0] - (1 - share) * t.values[1] / expert.values[1] for t in anchors}
         best = max(anchors, key=lambda t: (worth[t.number], -t.number))
+        if "regmean" in forms:
+            best = next(t for t in trials if kinds_of([t]) == ["derived regmean 0.4"])
         assert Recipe.from_json(request["start"]) == Recipe.from_json(best.user_attrs["recipe"])
 
 
