@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import ScoreError, TaskError, error_text
 from evals.lm_split import Item, content_hash, right_choices
-from evals.outcomes import SUITES, Outcome, TaskInfo
+from evals.outcomes import CERTIFY, SUITES, Outcome, TaskInfo
 from evals.packing import build_trie
 from evals.tokens import Encoder, Pair, Prompt, Text
 
@@ -36,7 +36,7 @@ class LoadedTask:
     filter: str
     shots: tuple[int, ...]  # of each member
     shots_from: str  # study, task or "": nobody asks for any
-    items: Mapping[str, tuple[Item, ...]]  # by suite
+    items: Mapping[str, tuple[Item, ...]]  # by suite, and those kept for certificates
     notes: tuple[str, ...] = ()  # what a person might not expect
 
 
@@ -108,6 +108,12 @@ class _Suite:
         """Return the requests of one task."""
         return [request for asked in self.items if asked.task is task for request in asked.requests]
 
+    def part(self, only: Mapping[str, Sequence[str]]) -> _Suite:
+        """Return some of the items of some tasks, by hash."""
+        wanted = {(name, item) for name, items in only.items() for item in items}
+        found = tuple(asked for asked in self.items if (asked.task.info.name, asked.item.hash) in wanted)
+        return _Suite(found, self.prefix)
+
     def reading(self, max_length: int) -> _Reading:
         """Return what a model of that length reads, made once for all candidates."""
         if max_length not in self.readings:
@@ -118,7 +124,7 @@ class _Suite:
 
 
 class Harness:
-    """The tasks of a study, their items in two disjoint suites, and the way from a model to outcomes."""
+    """The tasks of a study, their items in disjoint suites, and the way from a model to outcomes."""
 
     def __init__(self, tasks: Sequence[LoadedTask], *, seed: int, chat_template: bool) -> None:
         self.tasks = tuple(tasks)
@@ -152,8 +158,11 @@ class Harness:
         ]
         self._suites[suite] = _Suite(tuple(items), encoder.prefix)
 
-    def score(self, engine: Engine, suite: str) -> list[Outcome]:
+    def score(self, engine: Engine, suite: str, only: Mapping[str, Sequence[str]] | None = None) -> list[Outcome]:
         """Return one outcome per item of a suite, from the model as it is now.
+
+        Args:
+            only: of these tasks only these items, by hash; None: all.
 
         Raises:
             ScoreError: the model gives numbers that are not finite.
@@ -161,6 +170,8 @@ class Harness:
         if suite not in self._suites:
             self.prepare(engine.tokenizer, suite)
         prepared = self._suites[suite]
+        if only is not None:
+            prepared = prepared.part(only)
         answers = iter(_answers(prepared, engine))
         return [
             _outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
@@ -202,6 +213,7 @@ class Harness:
                 "shots": _range(task.shots),
                 "shots_from": task.shots_from,
                 **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
+                "certify_items": len(task.items[CERTIFY]),
                 **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},
             }
             for task in self.tasks

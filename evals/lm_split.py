@@ -1,4 +1,4 @@
-"""The items of a task: their content and the chance of guessing, in two disjoint suites, and what shots are left."""
+"""The items of a task: their content and the chance of guessing, in disjoint parts, and what shots are left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evals.errors import TaskError, error_text, shortened
-from evals.outcomes import HOLDOUT, REST, SEARCH, TaskSpec
+from evals.outcomes import CERTIFY, HOLDOUT, REST, SEARCH, SPARE, SPARE_SHARE, TaskSpec
 from evals.rows import Rows
 
 Chances = dict[tuple[int, str], float]  # of guessing right, by member of a group and item hash
@@ -118,11 +118,19 @@ def split_items(
     shots: Sequence[int],
     seed: int,
 ) -> dict[str, tuple[Item, ...]]:
-    """Search items from one end of a seeded order of contents, holdout items from the other, shots from between."""
+    """Search items from one end of a seeded order of contents, holdout items from the other; from between come certify
+    items, next to the holdout, and shots."""
     order = sorted(items, key=lambda content: content_hash(f"{seed}:{content}"))
     left = len(order) - spec.search_items
+    examples = [
+        [_content_of_shot(member, doc) for doc in member.sampler.df] if number else []
+        for member, number in zip(members, shots, strict=True)
+    ]
+    reserved = max(_reserved(*needed, items) for needed in zip(members, shots, examples, strict=True))
+    asked_for = asked_certify_items(spec, len(order))
     if spec.holdout_items == REST:
-        holdout = left - max(_reserved(*needed, items) for needed in zip(members, shots, strict=True))
+        kept = 0 if spec.certify_items == SPARE else min(asked_for, max(0, left - reserved - 1))
+        holdout = left - reserved - kept
     elif isinstance(spec.holdout_items, float):
         holdout = round(spec.holdout_items * len(order))
     else:
@@ -138,17 +146,30 @@ def split_items(
             f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
             "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"
         )
-    chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :]}
+    between = order[spec.search_items : len(order) - holdout]
+    if spec.certify_items == SPARE:  # nothing that a shot is drawn from, so that no prompt changes
+        free = set(between).difference(*examples)
+        between = [content for content in between if content in free]
+    else:
+        between = between[reserved:]
+    certify = between[max(0, len(between) - asked_for) :]
+    chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :], CERTIFY: certify}
     used = {content for contents in chosen.values() for content in contents}
-    for member, number in zip(members, shots, strict=True):
+    for member, number, known in zip(members, shots, examples, strict=True):
         if number:
-            _keep_shots(name, member, used, number)
+            _keep_shots(name, member, number, [content not in used for content in known])
     return {suite: tuple(i for content in contents for i in items[content]) for suite, contents in chosen.items()}
 
 
-def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int) -> None:
+def asked_certify_items(spec: TaskSpec, contents: int) -> int:
+    """Return how many certify items a study asks of a task that has so many different items."""
+    share = SPARE_SHARE if spec.certify_items == SPARE else spec.certify_items
+    return round(share * contents) if isinstance(share, float) else share
+
+
+def _keep_shots(name: str, member: ConfigurableTask, shots: int, is_free: Sequence[bool]) -> None:
     """Leave a task only worked examples that no suite scores."""
-    pool = [doc for doc in member.sampler.df if _content_of_shot(member, doc) not in used]
+    pool = [doc for doc, free in zip(member.sampler.df, is_free, strict=True) if free]
     needed = _examples(member, shots)
     if len(pool) < needed:
         raise TaskError(
@@ -158,11 +179,11 @@ def _keep_shots(name: str, member: ConfigurableTask, used: set[str], shots: int)
     member.sampler.replace_df(pool)
 
 
-def _reserved(member: ConfigurableTask, shots: int, items: Mapping[str, list[Item]]) -> int:
+def _reserved(member: ConfigurableTask, shots: int, examples: Sequence[str], items: Mapping[str, list[Item]]) -> int:
     """Return how many of the items must be left to the shots, where there are too few examples elsewhere."""
     if not shots:
         return 0
-    outside = {_content_of_shot(member, doc) for doc in member.sampler.df} - set(items)
+    outside = set(examples) - set(items)
     return shots + 1 if len(outside) < _examples(member, shots) else 0
 
 

@@ -27,8 +27,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from evals.errors import TaskError, error_text
 from evals.lm_harness import Harness, LoadedTask
 from evals.lm_metric import choose_metric, metric_notes, require_measured, require_pooled, require_usable
-from evals.lm_split import content_of, error_of_item, read_items, shots_of, split_items
-from evals.outcomes import ACCURACIES, HOLDOUT, REST, SEARCH, SENTINEL, SUITES, TaskInfo, TaskSpec
+from evals.lm_split import asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
+from evals.outcomes import ACCURACIES, CERTIFY, HOLDOUT, REST, SEARCH, SENTINEL, SPARE, SUITES, TaskInfo, TaskSpec
 from evals.rows import Rows, read_rows
 from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
 from evals.templates import Sandbox
@@ -105,7 +105,20 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     )
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
     notes = metric_notes(name, members[0], metric, spec.metric)
+    notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
     return LoadedTask(info, members, chosen_filter, shots, shots_from, suites, notes)
+
+
+def _certify_notes(name: str, spec: TaskSpec, found: int, contents: int) -> tuple[str, ...]:
+    """Say where fewer items are left for certificates than a study asks for."""
+    asked = asked_certify_items(spec, contents)
+    if found >= asked:
+        return ()
+    mend = "lower items or holdout_items"
+    if spec.certify_items == SPARE and spec.shots != 0:
+        mend += ", or say certify_items: 0.2, which also keeps them from being worked examples"
+    left = f"{found} are" if found else "none is"
+    return (f"task {name}: {left} left of {asked} items for certificates; for more, {mend}",)
 
 
 def _half_built(error: BaseException) -> ConfigurableTask | None:

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 SEARCH = "search"
 HOLDOUT = "holdout"
 SUITES = (SEARCH, HOLDOUT)
+CERTIFY = "certify"  # items of no suite: nothing is scored on them before a certificate asks for it
 SENTINEL = "sentinel"  # the role of a task that the search never sees
 REST = -1  # as a number of holdout items: all that the search leaves
+SPARE = -2  # as a number of certify items: a fifth of all, of those that neither a suite nor a worked example may use
+SPARE_SHARE = 0.2
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
 OUTCOME_COLUMNS = (
     *("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off"),
@@ -32,6 +35,8 @@ class TaskSpec:
         search_items: items the search scores; 0 for a sentinel.
         holdout_items: items that judge the front, disjoint from the search items: a number, a share of the task's
             items (a float between 0 and 1), or `REST`, all that remain.
+        certify_items: items kept for certificates, of what the suites leave: a number, a share of the task's items, or
+            `SPARE`; as many as there are where there are fewer. A number or a share also keeps them from the shots.
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
     """
@@ -41,6 +46,7 @@ class TaskSpec:
     expert: str = ""
     search_items: int = field(kw_only=True)
     holdout_items: int | float = field(kw_only=True)
+    certify_items: int | float = field(default=0, kw_only=True)
     shots: int | None = None
     metric: str = ""
 

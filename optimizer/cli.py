@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -277,6 +279,41 @@ def export(
 
 
 @app.command()
+def certify(
+    run: RunPath,
+    max_forgetting: Annotated[
+        float, typer.Option(help="The most that may be forgotten: a share, 0.05 for 5 %.", show_default=False)
+    ],
+    min_gain: Annotated[
+        float | None, typer.Option(help="The least of the domain gain to be kept: a share.", show_default=False)
+    ] = None,
+    delta: Annotated[float, typer.Option(help="How often the answer may be wrong: 0.1 for 90 % confidence.")] = 0.1,
+    each_task: Annotated[bool, typer.Option("--each-task", help="The limit holds on every general task.")] = False,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Certify, on items nothing has looked at, which recipe forgets little."""
+    from optimizer.certify import certify_run, spent_sentence
+    from optimizer.errors import NoPointError
+    from optimizer.runs.certificates import Question
+    from optimizer.study.study_file import stored_storage
+
+    question = Question(max_forgetting, min_gain, each_task, delta)
+    path = _opened(run, storage).path
+    say = partial(_say, error=True) if as_json else _say
+    try:
+        certificate = certify_run(path, question, storage=storage or stored_storage(path), say=say)
+    except NoPointError as error:
+        _fail(str(error), NOT_NOW)
+    if as_json:
+        _print_json(certificate)
+    else:
+        _say(f"{certificate['sentence']}\n{spent_sentence(certificate)}")
+    if certificate["trial"] is None:
+        raise typer.Exit(NOT_NOW)
+
+
+@app.command()
 def report(run: RunPath, storage: Storage = None) -> None:
     """Write the run's report.html and front.json anew."""
     from optimizer.run_study import finish
@@ -390,7 +427,7 @@ def _say(text: str, *, error: bool = False) -> None:
     say(text, error=error)
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def _print_json(document: Mapping[str, Any]) -> None:
     _say(json.dumps(document, indent=1, allow_nan=False))
 
 

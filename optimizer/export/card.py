@@ -35,7 +35,7 @@ def model_card(
         f"recipe `{recipe.digest}`. "
     )
     if unsaid:
-        about += f"`recipe.json` holds all that is needed to make it again. For mergekit: {_plain(unsaid)}."
+        about += f"`recipe.json` holds all that is needed to make it again. For mergekit: {plain(unsaid)}."
     else:
         about += (
             "`recipe.json` and `mergekit.yaml` hold all that `mergefront merge` needs to make it again, to the bit."
@@ -77,7 +77,7 @@ def _head(models: Iterable[Checkpoint], title: str) -> str:
         "library_name": "transformers",
         "tags": ["merge", "mergefront"],
     }
-    return f"---\n{dump_yaml(front)}---\n\n# {_plain(title)}"
+    return f"---\n{dump_yaml(front)}---\n\n# {plain(title)}"
 
 
 def public_name(checkpoint: Checkpoint) -> str:
@@ -107,10 +107,10 @@ def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table whose cells show as they stand."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Make a name inert in Markdown and HTML: one line, no cell border, no tag."""
     inert = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return inert.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")

@@ -9,7 +9,7 @@ from typing import Any
 from optimizer.words import count
 
 ABSENT = object()
-CHOOSE_ITEMS = ("seed", "items", "holdout_items")  # settings of evals that other items follow from
+CHOOSE_ITEMS = ("seed", "items", "holdout_items", "certify_items")  # settings of evals that other items follow from
 LONGEST_SHOWN = 300  # characters: a path has to be whole
 
 

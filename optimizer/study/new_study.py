@@ -109,6 +109,7 @@ evals:
   # sentinel: [path/to/other_task.yaml]  # of another form, and never searched on: was ability kept, or a form learned?
   items: 100  # of each task, scored by the search; more items, narrower intervals
   holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
+  certify_items: 0.2  # others, untouched until `mergefront certify` asks for them: a number, a share, or spare
   seed: 0  # chooses the items
 
 anchors:

@@ -69,6 +69,7 @@ def _count_or(
 
 
 Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
+Certify = Annotated[int | float | Literal["spare"], *_count_or("spare", least=0, share=True)]
 Threads = Annotated[int | Literal["auto"], *_count_or("auto", most=MOST_WORKERS)]
 Budget = Annotated[int | Literal["auto"], *_count_or("auto", least=16)]
 
@@ -222,6 +223,9 @@ class TaskEntry(Section):
         default=None,
         description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
     )
+    certify_items: Certify | None = Field(
+        default=None, description="Items kept for certificates. Default: evals.certify_items."
+    )
     shots: int | None = Field(
         default=None,
         ge=0,
@@ -252,6 +256,11 @@ class EvalsSection(Section):
     holdout_items: Holdout = Field(
         default=100,
         description="Other items that judge the front: a number, a share of each task's items (0.3), or rest.",
+    )
+    certify_items: Certify = Field(
+        default="spare",
+        description="Items that nothing looks at before a certificate: a number, a share of each task's items, or "
+        "spare (a fifth, of those that neither the other two nor worked examples use); fewer where fewer are left.",
     )
     chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
     allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from evals.outcomes import REST, SENTINEL, TaskSpec
+from evals.outcomes import REST, SENTINEL, SPARE, TaskSpec
 from optimizer.study.schema import Study
 
 
@@ -18,12 +18,19 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             expert=entry.expert,
             search_items=0 if role == SENTINEL else evals.items if entry.items is None else entry.items,
             holdout_items=_items(evals.holdout_items if entry.holdout_items is None else entry.holdout_items),
+            certify_items=0
+            if role == SENTINEL
+            else _kept(evals.certify_items if entry.certify_items is None else entry.certify_items),
             shots=entry.shots,
             metric=entry.metric,
         )
         for role, entries in evals.roles.items()
         for entry in entries
     )
+
+
+def _kept(given: int | float | Literal["spare"]) -> int | float:
+    return SPARE if given == "spare" else given
 
 
 def _items(given: int | float | Literal["rest"]) -> int | float:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limit
 from evals.outcomes import SUITES
 from optimizer.search.cost import Cost, cost_of, count_numbers
 from optimizer.views.tables import table
-from optimizer.words import count, printable
+from optimizer.words import count, percent, printable
 from search_spaces.groups import PASSED, group_of, is_placed, split_name
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from optimizer.search.plan import Plan
     from search_spaces.choice import Choice
     from search_spaces.space import Space
+
+EXAMPLE = 0.05  # a limit on forgetting, to say what it takes
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -44,6 +47,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(table("Tasks", columns, _task_rows(plan.harness), right=numbers))
         for note in plan.harness.notes:
             console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.print(table("Certificates", ["", ""], _power_rows(plan.harness)))
     cost = cost_of(plan)
     if cost is not None:
         console.print(table("Cost", ["", ""], _cost_rows(plan, cost)))
@@ -82,6 +86,25 @@ def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
         shots = f"{row['shots']} ({row['shots_from']})" if row["shots_from"] else row["shots"]
         numbers = f"{row['chance']:.2f}", shots, *(row[f"{suite}_items"] for suite in SUITES)
         yield row["task"], role, row["metric"], *numbers
+
+
+def _power_rows(harness: Harness) -> Iterator[tuple[str, str]]:
+    """Yield what certificates of forgetting the study's items are enough for, at the usual confidence."""
+    items = {row["task"]: row["certify_items"] for row in harness.describe() if row["role"] == "general"}
+    yield "items", ", ".join(f"{number} of {task}" for task, number in items.items())
+    if not all(items.values()):
+        yield "limits", "none: each general task needs items for it"
+        return
+    least, sure = percent(smallest_limit(items, DELTA)), percent(1 - DELTA)
+    yield "limits", f"about {least} of forgetting or more, at {sure} confidence"
+    yield percent(EXAMPLE), f"takes about {items_for(EXAMPLE, len(items), DELTA):,} items of each"
+    yield (
+        "for",
+        (
+            f"questions, a base {percent(ABILITY)} above chance, and a merge that forgets nothing and answers "
+            f"{percent(CHANGED)} of them otherwise"
+        ),
+    )
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ stays light. Paths in the spec are absolute: a worker has a working directory of
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,12 +103,13 @@ class Worker:
         self._prepared: set[str] = set()
         self._learner: Learner | None = None
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+    def evaluate(self, recipe: str, suite: str, only: Mapping[str, Sequence[str]] | None = None) -> Evaluation:
         """Score one recipe.
 
         Args:
             recipe: as `Recipe.to_json` writes it.
-            suite: "search" or "holdout".
+            suite: "search", "holdout" or "certify".
+            only: of these tasks only these items, by hash; None: all.
 
         Raises:
             CheckpointError: a source's file is not the one that was opened.
@@ -120,7 +122,7 @@ class Worker:
             start = time.perf_counter()
             self.merge(Recipe.from_json(recipe))
             merged = time.perf_counter()
-            outcomes = tuple(self._harness.score(self._engine, suite))
+            outcomes = tuple(self._harness.score(self._engine, suite, only))
             return Evaluation(outcomes, merged - start, time.perf_counter() - merged)
 
     def learn(self, lesson: Lesson) -> Learned:

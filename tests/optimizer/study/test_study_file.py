@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from evals.outcomes import REST, TaskSpec
+from evals.outcomes import REST, SPARE, TaskSpec
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml
 from optimizer.study.new_study import commented_study, new_study
@@ -84,10 +84,16 @@ def test_a_password_is_not_written_to_the_run_folder(tmp_path: Path, good: str) 
 
 
 def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path, good: str) -> None:
-    text = good.replace("- arc_easy", "- {task: arc_easy, items: 7, holdout_items: rest, shots: 2, metric: acc}")
+    text = good.replace(
+        "- arc_easy", "- {task: arc_easy, items: 7, holdout_items: rest, certify_items: spare, shots: 2, metric: acc}"
+    )
     notes, arc, hellaswag = task_specs(read_study(written(tmp_path, text), ["evals.items=30"]))
-    assert notes == TaskSpec(str(tmp_path / "tasks/notes.yaml"), "domain", search_items=30, holdout_items=100)
-    assert arc == TaskSpec("arc_easy", "general", search_items=7, holdout_items=REST, shots=2, metric="acc")
+    assert notes == TaskSpec(
+        str(tmp_path / "tasks/notes.yaml"), "domain", search_items=30, holdout_items=100, certify_items=0.2
+    )
+    assert arc == TaskSpec(
+        "arc_easy", "general", search_items=7, holdout_items=REST, certify_items=SPARE, shots=2, metric="acc"
+    )
     assert hellaswag.search_items == 30
 
 
