@@ -33,7 +33,7 @@ FORGETTING, GAIN = "forgetting", "domain gain"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """Outcomes that may be looked at: those of search and holdout items.
+    """Outcomes that may be looked at: those of the holdout items.
 
     Args:
         rows: columns trial and those of `Outcome`.

@@ -12,11 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from evals.certificates import BUDGET, Hypothesis
 from evals.hypotheses import Known, forgetting_hypotheses, gain_hypothesis
-from evals.outcomes import CERTIFY, HOLDOUT, SEARCH
+from evals.outcomes import CERTIFY, HOLDOUT
 from optimizer.errors import RunError
 from optimizer.run import open_run
 from optimizer.run_study import fingerprint, worker_spec
@@ -136,9 +134,8 @@ def _ledger(run: Run, question: Question, items: Mapping[str, list[str]], *, lef
 def _hypotheses(run: Run, link: Link, question: Question, items: Mapping[str, list[str]]) -> list[Hypothesis]:
     assert run.references is not None, "a chain has scored points"
     base, experts = run.references
-    rows = pd.concat([run.outcomes(SEARCH), run.outcomes(HOLDOUT)], ignore_index=True)
     sizes = {task: len(hashes) for task, hashes in items.items()}
-    known = Known(rows, base, link.trial, experts, run.tasks, sizes)
+    known = Known(run.outcomes(HOLDOUT), base, link.trial, experts, run.tasks, sizes)
     limits = forgetting_hypotheses(known, question.max_forgetting, each_task=question.each_task, delta=question.delta)
     gains = [] if question.min_gain is None else [gain_hypothesis(known, question.min_gain, delta=question.delta)]
     return [*limits, *gains]

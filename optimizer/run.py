@@ -48,7 +48,7 @@ class Run(ScoredRun):
         return sentences.how_sure(self, trial, max_forgetting)
 
     def verdict(self) -> list[str]:
-        """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what
+        """Say whether searching was worth it: what was found beside the best of the lines, for some limits, and what
         derived and learned points add."""
         return sentences.verdict(self)
 

@@ -1,72 +1,101 @@
-"""Does a search pay: one trial against a line of anchors, at the same forgetting and on the same items."""
+"""Does a search pay: what it found against the lines that need none, for the same limit on forgetting.
+
+Both sides choose by the same rule on the search items, and the items that judge compare the two that were chosen. So
+the interval is that of one difference that was fixed beforehand: when there is none, it leaves out 0 as seldom as it
+says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
 from evals.objectives import Draws, interval
+from optimizer.runs.front import best_under
+from optimizer.runs.trial import Role
 
-Array = NDArray[np.float64]
+LINES = (Role.UNIFORM, Role.SLOPE, Role.EXPERT)  # one weight for all layers, or one that rises; they end in the expert
+FOUND = (Role.SEARCHED, Role.LEARNED)
+NOBODY = -1  # in place of a trial, where no point of a side keeps to a limit
+COLUMNS = (
+    "limit",
+    "suite",
+    "line_trial",
+    "line_kind",
+    "line_domain",
+    "line_forgetting",
+    "trial",
+    "kind",
+    "domain",
+    "forgetting",
+    "difference",
+    "low",
+    "high",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How much more of the domain gain a trial has than a line, at the trial's forgetting.
+def compare_at_limits(
+    points: pd.DataFrame,
+    roles: pd.Series[Any],
+    judged: pd.DataFrame,
+    draws: Draws,
+    *,
+    suite: str,
+    limits: Sequence[float],
+    kept: Callable[[float], pd.Series[float]],
+    sure: float,
+) -> pd.DataFrame:
+    """Compare, at each limit on forgetting, the best point that was found with the best of the lines.
 
     Args:
-        line_forgetting: the trial's, or the least of the line where that is more.
-        line_domain: what the line has there.
-        difference: the trial's less the line's, a share of the expert's gain.
-        low, high: its 95 % interval.
+        points: figures by the search items, of every trial.
+        roles: of the same trials.
+        judged: figures by the items that judge; a trial that has none is not chosen.
+        draws: of the items that judge.
+        suite: that they are from.
+        kept: gives the share of resamplings of the search items in which each trial keeps to a limit.
+        sure: the share that a point needs to be chosen.
+
+    Returns:
+        A frame of `COLUMNS`: the two points with their gain and forgetting on the items that judge, and how much more
+        of the gain the found one has, with its 95 % interval. NaN, and `NOBODY`, where a side has no such point;
+        without a row for a limit that neither side keeps to.
     """
+    usable = judged.index[judged["domain"].notna()]
+    rows = []
+    for limit in limits:
+        certain = usable[kept(limit)[usable] >= sure]
+        line, found = (_best(points.loc[certain[roles[certain].isin(side)]], limit) for side in (LINES, FOUND))
+        if line == found == NOBODY:
+            continue
+        about = [_about(judged, trial) for trial in (line, found)]
+        rows.append((limit, suite, *about[0], *about[1], *_difference(draws, found, line)))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
-    line_forgetting: float
-    line_domain: float
-    difference: float
-    low: float
-    high: float
+
+def _best(points: pd.DataFrame, limit: float) -> int:
+    at = best_under(points["domain"], points["forgetting"], max_forgetting=limit)
+    return NOBODY if at is None else int(points.index[at])
 
 
-def gap_to_line(draws: Draws, trial: int, line: Sequence[int]) -> Gap:
-    """Measure a trial against a line of anchors, with an interval for the same question asked of resampled items.
+def _about(judged: pd.DataFrame, trial: int) -> tuple[object, ...]:
+    if trial == NOBODY:
+        return NOBODY, "", np.nan, np.nan
+    row = judged.loc[trial]
+    return trial, row["kind"], row["domain"], row["forgetting"]
 
-    How much each point forgets is as uncertain as what it gains; so where the line is met, and which of its points
-    count, is found anew for every resampling.
 
-    Args:
-        line: trials that are its points, the base among them.
-    """
-    column, stops = draws.column(trial), [draws.column(stop) for stop in line]
-
-    def on_line(forgetting: Array, domain: Array) -> float:
-        return most_domain(forgetting[column], forgetting[stops], domain[stops])
-
-    at = on_line(draws.points["forgetting"], draws.points["domain"])
-    samples = draws.samples["domain"][:, column] - [
-        on_line(*row) for row in zip(draws.samples["forgetting"], draws.samples["domain"], strict=True)
-    ]
+def _difference(draws: Draws, trial: int, other: int) -> tuple[float, float, float]:
+    """Measure how much more of the gain one trial has than another, with its paired 95 % interval."""
+    if NOBODY in (trial, other):
+        return np.nan, np.nan, np.nan
+    columns = draws.column(trial), draws.column(other)
+    at, samples = (
+        (values[..., columns[0]] - values[..., columns[1]])
+        for values in (draws.points["domain"], draws.samples["domain"])
+    )
     (low,), (high,) = interval(samples[:, None])
-    forgetting, domain = draws.points["forgetting"], float(draws.points["domain"][column])
-    return Gap(float(max(forgetting[column], forgetting[stops].min())), at, domain - at, float(low), float(high))
-
-
-def most_domain(target: float, forgetting: Array, domain: Array) -> float:
-    """Find the most domain gain on a line at a forgetting.
-
-    The line joins its points in the order of what they forget, without those another one beats; between two of them
-    lies what sharing the items between them would give, as gain and forgetting are linear in an item's value. Beyond
-    its ends counts the nearer end.
-
-    Args:
-        target: the forgetting asked for.
-        forgetting, domain: (k,) of the points, in any order.
-    """
-    order = np.lexsort((-domain, forgetting))
-    forgetting, domain = forgetting[order], domain[order]
-    best = np.maximum.accumulate(domain)
-    rises = np.append(True, domain[1:] > best[:-1])
-    return float(np.interp(target, forgetting[rises], domain[rises]))
+    return float(at), float(low), float(high)

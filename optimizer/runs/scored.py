@@ -5,7 +5,6 @@ Points are trials by number; figures are shares (0.06 is 6 %).
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +15,8 @@ from evals.errors import TaskError
 from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel_changes, task_retention
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
-from optimizer.runs.comparison import Gap, gap_to_line
+from optimizer.runs.comparison import COLUMNS as PAY_COLUMNS
+from optimizer.runs.comparison import FOUND, compare_at_limits
 from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
 from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
 from optimizer.runs.recorded import RecordedRun
@@ -24,7 +24,6 @@ from optimizer.runs.trial import Role, roles_of
 from optimizer.words import listed, percent
 
 NO_TRIAL_YET = "No finished trial yet"
-LINES = {"uniform": Role.UNIFORM, "slope": Role.SLOPE}
 ENDS = ("", "_low", "_high")  # of a figure's column: its value, and the bounds of its 95 % interval
 
 
@@ -230,24 +229,32 @@ class ScoredRun(RecordedRun):
         minimised = self._losses(SEARCH)[self._roles != Role.SEARCHED]
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
-    def does_search_pay(self, trial: int | None = None) -> pd.DataFrame:
-        """Compare a trial with the anchors' lines at the same forgetting: the knee, if it was searched, unless named.
+    def does_search_pay(self, sure: float = SURE) -> pd.DataFrame:
+        """Compare, for each of some limits on forgetting, the best point that was searched or learned with the best of
+        the lines: both chosen by the search items, and compared on the items that judge (`compare_at_limits`).
 
-        A line joins base, its own anchors and expert, without those another point of it beats. The difference is
-        paired by item, and its interval holds the uncertainty of what each of the points forgets (`gap_to_line`).
+        Args:
+            sure: as of `best`.
 
         Returns:
-            line ("uniform", "slope"), suite, forgetting, domain (the trial's), line_forgetting (the same, or the least
-            the line has), line_domain, difference and its 95 % interval low, high. Empty with several experts.
+            limit, suite, line_trial, line_kind, line_domain, line_forgetting, trial, kind, domain, forgetting,
+            difference (of the gain, as a share) and its 95 % interval low, high. -1 in place of a trial where no point
+            of a side keeps to the limit. Without a row for limits that neither does, or every expert; empty where
+            nothing was searched or learned.
         """
-        columns = ["line", "suite", "forgetting", "domain", *(gap.name for gap in fields(Gap))]
-        if len(self.experts) != 1 or self._points.empty or (trial is None and self.kinds[self.knee()].is_anchor):
-            return pd.DataFrame(columns=columns)
-        trial = self.knee() if trial is None else trial
-        self.require_scored(trial)
-        suite = self.suite_of(trial)
-        rows = [(line, suite, *found) for line, role in LINES.items() if (found := self._against(trial, role, suite))]
-        return pd.DataFrame(rows, columns=columns)
+        if self._points.empty or not self._roles.isin(FOUND).any():
+            return pd.DataFrame(columns=list(PAY_COLUMNS))
+        suite, most = self.judging_suite, self.reference()["forgetting"]
+        return compare_at_limits(
+            self.points(SEARCH),
+            self._roles,
+            self.points(suite),
+            self._draws(suite),
+            suite=suite,
+            limits=[limit for limit in LIMITS if limit < most],
+            kept=lambda limit: self.within(limit, SEARCH),
+            sure=sure,
+        )
 
     @property
     def has_prepared_points(self) -> bool:
@@ -359,18 +366,6 @@ class ScoredRun(RecordedRun):
     def _corner(self) -> list[float]:
         reference = self.reference()
         return [float(loss) for loss in losses([reference[name] for name in self.objectives])]
-
-    def _against(self, trial: int, line: Role, suite: str) -> tuple[float, ...] | None:
-        """Measure a trial against one line of anchors: its forgetting and domain, and the gap's fields."""
-        points = self.points(suite)
-        domain, forgetting = points["domain"], points["forgetting"]
-        base, experts = self._measured_from
-        on_line = (self._roles == line) & domain.notna()
-        stops = domain.index[on_line | domain.index.isin([base, *experts.values()])]
-        if not on_line.any():
-            return None
-        gap = gap_to_line(self._draws(suite), trial, stops.to_list())
-        return forgetting[trial], domain[trial], *astuple(gap)
 
 
 def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:

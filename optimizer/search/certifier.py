@@ -79,8 +79,9 @@ class Stock:
 
 
 def _outcome(row: Mapping[Any, Any]) -> Outcome:
-    lists = {name: tuple(row[name].tolist()) for name in ("loglikelihoods", "lengths")}
-    return Outcome(**{name: row[name] for name in OUTCOME_COLUMNS} | lists)
+    values: dict[str, Any] = {name: row[name] for name in OUTCOME_COLUMNS}
+    lists = {name: tuple(value.tolist()) for name, value in values.items() if isinstance(value, np.ndarray)}
+    return Outcome(**values | lists)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -110,10 +110,13 @@ def _cards(run: ScoredRun) -> str:
         _card(gain.figure, gain.bounds, f"of the domain gain kept by trial {knee}, the knee"),
         _card(loss.figure, loss.bounds, "of the base's general ability forgotten by it"),
     ]
-    for gap in rows_of(run.does_search_pay()).values():
+    pays = run.does_search_pay().dropna()
+    for gap in rows_of(pays.head(1)).values():  # the tightest limit that both sides keep to
         difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
-        line = "the uniform line" if gap["line"] == "uniform" else "the depth slope"
-        cards.append(_card(difference, f"[{low}, {high}]", f"points of domain gain over {line} at equal forgetting"))
+        limit = f"for the limit of {percent(gap['limit'])} on forgetting"
+        cards.append(
+            _card(difference, f"[{low}, {high}]", f"points of domain gain over the best of the lines, {limit}")
+        )
     if run.has_prepared_points:
         more = Interval(*run.what_pays().set_index("set").loc["all", ["share", "low", "high"]])
         what = f"hypervolume that {sentences.prepared_kinds(run)} points add"

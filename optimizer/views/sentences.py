@@ -9,6 +9,7 @@ import pandas as pd
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
 from evals.weak_tasks import weak_tasks
+from optimizer.runs.comparison import NOBODY
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.scored import ScoredRun
@@ -54,12 +55,12 @@ def how_sure(run: ScoredRun, trial: int, max_forgetting: float) -> str:
 
 
 def verdict(run: ScoredRun) -> list[str]:
-    """Say whether searching was worth it, judged at the knee: a sentence for each line of anchors, and one on what
-    derived and learned points add."""
+    """Say whether searching was worth it: what the knee is, where it was not searched; a sentence for each pair of
+    points that some limits on forgetting choose; and one on what derived and learned points add."""
     if run.points().empty:
         return []
-    gaps = [gap_sentence(gap) for gap in rows_of(run.does_search_pay()).values()]
-    return [*(knee_sentence(run) if run.kinds[run.knee()].is_anchor else gaps), *what_prepared_points_add(run)]
+    knee = knee_sentence(run) if run.kinds[run.knee()].is_anchor else []
+    return [*knee, *what_search_gains(run), *what_prepared_points_add(run)]
 
 
 def knee_sentence(run: ScoredRun) -> list[str]:
@@ -102,20 +103,42 @@ def meanings(kinds: Iterable[TrialKind]) -> list[str]:
     return [sentence for role, sentence in MEANINGS.items() if role in roles]
 
 
-def gap_sentence(gap: Row) -> str:
-    """Compare a searched trial with a line of anchors, a row of `ScoredRun.does_search_pay`, in one sentence."""
-    line = {"uniform": "one weight for all layers", "slope": "a weight that rises with depth"}[gap["line"]]
-    middle, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
+def what_search_gains(run: ScoredRun) -> list[str]:
+    """Compare what was found with the lines, a sentence for each pair of points that some limits choose."""
+    pairs: dict[tuple[int, int], list[Row]] = {}
+    for row in rows_of(run.does_search_pay()).values():
+        pairs.setdefault((row["trial"], row["line_trial"]), []).append(row)
+    return [_gain_sentence(run, rows) for rows in pairs.values()]
+
+
+def _gain_sentence(run: ScoredRun, rows: list[Row]) -> str:
+    row, limits = rows[0], " or ".join(percent(row["limit"]) for row in rows)
+    items = "items the search never saw" if row["suite"] == HOLDOUT else "the items the search used"
+    found = f"{named(run, row['trial'])} ({run.kinds[row['trial']].label})" if row["trial"] != NOBODY else ""
+    line = (
+        f"{named(run, row['line_trial'])} ({run.kinds[row['line_trial']].label})" if row["line_trial"] != NOBODY else ""
+    )
+    if not line:
+        return (
+            f"To forget at most {limits}: no point of the lines, which need no search, is sure to; {found} is, with "
+            f"{percent(row['domain'])} of the gain."
+        )
+    if not found:
+        return (
+            f"To forget at most {limits}: no searched or learned point is sure to; {line} is, with "
+            f"{percent(row['line_domain'])} of the gain, so take that."
+        )
+    middle, low, high = (100 * row[name] for name in ("difference", "low", "high"))
     if low > 0:
-        meaning = f"the search keeps {middle:.0f} points more [{low:.0f}, {high:.0f}], so here it pays"
+        meaning = f"{middle:.0f} points more [{low:.0f}, {high:.0f}], so here the search pays"
     elif high < 0:
-        meaning = f"the search keeps {-middle:.0f} points less [{-high:.0f}, {-low:.0f}], so take that instead"
+        meaning = f"{-middle:.0f} points less [{-high:.0f}, {-low:.0f}], so take the line's instead"
     else:
-        meaning = f"the difference, {middle:+.0f} points [{low:+.0f}, {high:+.0f}], does not show that search pays"
-    kept = f"keeps {percent(gap['line_domain'])} of the gain; {meaning}."
-    if gap["line_forgetting"] > gap["forgetting"]:
-        return f"No point with {line} forgets so little; the nearest, at {percent(gap['line_forgetting'])}, {kept}"
-    return f"At the same forgetting, {line} {kept}"
+        meaning = f"{middle:+.0f} points [{low:+.0f}, {high:+.0f}], which does not show that the search pays"
+    return (
+        f"To forget at most {limits}: {found} keeps {percent(row['domain'])} of the gain, the best of the lines, "
+        f"{line}, {percent(row['line_domain'])}; {meaning} (on {items})."
+    )
 
 
 def sentinels(run: ScoredRun, trial: int) -> list[str]:

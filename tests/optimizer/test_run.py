@@ -60,11 +60,11 @@ def test_weights_follow_the_recipe(run: Run) -> None:
 def test_a_trial_that_is_not_there_is_refused_with_those_that_are(run: Run) -> None:
     last = len(run.trials()) - 1
     failed = int(run.trials().query("state == 'fail'").index[0])
-    for look in (run.weights, run.recipe, run.named, run.retention, run.describe, run.does_search_pay):
+    for look in (run.weights, run.recipe, run.named, run.retention, run.describe):
         for number in (999, -1):
             with pytest.raises(RunError, match=f"run toy has no trial {number}; it has trials 0 to {last}"):
                 look(number)
-    for look in (run.retention, run.describe, run.does_search_pay):
+    for look in (run.retention, run.describe):
         with pytest.raises(RunError, match=f"trial {failed} of run toy is not scored: fail, merge gave a tensor"):
             look(failed)
     with pytest.raises(RunError, match="run toy has no trial 999"):

@@ -1,16 +1,15 @@
-"""A trial against a line of anchors: where the line lies, and an interval that holds what is not known of it."""
+"""What was found beside the lines: both chosen alike, and an interval that holds no difference when there is none."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from evals.objectives import Draws, Scale, draw_objectives
+from evals.objectives import Scale, draw_objectives, objectives
 from evals.outcomes import TaskInfo
-from optimizer.runs.comparison import Gap, gap_to_line, most_domain
+from optimizer.runs.comparison import NOBODY, compare_at_limits
+from optimizer.runs.trial import Role
 
 pytestmark = pytest.mark.slow  # studies are simulated
 
@@ -18,74 +17,78 @@ TASKS = (
     TaskInfo("notes", "domain", "", "multiple_choice", "acc", True, 0.0, 200, 0),
     TaskInfo("facts", "general", "", "multiple_choice", "acc", True, 0.25, 200, 0),
 )
-BASE, EXPERT, ANCHOR, TRIAL = range(4)
-SHARES = st.integers(-30, 60).map(lambda percent: percent / 30)
-POINTS = st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=6)
-ROUNDING = 1e-12
+BASE, EXPERT = 0, 1
+ROLES = [Role.BASE, Role.EXPERT, Role.UNIFORM, Role.SLOPE, Role.SEARCHED, Role.SEARCHED, Role.LEARNED]
+LIMIT = 0.2
 
 
-@given(POINTS, SHARES, st.floats(0, 1))
-def test_a_line_has_what_its_points_have_at_that_forgetting_and_never_less_at_more(
-    points: list[tuple[float, float]], target: float, more: float
-) -> None:
-    forgetting, domain = np.array(points).T
-    at = most_domain(target, forgetting, domain)
-    assert domain.min() - ROUNDING <= at <= domain.max() + ROUNDING
-    assert at >= max(domain[forgetting <= target], default=-np.inf) - ROUNDING
-    assert most_domain(target + more, forgetting, domain) >= at - ROUNDING
+def drawn(chances: list[tuple[float, float]], suite: str, rng: np.random.Generator, n: int) -> pd.DataFrame:
+    """Outcomes of n items of both tasks, with the same luck for every trial for the most part."""
+    frames = []
+    for t, task in enumerate(TASKS):
+        luck = rng.random(n)
+        for trial, pair in enumerate(chances):
+            own = np.where(rng.random(n) < 0.2, rng.random(n), luck)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "trial": trial,
+                        "task": task.name,
+                        "suite": suite,
+                        "item": [f"{i:04d}" for i in range(n)],
+                        "value": (own < pair[t]).astype(float),
+                        "weight": 1.0,
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
 
 
-def test_between_two_points_lies_their_mixture_and_a_beaten_one_counts_for_nothing() -> None:
-    forgetting, domain = np.array([0.0, 0.4, 0.1, 0.2]), np.array([0.0, 1.0, 0.6, 0.5])
-    assert most_domain(0.05, forgetting, domain) == pytest.approx(0.3)
-    assert most_domain(0.2, forgetting, domain) == pytest.approx(0.6 + 0.4 / 3)  # not 0.5, which 0.6 at 0.1 beats
-    assert most_domain(-0.1, forgetting, domain) == 0.0
-    assert most_domain(0.9, forgetting, domain) == 1.0
-
-
-def drawn(chances: dict[int, tuple[float, float]], rng: np.random.Generator, n: int) -> pd.DataFrame:
-    """Outcomes of n items of both tasks, right by chance: trial to its true accuracies."""
-    return pd.DataFrame(
-        {
-            "trial": trial,
-            "task": task.name,
-            "suite": "holdout",
-            "item": f"{i:04d}",
-            "value": float(rng.random() < chance),
-            "weight": 1.0,
-        }
-        for trial, pair in chances.items()
-        for task, chance in zip(TASKS, pair, strict=True)
-        for i in range(n)
+def compared(chances: list[tuple[float, float]], seed: int, *, n: int = 150, sure: float = 0.6) -> pd.DataFrame:
+    """One study of these true accuracies, (domain, general) by trial, at one limit."""
+    rng, suites = np.random.default_rng(seed), {}
+    for suite in ("search", "holdout"):
+        scale = Scale(drawn(chances, suite, rng, n), TASKS, suite, BASE, {"x": EXPERT})
+        suites[suite] = draw_objectives(scale, replicates=200)
+    points = {suite: objectives(draws) for suite, draws in suites.items()}
+    for frame in points.values():
+        frame["kind"] = [role.name for role in ROLES]
+    samples = suites["search"].samples["forgetting"]
+    return compare_at_limits(
+        points["search"],
+        pd.Series(ROLES, dtype=object),
+        points["holdout"],
+        suites["holdout"],
+        suite="holdout",
+        limits=[LIMIT],
+        kept=lambda limit: pd.Series((samples <= limit).mean(axis=0)),
+        sure=sure,
     )
 
 
 def test_the_interval_holds_no_difference_when_there_is_none() -> None:
-    """A trial as good as the anchor, met on the steep first part of the line, where all hangs on what each forgets."""
-    chances = {BASE: (0.3, 0.8), EXPERT: (0.8, 0.5), ANCHOR: (0.7, 0.77), TRIAL: (0.7, 0.77)}
-    rng = np.random.default_rng(0)
-    shows = 0
-    for _ in range(100):
-        draws = draw_objectives(Scale(drawn(chances, rng, 100), TASKS, "holdout", BASE, {"x": EXPERT}), replicates=300)
-        gap = gap_to_line(draws, TRIAL, [BASE, ANCHOR, EXPERT])
-        assert gap.low <= gap.difference <= gap.high
-        shows += not gap.low <= 0 <= gap.high
-    assert shows <= 10  # with where the line is met held fixed, 38
-
-
-def test_beyond_its_least_forgetting_a_line_counts_with_that() -> None:
-    draws = Draws(
-        np.arange(3),
-        {"domain": np.array([0.0, 1.0, 0.7]), "forgetting": np.array([0.0, 0.3, -0.1])},
-        {"domain": np.array([[0.0, 1.0, 0.6]]), "forgetting": np.array([[0.0, 0.3, 0.15]])},
-    )
-    gap = gap_to_line(draws, 2, [0, 1])
-    assert gap == Gap(0.0, 0.0, 0.7, pytest.approx(0.1), pytest.approx(0.1))
+    alike = [(0.3, 0.8), (0.8, 0.4), *[(0.65, 0.77)] * 5]
+    found = pd.concat([compared(alike, seed) for seed in range(120)]).dropna()
+    assert len(found) > 90
+    shows = (found["low"] > 0) | (found["high"] < 0)
+    assert 0 < shows.mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(found))
+    assert abs(found["difference"].mean()) < 0.02  # neither side is favoured by being chosen from more points
 
 
 def test_a_real_difference_is_shown() -> None:
-    chances = {BASE: (0.3, 0.8), EXPERT: (0.8, 0.3), ANCHOR: (0.5, 0.6), TRIAL: (0.75, 0.62)}
-    outcomes = drawn(chances, np.random.default_rng(1), 400)
-    draws = draw_objectives(Scale(outcomes, TASKS, "holdout", BASE, {"x": EXPERT}))
-    assert gap_to_line(draws, TRIAL, [BASE, ANCHOR, EXPERT]).low > 0
-    assert gap_to_line(draws, ANCHOR, [BASE, ANCHOR, EXPERT]).high <= 0  # on the line: never above it
+    row = compared([(0.3, 0.8), (0.8, 0.4), *[(0.5, 0.77)] * 2, *[(0.7, 0.77)] * 3], 0).iloc[0]
+    assert row["low"] > 0
+    assert row["difference"] == pytest.approx(row["domain"] - row["line_domain"])
+    assert ROLES[row["line_trial"]] in (Role.UNIFORM, Role.SLOPE)
+    assert ROLES[row["trial"]] in (Role.SEARCHED, Role.LEARNED)
+
+
+def test_the_base_is_no_line() -> None:
+    row = compared([(0.3, 0.8), (0.8, 0.3), *[(0.7, 0.35)] * 2, *[(0.6, 0.78)] * 3], 0).iloc[0]
+    assert row["line_trial"] == NOBODY
+    assert row["trial"] >= 4
+    assert np.isnan(row["difference"])
+
+
+def test_a_limit_that_neither_side_keeps_has_no_row() -> None:
+    assert compared([(0.3, 0.8), (0.8, 0.3), *[(0.7, 0.35)] * 5], 0).empty

@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.run import Run, open_run
+from optimizer.runs.comparison import NOBODY
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views.report import report_html
-from optimizer.views.sentences import MEANINGS, gap_sentence, what_prepared_points_add
+from optimizer.views.sentences import MEANINGS, what_prepared_points_add, what_search_gains
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import toy_run
 
@@ -31,12 +33,50 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 NOT_BETTER = "The search found no better one."
 
 
-def test_a_trial_that_forgets_less_than_any_line_is_held_against_its_least(run: Run) -> None:
-    gap = run.does_search_pay().iloc[0].to_dict() | {"forgetting": -0.01, "line_forgetting": 0.0, "line_domain": 0.0}
-    sentence = (
-        "No point with one weight for all layers forgets so little; the nearest, at 0.0 %, keeps 0.0 % of the gain"
+def test_where_no_line_keeps_to_a_limit_it_says_so_and_compares_with_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run.does_search_pay()
+    rows.loc[0, ["line_trial", "line_kind", "line_domain", "line_forgetting", "difference", "low", "high"]] = [
+        NOBODY,
+        "",
+    ] + [math.nan] * 5
+    monkeypatch.setattr(run, "does_search_pay", lambda: rows)
+    first = what_search_gains(run)[0]
+    assert first.startswith("To forget at most 10 %: no point of the lines, which need no search, is sure to; trial 9")
+    assert "points" not in first
+
+
+@pytest.mark.parametrize(
+    ("difference", "end"),
+    [
+        ((0.12, 0.05, 0.19), "; 12 points more [5, 19], so here the search pays (on items the search never saw)."),
+        (
+            (-0.12, -0.19, -0.05),
+            "; 12 points less [5, 19], so take the line's instead (on items the search never saw).",
+        ),
+        ((0.01, -0.04, 0.06), "; +1 points [-4, +6], which does not show that the search pays (on items the search"),
+    ],
+)
+def test_what_search_gains_is_said_as_surely_as_it_is_known(
+    run: Run, monkeypatch: pytest.MonkeyPatch, difference: tuple[float, float, float], end: str
+) -> None:
+    rows = run.does_search_pay().head(1)
+    rows.loc[:, ["difference", "low", "high"]] = difference
+    monkeypatch.setattr(run, "does_search_pay", lambda: rows)
+    (said,) = what_search_gains(run)
+    assert said.startswith(
+        "To forget at most 10 %: trial 9 (search) keeps 48 % of the gain, the best of the lines, trial 2"
     )
-    assert gap_sentence(gap).startswith(sentence)
+    assert end in said
+
+
+def test_limits_that_choose_the_same_points_are_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run.does_search_pay().head(1)
+    both = pd.concat([first, first.assign(limit=0.2)], ignore_index=True)
+    monkeypatch.setattr(run, "does_search_pay", lambda: both)
+    (said,) = what_search_gains(run)
+    assert said.startswith("To forget at most 10 % or 20 %: ")
 
 
 def test_a_run_without_holdout_scores_says_so(tmp_path: Path) -> None:
@@ -58,7 +98,8 @@ def made_run(folder: Path, **settings: Any) -> Run:
 
 def test_a_learned_knee_is_said_to_be_one_and_what_it_adds(tmp_path: Path) -> None:
     run = made_run(tmp_path, derived=("regmean 0.2",), learned=(0.4, 0.6))
-    said, added = run.verdict()
+    said, *gains, added = run.verdict()
+    assert len(gains) == 2
     assert said == f"The knee is learned ({run.kinds[run.knee()].stored.split()[1]}): no searched point is better."
     rows = run.what_pays().set_index("set")
     more, low, high = (100 * rows.loc["all", name] for name in ("share", "low", "high"))
@@ -68,8 +109,8 @@ def test_a_learned_knee_is_said_to_be_one_and_what_it_adds(tmp_path: Path) -> No
         "searched points, on holdout items."
     )
     shown = io.StringIO()
-    print_front(run, Console(file=shown, width=200))
-    for sentence in (said, added, *MEANINGS.values()):
+    print_front(run, Console(file=shown, width=400))
+    for sentence in (said, *gains, added, *MEANINGS.values()):
         assert shown.getvalue().count(sentence) == 1
         assert html.escape(sentence) in report_html(run)
 
