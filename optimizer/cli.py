@@ -216,6 +216,9 @@ def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> Non
 def show(
     run: RunPath,
     trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
+    lost: Annotated[
+        bool, typer.Option("--lost", help="List the items it lost and won against the base, with their texts.")
+    ] = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -223,6 +226,15 @@ def show(
     from optimizer.views.tables import retention_table, trial_document, weights_table
 
     opened = _opened(run, storage)
+    if lost:
+        from optimizer.lost import flipped_documents, flipped_lines
+
+        flipped, why = flipped_documents(opened, trial)
+        if as_json:
+            _print_json({**trial_document(opened, trial), "flipped": flipped, "without_texts": why})
+        else:
+            _say("\n".join([*flipped_lines(flipped), *([why] if why else [])]) or "no answer flipped")
+        return
     if as_json:
         _print_json(trial_document(opened, trial))
         return

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from evals.errors import TaskError
+from evals.flips import flipped_items, flips
 from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel_changes, task_retention
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
@@ -139,6 +140,17 @@ class ScoredRun(RecordedRun):
         changes["metric"] = changes["task"].map(metrics)
         changes["base_score"] = changes["task"].map(self.scores(self._measured_from[0], HOLDOUT))
         return changes.loc[changes["trial"].isin(shown), names].reset_index(drop=True)
+
+    def flips(self, trial: int, suite: str | None = None) -> pd.DataFrame:
+        """Count the answers that a trial lost and won against the base, on the items that judge it; columns as of
+        `evals.flips.flips`. Tasks that have no right and wrong are left out."""
+        self.require_scored(trial)
+        return flips(self.scale(suite or self.suite_of(trial)), trial)
+
+    def flipped_items(self, trial: int, suite: str | None = None) -> pd.DataFrame:
+        """List the items that a trial lost or won against the base: task, item (its hash), change."""
+        self.require_scored(trial)
+        return flipped_items(self.scale(suite or self.suite_of(trial)), trial)
 
     # --- picking a point -----------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.runs.frames import rows_of
+from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
@@ -30,7 +30,7 @@ from optimizer.views import figures, sentences
 from optimizer.views.canvas import DARK, library_script
 from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
 from optimizer.views.sensitivity_plot import heat_map
-from optimizer.words import Change, Interval, count, percent
+from optimizer.words import Change, Interval, count, one_line, percent
 
 WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
@@ -147,8 +147,33 @@ def _figures(run: ScoredRun) -> str:
     return (
         f"<section>{_figure('front')}{hint}{_meanings(run.kinds[trial] for trial in run.points().index)}</section>"
         f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
-        f"<section>{_figure('hypervolume')}</section>{_lessons(run)}{_sensitivities(run)}"
+        f"{_flips(run)}<section>{_figure('hypervolume')}</section>{_lessons(run)}{_sensitivities(run)}"
     )
+
+
+def _flips(run: ScoredRun) -> str:
+    """Write how many answers the knee lost and won against the base; nothing without a task of right and wrong."""
+    knee = run.knee()
+    rows = [
+        (one_line(row["task"]), row["role"], row["items"], row["lost"], row["won"], *_flip_figures(row))
+        for row in rows_of(run.flips(knee)).values()
+    ]
+    if not rows:
+        return ""
+    titles = ("task", "role", "items", "lost", "won", "flipped", "knowledge lost", "p")
+    about = (
+        "Lost answers were right for the base and are wrong now; won ones the other way round: equal accuracy can hide "
+        "many of both. Knowledge lost is lost less won, with the chance of a guess taken off. p is how often chance "
+        f"alone splits flips so unevenly (McNemar's exact test). The items: mergefront show {run.path.name} {knee} --lost"
+    )
+    return (
+        f"<section><h2>Answers that trial {knee} lost and won against the base</h2>"
+        f'<p class="soft">{_text(about)}</p>{_grid(titles, rows)}</section>'
+    )
+
+
+def _flip_figures(row: Row) -> tuple[str, str, str]:
+    return percent(row["flip_rate"]), percent(row["lost_knowledge"]), f"{row['p']:.2g}"
 
 
 def _lessons(run: ScoredRun) -> str:

@@ -236,17 +236,23 @@ def retention_table(run: ScoredRun, trial: int, *, width: int) -> Table:
     suite = tasks["suite"].iloc[0]
     names = {number: TrialKind(row["kind"]).expert_name for number, row in rows_of(run.points()).items()}
     experts = {name: run.scores(number, suite) for number, name in names.items() if name and number != trial}
-    records = list(rows_of(tasks).values())
+    records, flipped = list(rows_of(tasks).values()), {row["task"]: row for row in rows_of(run.flips(trial)).values()}
 
     def cells(seam: str) -> Iterator[tuple[object, ...]]:
         for name, row in zip(task_labels(records), records, strict=True):
             scores = [row["base_score"], *(of_expert[row["task"]] for of_expert in experts.values()), row["score"]]
             share = f"{'won' if row['role'] == 'domain' else 'kept'} {share_of(row).text(seam)}"
-            yield name, row["metric"], *(f"{score:.3f}" for score in scores), share
+            told = seam.join(filter(None, (share, flips_of(flipped.get(row["task"]), seam))))
+            yield name, row["metric"], *(f"{score:.3f}" for score in scores), told
 
-    title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept"
+    title = f"Tasks of trial {trial} on {suite} items: gain won, skill kept, answers lost and won"
     numbers = ["base", *experts, f"trial {trial}"]
     return _fitted(title, ["task", "metric", *numbers, "share"], cells, right=numbers, width=width)
+
+
+def flips_of(row: Mapping[str, Any] | None, seam: str) -> str:
+    """Write how many answers were lost and won against the base, and the share of items that flipped."""
+    return "" if row is None else f"{row['lost']} lost, {row['won']} won{seam}({percent(row['flip_rate'])} flipped)"
 
 
 def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:
@@ -261,6 +267,7 @@ def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:
         "recipe": json.loads(recipe.to_json()),
         "weights": _records(run.weights(trial)),
         "tasks": _records(run.retention(trial)) if scored else [],
+        "flips": _records(run.flips(trial)) if scored else [],
     }
 
 

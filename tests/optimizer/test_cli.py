@@ -277,6 +277,46 @@ def test_show_gives_weights_and_tasks(run: Path) -> None:
     document = json.loads(call("show", run, knee, "--json").stdout)
     assert document["trial"] == knee
     assert len(document["tasks"]) == 5
+    for row in document["flips"]:
+        assert f"{row['lost']} lost, {row['won']} won" in result.stdout
+    assert {row["task"] for row in document["flips"]} == {"clinical_questions", "science", "grammar"}
+
+
+def test_show_lists_what_was_lost_also_where_no_text_is_left(run: Path) -> None:
+    knee = open_run(run).knee()
+    flips = json.loads(call("show", run, knee, "--json").stdout)["flips"]
+    document = json.loads(call("show", run, knee, "--lost", "--json").stdout)
+    assert len(document["flipped"]) == sum(row["lost"] + row["won"] for row in flips) > 0
+    assert document["without_texts"].startswith("texts cannot be read: ")
+    told = call("show", run, knee, "--lost").stdout.splitlines()
+    assert told[0] == "lost  {task}  {item}".format(**document["flipped"][0])
+    assert told[-1].startswith("texts cannot be read: ")
+
+
+def test_show_lists_what_was_lost_with_what_both_answered(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    rows = [{"q": f"is {i} {w}?", "c": ["yes", "no", "never \x1b[2J"], "g": i % 3} for i, w in enumerate(60 * ["so"])]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: {test: quiz.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: g\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    tasks = "evals.sentinel=[{task: ./quiz.yaml, holdout_items: 40}]"
+    searched = call("search", study, "--set", tasks, "--set", "search.trials=7")
+    assert searched.exit_code == 0, searched.output
+    run = tmp_path / "runs" / "small"
+    opened = open_run(run)
+    expert = next(int(n) for n, kind in opened.kinds.items() if kind.expert_name)
+    document = json.loads(call("show", run, expert, "--lost", "--json").stdout)
+    assert document["without_texts"] == ""
+    assert document["flipped"]
+    for row in document["flipped"]:
+        assert row["question"].startswith("is ")
+        assert (row["base"] in row["right"], row["merge"] in row["right"]) == (
+            (True, False) if row["change"] == "lost" else (False, True)
+        )
+    assert "\x1b" not in call("show", run, expert, "--lost").stdout
 
 
 def test_show_of_a_failed_trial_says_why_and_of_none_says_so(run: Path) -> None:
