@@ -164,7 +164,8 @@ def _flips(run: ScoredRun) -> str:
     about = (
         "Lost answers were right for the base and are wrong now; won ones the other way round: equal accuracy can hide "
         "many of both. Knowledge lost is lost less won, with the chance of a guess taken off. p is how often chance "
-        f"alone splits flips so unevenly (McNemar's exact test). The items: mergefront show {run.path.name} {knee} --lost"
+        f"alone splits flips so unevenly (McNemar's exact test). They are listed by: "
+        f"mergefront show {run.path.name} {knee} --lost"
     )
     return (
         f"<section><h2>Answers that trial {knee} lost and won against the base</h2>"
