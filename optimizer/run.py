@@ -52,6 +52,10 @@ class Run(ScoredRun):
         derived and learned points add."""
         return sentences.verdict(self)
 
+    def certificates(self) -> list[str]:
+        """Say what the run's certificates say, those that refuse too: a sentence each."""
+        return sentences.certificates(self)
+
     def sentinel_words(self, trial: int) -> list[str]:
         """Say in one sentence whether the sentinel tasks show ability kept or a form learned; nothing without them."""
         return sentences.sentinels(self, trial)

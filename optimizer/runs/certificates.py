@@ -21,6 +21,7 @@ FORMAT = 1
 LEDGER, CERTIFICATE = "ledger.json", "certificate.json"
 LARGEST = 200_000_000  # bytes: every loss and bet of a test is in it
 SLACK = 1e-9
+MEND = "restore the file: without it nobody knows which items are spent"
 
 
 def exactly(share: float) -> str:
@@ -95,23 +96,33 @@ def read_records(run: Path) -> list[Record]:
 
 
 def _record(folder: Path) -> Record:
-    ledger = _read(folder / LEDGER, ("items", "blocks", "candidates"))
+    ledger = _read(folder / LEDGER, {"items": dict, "blocks": int, "candidates": list})
     if not (folder / CERTIFICATE).exists():
         return Record(folder, ledger, None)
-    return Record(folder, ledger, _read(folder / CERTIFICATE, ("sentence", "digest", "tested", "spent")))
+    kinds = {"sentence": str, "digest": str, "trial": (int, type(None)), "tested": list, "spent": dict, "budget": dict}
+    certificate = _read(folder / CERTIFICATE, kinds)
+    rows = [certificate["budget"].get("left"), certificate["budget"].get("all")]
+    rows += [row.get(key) for row in certificate["spent"].values() if isinstance(row, dict) for key in ("used", "of")]
+    if not all(type(number) in (int, float) for number in rows):
+        raise DamagedError(f"{folder / CERTIFICATE}: spent and budget must hold numbers; {MEND}")
+    return Record(folder, ledger, certificate)
 
 
-def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON file that has these keys, with values of these kinds, beside its format and the question."""
     try:
         document = read_json(path, limit=LARGEST, finite=True)
     except DocumentError as error:
-        raise DamagedError(f"{error}; restore the file: without it nobody knows which items are spent") from None
-    keys = ("format", "question", *keys)
-    if not isinstance(document, dict) or not set(keys) <= set(document) or document["format"] != FORMAT:
-        raise DamagedError(f"{path} is none of format {FORMAT} with the keys {', '.join(keys)}; restore the file")
-    question = document["question"]
-    if not isinstance(question, dict) or not isinstance(question.get("delta", 0.0), int | float):
-        raise DamagedError(f"{path}: question must hold the limits and a delta; restore the file")
+        raise DamagedError(f"{error}; {MEND}") from None
+    kinds = {"format": int, "question": dict, **kinds}
+    if not isinstance(document, dict) or not set(kinds) <= set(document) or document["format"] != FORMAT:
+        raise DamagedError(f"{path} is none of format {FORMAT} with the keys {', '.join(kinds)}; {MEND}")
+    if wrong := [key for key, kind in kinds.items() if not isinstance(document[key], kind)]:
+        raise DamagedError(f"{path}: {', '.join(wrong)} holds another kind of value than `certify` wrote; {MEND}")
+    try:
+        Question(**document["question"])
+    except (TypeError, RunError) as error:
+        raise DamagedError(f"{path}: question holds no limits ({error}); {MEND}") from None
     return document
 
 
@@ -150,14 +161,20 @@ def close_record(record: Record, certificate: Mapping[str, Any]) -> Record:
     return _record(record.folder)
 
 
-def certified(run: Path, digest: str) -> list[str]:
-    """Return what is certified of a recipe, a sentence for each certificate; nothing where the files are damaged."""
+def answers(run: Path) -> list[tuple[str, str]]:
+    """Return what the certificates of a run say: of each the digest of its recipe, empty where none was certified, and
+    its sentence. Nothing where the files are damaged."""
     try:
         records = read_records(run)
     except DamagedError:
         return []
     found = (record.certificate for record in records if record.certificate is not None)
-    return [str(one["sentence"]) for one in found if one["digest"] == digest]
+    return [(str(one["digest"]), str(one["sentence"])) for one in found]
+
+
+def certified(run: Path, digest: str) -> list[str]:
+    """Return what is certified of a recipe, a sentence for each certificate."""
+    return [sentence for of, sentence in answers(run) if of == digest]
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

@@ -41,6 +41,10 @@ def chain_of(run: ScoredRun, question: Question) -> list[Link]:
     Raises:
         NoPointError: there is none.
     """
+    if run.outcomes(HOLDOUT).empty:
+        raise NoPointError(
+            f"no point of run {run.name} is scored on holdout items yet; let `mergefront search` end first"
+        )
     draws = draw_objectives(run.scale(HOLDOUT))
     kept = draws.samples["forgetting"] <= question.max_forgetting
     if question.min_gain is not None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from evals.certificates import Hypothesis, Part, Start, play, rounds_needed, verdicts
 from evals.outcomes import CERTIFY, OUTCOME_COLUMNS, Outcome
+from optimizer.errors import DamagedError
+from optimizer.runs.certificates import MEND
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes, write_outcomes
 from optimizer.runs.recorded import RecordedRun
 from optimizer.search.fault_point import fault
@@ -213,6 +215,13 @@ def _proof(
 
 
 def hypothesis_of(document: Mapping[str, Any]) -> Hypothesis:
-    """Make a hypothesis of what a ledger holds of it."""
-    parts = tuple(Part(**part) for part in document["parts"])
-    return Hypothesis(document["name"], document["limit"], parts, Start(**document["start"]))
+    """Make a hypothesis of what a ledger holds of it.
+
+    Raises:
+        DamagedError: it holds something else.
+    """
+    try:
+        parts = tuple(Part(**part) for part in document["parts"])
+        return Hypothesis(document["name"], document["limit"], parts, Start(**document["start"]))
+    except (TypeError, KeyError) as error:
+        raise DamagedError(f"a ledger's hypothesis cannot be read ({error}); {MEND}") from None

@@ -99,7 +99,8 @@ def _lead(run: ScoredRun) -> list[str]:
     if run.points().empty:
         return [sentences.summary(run)]
     knee = run.knee()
-    return [sentences.describe(run, knee), *sentences.verdict(run), *sentences.sentinels(run, knee)]
+    said = (sentences.describe(run, knee), *sentences.certificates(run), *sentences.verdict(run))
+    return [*said, *sentences.sentinels(run, knee)]
 
 
 def _cards(run: ScoredRun) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from evals.outcomes import HOLDOUT, SEARCH
 from evals.truncation import cut_short as cut_short_tasks
 from evals.weak_tasks import weak_tasks
+from optimizer.runs.certificates import answers
 from optimizer.runs.comparison import NOBODY
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
@@ -156,6 +157,11 @@ def sentinels(run: ScoredRun, trial: int) -> list[str]:
     else:
         meaning = "what it won on the general tasks may be their form" if won_general else "that shows no loss"
     return [f"Sentinel tasks, which neither search nor learning has seen: {named(run, trial)} is {told}; {meaning}."]
+
+
+def certificates(run: ScoredRun) -> list[str]:
+    """Say what the run's certificates say, those that refuse too."""
+    return [one_line(sentence) for _, sentence in answers(run.path)]
 
 
 def cut_short(run: ScoredRun) -> list[str]:

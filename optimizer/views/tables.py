@@ -80,7 +80,7 @@ def print_front(run: ScoredRun, console: Console) -> None:
     if titles := sentinel_titles(run):
         console.print(sentinels_table(run, titles, width=console.width))
     said = (sentences.describe(run, knee), *sentences.sentinels(run, knee), *sentences.verdict(run))
-    words = (*said, *sentences.cut_short(run), *sentences.lost(run))
+    words = (*said, *sentences.certificates(run), *sentences.cut_short(run), *sentences.lost(run))
     for line in words:
         console.print(line, highlight=False, markup=False)
 

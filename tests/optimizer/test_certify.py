@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import os
 import re
@@ -29,6 +31,8 @@ from optimizer.runs.certificates import Question
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes
 from optimizer.search.certifier import hypothesis_of
 from optimizer.study.schema import Study
+from optimizer.views.report import report_html
+from optimizer.views.tables import print_front
 from optimizer.workers.worker import Evaluation, Worker
 from tests.optimizer.small_study import write_study, write_task
 from tests.toy_run import toy_run
@@ -180,12 +184,46 @@ def test_the_card_of_a_certified_recipe_says_so(run: Path, tmp_path: Path) -> No
         assert said == (trial == certificate["trial"])
 
 
+def test_what_is_certified_is_said_wherever_the_run_is_shown(run: Path) -> None:
+    assert open_run(run).certificates() == []
+    sentence = certified(run)["sentence"]
+    opened = open_run(run)
+    assert opened.certificates() == [sentence]
+    shown = io.StringIO()
+    print_front(opened, Console(file=shown, width=400))
+    assert shown.getvalue().count(sentence) == 1
+    assert html.escape(sentence) in report_html(opened)
+
+
 def test_a_ledger_that_cannot_be_read_stops_it(run: Path) -> None:
     certified(run)
     path = run / "certificates/0001/ledger.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(DamagedError, match="nobody knows which items are spent"):
         certified(run, Question(0.03, None, False, 0.05))
+
+
+@pytest.mark.parametrize("key", ["question", "sentence", "trial", "spent", "budget", "tested"])
+def test_a_certificate_that_was_changed_by_hand_is_no_answer(run: Path, key: str) -> None:
+    certified(run)
+    path = run / "certificates/0001/certificate.json"
+    document = json.loads(path.read_text())
+    for changed in (
+        {**document, key: ["x"] if key == "spent" else {"x": []}},
+        {k: document[k] for k in document if k != key},
+    ):
+        if key == "spent":
+            changed = {**changed, "budget": {"all": 0.2}}
+        path.write_text(json.dumps(changed))
+        with pytest.raises(DamagedError, match=f"{path}.*restore the file"):
+            certified(run)
+
+
+def test_a_run_that_was_not_judged_has_nothing_to_certify(tmp_path: Path) -> None:
+    early = toy_run(tmp_path / "toy", trials=4, holdout=False)
+    told = CliRunner().invoke(app, ["certify", str(early), "--max-forgetting", "0.1"])
+    assert told.exit_code == 3
+    assert "no point of run toy is scored on holdout items yet" in told.output
 
 
 def test_other_tasks_than_the_runs_are_refused(run: Path, finished: Path) -> None:
