@@ -1,6 +1,7 @@
 """Is the estimate from a bank of items honest, and what does it save?
 
     python benchmarks/bank.py [RUN] [--studies 1000]
+    python benchmarks/bank.py RUN --race 30
 
 A table for simulated studies and one for splits of a recorded run's outcomes: for n drawn items the root mean square
 error of a candidate's score on all items by the paired difference to the base (the mean of n items, what the base has
@@ -11,8 +12,8 @@ on them taken off), by the regression on the anchors alone, and by the corrected
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,21 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evals.bank import Array, Seen, draw_order, estimate, foretell, inclusion_of, margins
+from evals.objectives import draw_objectives
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.run import open_run
+from optimizer.runs.front import knee_of, losses, non_dominated
+from optimizer.runs.posterior import knee_by_samples
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import Role
+from optimizer.search.bank import Draw, draw_from
+from optimizer.search.racing import REPLICATES, Verdict, verdict
 
 DRAWS = (30, 60, 90)
 ITEMS = 300
 RECORDED_SPLITS = 40
 LEAST_ITEMS = 60  # of a recorded task
+RACES = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +192,104 @@ def _errors(case: Case, n: int, rng: np.random.Generator) -> Array:
     return np.array(rows, dtype=float) / scale
 
 
+@dataclass(frozen=True, slots=True)
+class Race:
+    """How one race over a run's searched trials ended; shares.
+
+    Args:
+        saved: of the items that all searched trials have.
+        lost: true members of the front that were stopped.
+        members: searched trials that are on the true front.
+        by_estimate, by_error: how far the knee lies below the best of all trials, in heights above the line from base
+            to expert, picked by the estimates of one block, and by these less a standard error.
+    """
+
+    saved: float
+    lost: int
+    members: int
+    by_estimate: float
+    by_error: float
+
+
+class Races:
+    """Races over a run whose searched trials were scored on all search items."""
+
+    def __init__(self, run: ScoredRun, block: int) -> None:
+        self.scale = run.scale(SEARCH)
+        self.rows = {n: rows.assign(inclusion=1.0) for n, rows in self.scale.outcomes.groupby("trial")}
+        self.anchors = [n for n in self.rows if run.kinds[n].is_anchor]
+        self.searched = [n for n in self.rows if n not in self.anchors]
+        whole = draw_objectives(self.scale, replicates=0)
+        self.names = run.objectives
+        self.truth = losses(np.stack([whole.points[name] for name in self.names], axis=-1))
+        self.trials = whole.trials.tolist()
+        self.tasks = [replace(t, drawn_items=block if t.search_items > block else 0) for t in run.tasks]
+
+    def draws(self, trials: Sequence[int], rows: Mapping[int, pd.DataFrame], replicates: int) -> tuple[Array, Array]:
+        """Give samples (B, T, m) and points (T, m) of some trials, minimised, the anchors telling what others lack."""
+        frame = pd.concat([rows.get(n, self.rows[n]) for n in {*self.anchors, *trials}], ignore_index=True)
+        found = draw_objectives(replace(self.scale, outcomes=frame), replicates=replicates)
+        columns = [found.column(n) for n in trials]
+        samples = losses(np.stack([found.samples[name][:, columns] for name in self.names], axis=-1))
+        return samples, losses(np.stack([found.points[name][columns] for name in self.names], axis=-1))
+
+    def part(self, trial: int, draw: Draw) -> pd.DataFrame:
+        """Give a trial's rows of a draw."""
+        rows = self.rows[trial]
+        kept = [draw.items.get(t, {i: 1.0}).get(i, 0.0) for t, i in zip(rows["task"], rows["item"], strict=True)]
+        return rows.assign(inclusion=kept)[np.array(kept) > 0]
+
+    def run(self, seed: int) -> Race:
+        """Race every searched trial in the order of the run."""
+        references = pd.concat([self.rows[n] for n in (self.scale.base, *self.scale.experts.values())])
+        draws: dict[int, Draw] = {}
+        parts: dict[int, pd.DataFrame] = {}
+        first: dict[int, pd.DataFrame] = {}
+        stopped = []
+        front = list(self.anchors)
+        for trial in self.searched:
+            found, blocks = Verdict.GOES_ON, 0
+            while found is Verdict.GOES_ON:
+                blocks += 1
+                if blocks not in draws:
+                    draws[blocks] = draw_from(references, self.tasks, blocks=blocks, seed=seed)
+                parts[trial] = self.part(trial, draws[blocks])
+                first.setdefault(trial, parts[trial])
+                samples, points = self.draws([*front, trial], parts, REPLICATES)
+                found = verdict(samples, points, is_used_up=len(parts[trial]) == len(self.rows[trial]))
+            if found is Verdict.STOPS:
+                stopped.append(trial)
+            front = [n for n, stays in zip((*front, trial), non_dominated(points), strict=True) if stays]
+        true = {n for n, on_front in zip(self.trials, non_dominated(self.truth), strict=True) if on_front}
+        everything = sum(len(self.rows[n]) for n in self.searched)
+        saved = 1 - sum(len(parts[n]) for n in self.searched) / everything
+        members = true & set(self.searched)
+        return Race(saved, len(members & set(stopped)), len(members), *self.picks(first))
+
+    def picks(self, first: Mapping[int, pd.DataFrame]) -> tuple[float, float]:
+        """Give how far the knee lies below the best, by estimates and by estimates less a standard error."""
+        samples, points = self.draws(self.trials, first, REPLICATES)
+        is_expert = np.isin(self.trials, list(self.scale.experts.values()))
+        most = self.truth[is_expert, -1].max()
+        heights = -self.truth[:, :-1].mean(axis=1) - np.maximum(self.truth[:, -1], 0) / most
+        front = np.flatnonzero(non_dominated(points))
+        picked = knee_of(points, is_expert), front[knee_by_samples(samples, front, is_expert)]
+        by_estimate, by_error = (float(heights.max() - heights[place]) for place in picked)
+        return by_estimate, by_error
+
+
+def print_races(run: ScoredRun, block: int, repeats: int) -> None:
+    """Print what races with blocks of so many items save and lose."""
+    races = Races(run, block)
+    found = [races.run(seed) for seed in range(repeats)]
+    members = sum(race.members for race in found)
+    print(f"\n{repeats} races of {len(races.searched)} searched trials in blocks of {block}:")
+    print(f"saved {100 * np.mean([r.saved for r in found]):.0f} % of their item evaluations")
+    print(f"stopped {sum(r.lost for r in found)} of {members} true members of the front ({found[0].members} a race)")
+    print(f"knee below the best: by estimate {np.mean([r.by_estimate for r in found]):.3f}", end=", ")
+    print(f"less a standard error {np.mean([r.by_error for r in found]):.3f}")
+
+
 def print_table(title: str, rows: Iterator[Row]) -> None:
     """Print one table as Markdown."""
     print(f"\n{title}\n\n| | n | paired | regression alone | bank | share | held |\n|---|---|---|---|---|---|---|")
@@ -197,7 +302,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--studies", type=int, default=1000)
+    parser.add_argument("--race", type=int, metavar="ITEMS")
     arguments = parser.parse_args()
+    if arguments.race is not None:
+        print_races(open_run(arguments.run), arguments.race, RACES)
+        return
     print_table(f"{arguments.studies} simulated studies of each kind, {ITEMS} items", simulations(arguments.studies))
     if arguments.run is not None:
         print_table(f"Splits of {arguments.run.name}", recorded(open_run(arguments.run)))

@@ -6,8 +6,9 @@ import math
 
 import pandas as pd
 
-from evals.objectives import Scale, table_of
+from evals.objectives import Scale
 from evals.outcomes import ACCURACIES
+from evals.score_table import table_of
 
 COLUMNS = ("task", "role", "items", "lost", "won", "flip_rate", "lost_knowledge", "p")
 
@@ -19,13 +20,16 @@ def flips(scale: Scale, trial: int) -> pd.DataFrame:
         task, role, items, lost, won, flip_rate (both, a share of the items), lost_knowledge (lost less won, a share of
         the items, over 1 - chance: two models that guess k-way lose and win alike where neither knows, and each item
         that is no longer known is still guessed right 1 time in k), and p (McNemar's exact test, two-sided: how often
-        so uneven a split comes of flips that fall either way). Sentinel tasks among them.
+        so uneven a split comes of flips that fall either way). Sentinel tasks among them. Without tasks of which the
+        trial was scored on some items alone: those drawn from a bank are the unsure ones, and flip more often.
     """
     rows = []
     for task in scale.tasks:
-        if task.metric not in ACCURACIES or not (scale.rows["task"] == task.name).any():
+        found = scale.rows[scale.rows["task"] == task.name]
+        counts = found["trial"].value_counts()
+        if task.metric not in ACCURACIES or found.empty or counts.get(trial, 0) < counts.max():
             continue
-        table = table_of(scale.rows, task.name)
+        table = table_of(found, task.name)
         base, merge = (table.values[:, table.column(number)] for number in (scale.base, trial))
         lost, won = int((merge < base).sum()), int((merge > base).sum())
         items = len(base)
@@ -40,7 +44,7 @@ def flipped_items(scale: Scale, trial: int) -> pd.DataFrame:
     for task in (task for task in scale.tasks if task.metric in ACCURACIES):
         found = scale.rows[scale.rows["task"] == task.name]
         values = found.pivot(index="item", columns="trial", values="value")
-        step = values[trial] - values[scale.base]
+        step = (values[trial] - values[scale.base]).dropna()  # a trial may have some items of a bank
         rows += [
             (task.name, item, "won" if way > 0 else "lost") for item, way in zip(step.index, step, strict=True) if way
         ]

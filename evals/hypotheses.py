@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from evals.certificates import Hypothesis, Part, start_of
 from evals.errors import TaskError
-from evals.objectives import experts_of, table_of
+from evals.objectives import experts_of
 from evals.outcomes import ACCURACIES, TaskInfo
+from evals.score_table import table_of
 
 Array = NDArray[np.float64]
 

@@ -131,6 +131,7 @@ class Harness:
         self._seed = seed
         self._chat_template = chat_template
         self._suites: dict[str, _Suite] = {}
+        self._parts: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], _Suite] = {}
 
     @property
     def infos(self) -> tuple[TaskInfo, ...]:
@@ -169,14 +170,19 @@ class Harness:
         """
         if suite not in self._suites:
             self.prepare(engine.tokenizer, suite)
-        prepared = self._suites[suite]
-        if only is not None:
-            prepared = prepared.part(only)
+        prepared = self._suites[suite] if only is None else self._part(suite, only)
         answers = iter(_answers(prepared, engine))
         return [
             _outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
             for asked in prepared.items
         ]
+
+    def _part(self, suite: str, only: Mapping[str, Sequence[str]]) -> _Suite:
+        """Give a part of a prepared suite, kept, since all candidates are scored on the same draw from a bank."""
+        key = suite, tuple((task, tuple(items)) for task, items in sorted(only.items()))
+        if key not in self._parts:
+            self._parts[key] = self._suites[suite].part(only)
+        return self._parts[key]
 
     def request_hashes(self) -> dict[str, dict[str, str]]:
         """Hash for each prepared suite and task all that is asked: items, shots, templates, limits; 16 hex digits."""
@@ -212,6 +218,7 @@ class Harness:
                 "chance": task.info.chance,
                 "shots": _range(task.shots),
                 "shots_from": task.shots_from,
+                "drawn_items": task.info.drawn_items,
                 **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
                 "certify_items": len(task.items[CERTIFY]),
                 **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},

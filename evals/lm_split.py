@@ -119,22 +119,25 @@ def split_items(
     seed: int,
 ) -> dict[str, tuple[Item, ...]]:
     """Search items from one end of a seeded order of contents, holdout items from the other; from between come certify
-    items, next to the holdout, and shots."""
+    items, next to the holdout, and shots.
+
+    A bank takes more of the search's end: what all others leave, or half of all where the holdout takes the rest.
+    """
     order = sorted(items, key=lambda content: content_hash(f"{seed}:{content}"))
-    left = len(order) - spec.search_items
     examples = [
         [_content_of_shot(member, doc) for doc in member.sampler.df] if number else []
         for member, number in zip(members, shots, strict=True)
     ]
     reserved = max(_reserved(*needed, items) for needed in zip(members, shots, examples, strict=True))
     asked_for = asked_certify_items(spec, len(order))
+    others = len(order) // 2 if spec.holdout_items == REST else reserved + asked_for + _number(spec, len(order))
+    search = max(spec.search_items, min(spec.bank_items, len(order) - others))
+    left = len(order) - search
     if spec.holdout_items == REST:
         kept = 0 if spec.certify_items == SPARE else min(asked_for, max(0, left - reserved - 1))
         holdout = left - reserved - kept
-    elif isinstance(spec.holdout_items, float):
-        holdout = round(spec.holdout_items * len(order))
     else:
-        holdout = spec.holdout_items
+        holdout = _number(spec, len(order))
     if holdout < 1 or holdout > left:
         asked = "the rest" if spec.holdout_items == REST else str(holdout)
         if not spec.search_items:  # a sentinel
@@ -146,19 +149,24 @@ def split_items(
             f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
             "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"
         )
-    between = order[spec.search_items : len(order) - holdout]
+    between = order[search : len(order) - holdout]
     if spec.certify_items == SPARE:  # nothing that a shot is drawn from, so that no prompt changes
         free = set(between).difference(*examples)
         between = [content for content in between if content in free]
     else:
         between = between[reserved:]
     certify = between[max(0, len(between) - asked_for) :]
-    chosen = {SEARCH: order[: spec.search_items], HOLDOUT: order[len(order) - holdout :], CERTIFY: certify}
+    chosen = {SEARCH: order[:search], HOLDOUT: order[len(order) - holdout :], CERTIFY: certify}
     used = {content for contents in chosen.values() for content in contents}
     for member, number, known in zip(members, shots, examples, strict=True):
         if number:
             _keep_shots(name, member, number, [content not in used for content in known])
     return {suite: tuple(i for content in contents for i in items[content]) for suite, contents in chosen.items()}
+
+
+def _number(spec: TaskSpec, items: int) -> int:
+    """Count the holdout items of a spec that asks for a number or a share."""
+    return round(spec.holdout_items * items) if isinstance(spec.holdout_items, float) else spec.holdout_items
 
 
 def asked_certify_items(spec: TaskSpec, contents: int) -> int:

@@ -12,6 +12,7 @@ import logging
 import math
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from evals.bank import LEAST_DRAWN
 from evals.errors import TaskError, error_text
 from evals.lm_harness import Harness, LoadedTask
 from evals.lm_metric import choose_metric, metric_notes, require_measured, require_pooled, require_usable
@@ -89,7 +91,9 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     items, choices = read_items(name, members)
     require_measured(name, members, metric, items)
     shots = tuple(shots_of(member, spec) for member in members)
-    suites = split_items(name, items, members, spec, shots, seed)
+    bank = spec.bank_items if spec.search_items >= LEAST_DRAWN else 0
+    suites = split_items(name, items, members, replace(spec, bank_items=bank), shots, seed)
+    has_bank = bank > 0 and len(suites[SEARCH]) > spec.search_items
     chosen = [choices[item.member, item.hash] for suite in SUITES for item in suites[suite]]
     accuracy = metric in ACCURACIES and members[0].OUTPUT_TYPE == "multiple_choice"
     info = TaskInfo(
@@ -102,10 +106,16 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
         chance=math.fsum(chosen) / len(chosen) if accuracy else 0.0,
         search_items=len(suites[SEARCH]),
         holdout_items=len(suites[HOLDOUT]),
+        drawn_items=spec.search_items if has_bank else 0,
     )
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
     notes = metric_notes(name, members[0], metric, spec.metric)
     notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
+    if spec.bank_items and not has_bank:
+        notes += (
+            f"task {name} has no bank: a bank needs {LEAST_DRAWN} items for each candidate and more for the anchors; "
+            f"every candidate is scored on all {len(suites[SEARCH])}",
+        )
     return LoadedTask(info, members, chosen_filter, shots, shots_from, suites, notes)
 
 

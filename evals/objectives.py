@@ -16,41 +16,12 @@ from numpy.typing import NDArray
 
 from evals.errors import TaskError
 from evals.outcomes import SENTINEL, TaskInfo
+from evals.score_table import Table, table_of
 
 Array = NDArray[np.float64]
 
 INTERVAL = (0.025, 0.975)
 ONE_SIGMA = (0.1587, 0.8413)  # half their distance is the standard error, and stands the heavy tails of a ratio
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One task's outcomes as arrays: n items in hash order, T trials in rising order."""
-
-    trials: NDArray[np.int64]  # (T,)
-    values: Array  # (n, T)
-    weights: Array  # (n,)
-
-    @property
-    def scores(self) -> Array:
-        return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
-
-    def residuals(self) -> Array:
-        """Compute each item's pull on the score's error; their sum of squares is its variance (linearised ratio)."""
-        n = len(self.weights)
-        pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
-        return np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)  # (n, T)
-
-    def stderr(self) -> Array:
-        return np.asarray(np.sqrt((self.residuals() ** 2).sum(axis=0)))  # (T,)
-
-    def stderr_of_difference(self, trial: int, other: int) -> float:
-        residuals = self.residuals()
-        difference = residuals[:, self.column(trial)] - residuals[:, self.column(other)]
-        return float(np.sqrt((difference**2).sum()))
-
-    def column(self, trial: int) -> int:
-        return int(np.searchsorted(self.trials, trial))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,40 +284,19 @@ def experts_of(task: TaskInfo, experts: Mapping[str, int]) -> tuple[str, ...]:
     return (task.expert,) if task.expert else tuple(experts)
 
 
-def table_of(rows: pd.DataFrame, task: str) -> Table:
-    """Arrange a task's outcomes as arrays.
-
-    Raises:
-        TaskError: there are none, a trial lacks an item or has it twice, or a number is not usable.
-    """
-    rows = rows.loc[rows["task"] == task, ["trial", "item", "value", "weight"]]
-    trial_codes, trials = pd.factorize(rows["trial"], sort=True)
-    item_codes, items = pd.factorize(rows["item"], sort=True)
-    n, t = len(items), len(trials)
-    if not n:
-        raise TaskError(f"task {task} has no outcome on this suite")
-    filled = np.zeros((n, t), dtype=np.int64)
-    np.add.at(filled, (item_codes, trial_codes), 1)
-    if (filled != 1).any():
-        item, trial = np.argwhere(filled != 1)[0]
-        raise TaskError(
-            f"every trial needs each item once: trial {trials[trial]} has item {items[item]} of task {task} "
-            f"{filled[item, trial]} times"
-        )
-    values, weights = np.empty((n, t)), np.empty((n, t))
-    values[item_codes, trial_codes] = rows["value"]
-    weights[item_codes, trial_codes] = rows["weight"]
-    if not (np.isfinite(values).all() and (weights == weights[:, :1]).all() and (weights > 0).all()):
-        raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
-    return Table(np.asarray(trials, dtype=np.int64), values, weights[:, 0])
-
-
 def _resampled_scores(table: Table, replicates: int, seed: Sequence[int]) -> Array:
-    """Compute scores of resampled item sets: (B, n) counts times (n, T) values."""
+    """Compute scores of resampled item sets: (B, n) counts times (n, T) values.
+
+    What estimates may be off by is drawn too: the same normal draw for an item in every trial, times its pull.
+    """
     n = len(table.weights)
     draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
     counts = np.bincount(draws.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
-    return np.asarray(counts @ table.values / (counts @ table.weights)[:, None])  # (B, T)
+    scores = np.asarray(counts @ table.values / (counts @ table.weights)[:, None])  # (B, T)
+    if table.pulls is None:
+        return scores
+    luck = np.random.default_rng((*seed, 1)).normal(size=(replicates, n))
+    return np.asarray(scores + luck @ table.pulls / table.weights.sum())
 
 
 def _seed(seed: int, task: str) -> tuple[int, int]:

@@ -33,6 +33,8 @@ class TaskSpec:
             never searched on: it tells ability that was kept from a form that was learned).
         expert: domain tasks only: the expert measured here; "" is every expert.
         search_items: items the search scores; 0 for a sentinel.
+        bank_items: items, those among them, that anchors are scored on; other candidates are scored on `search_items`
+            of them. Fewer where the task has fewer; 0: no bank, and every candidate is scored on the same items.
         holdout_items: items that judge the front, disjoint from the search items: a number, a share of the task's
             items (a float between 0 and 1), or `REST`, all that remain.
         certify_items: items kept for certificates, of what the suites leave: a number, a share of the task's items, or
@@ -49,6 +51,7 @@ class TaskSpec:
     certify_items: int | float = field(default=0, kw_only=True)
     shots: int | None = None
     metric: str = ""
+    bank_items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class TaskInfo:
     Args:
         chance: the score of guessing, in the metric's unit; 0 where there is none.
         search_items, holdout_items: items in each suite.
+        drawn_items: of the search's, that a candidate other than an anchor is scored on; 0: all of them.
     """
 
     name: str
@@ -69,6 +73,7 @@ class TaskInfo:
     chance: float
     search_items: int
     holdout_items: int
+    drawn_items: int = 0
 
 
 @dataclass(frozen=True, slots=True)

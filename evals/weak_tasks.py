@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals.objectives import Scale, Table, experts_of, table_of, turned
+from evals.objectives import Scale, experts_of, turned
 from evals.outcomes import TaskInfo
+from evals.score_table import Table, table_of
 
 
 def weak_tasks(scale: Scale) -> list[str]:

@@ -30,7 +30,7 @@ from optimizer.runs.certificates import (
 )
 from optimizer.runs.chain import Link, chain_of
 from optimizer.runs.differences import differences
-from optimizer.runs.manifest import read_manifest, stored_study
+from optimizer.runs.manifest import read_manifest, stored_study, task_entry
 from optimizer.runs.run_folder import RunFolder, renew_fingerprints
 from optimizer.search.certifier import Examined, Say, Scorer, Stock, examine
 from optimizer.search.plan import count_tokens, make_plan, require_own_names, require_sound
@@ -101,7 +101,7 @@ def _opened(path: Path) -> Ready:
     ready = require_sound(plan)
     renew_fingerprints(path, {model.dated: model.fingerprint for model in ready.models})
     stored = read_manifest(path)
-    tasks = [dataclasses.asdict(task) for task in ready.harness.infos]
+    tasks = [task_entry(task) for task in ready.harness.infos]
     present = {**stored, "tasks": tasks, "fingerprint": json.loads(json.dumps(fingerprint(ready)))}
     kept = stored_study(path)
     if changed := differences(stored, present, old_study=kept, new_study=kept):

@@ -27,8 +27,8 @@ def differences(
     if not changed:
         return []
     settings = _Settings(_joined(old_study), _joined(new_study))
-    came = {key[1] for key in changed if key[0] == "tasks" and key not in before}
-    went = {key[1] for key in changed if key[0] == "tasks" and key not in after}
+    names, stored = ({task["name"] for task in manifest["tasks"]} for manifest in (new, old))
+    came, went = names - stored, stored - names
     lines = [f"task {name}: is in this study only" for name in sorted(came - went)]
     lines += [f"task {name}: is in the stored study only" for name in sorted(went - came)]
     for key in changed:

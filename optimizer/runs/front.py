@@ -62,6 +62,20 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
     return _sliced(points[non_dominated(points)], corner)
 
 
+def growth(values: ArrayLike, reference: ArrayLike) -> list[float]:
+    """Compute the hypervolume of the first point, of the first two, and so on; arguments as of `hypervolume`."""
+    points = _points(values)
+    covered, front, found = 0.0, np.empty((0, points.shape[1])), []
+    for point in points:
+        candidates = np.vstack([front, point])
+        mask = non_dominated(candidates)
+        if mask[-1]:
+            front = candidates[mask]
+            covered = hypervolume(front, reference)
+        found.append(covered)
+    return found
+
+
 def hypervolumes(values: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
     """Give the hypervolume of many sets of as many points each, all at once.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -18,6 +18,7 @@ from optimizer.strict_yaml import read_yaml
 FORMAT = 1
 LONGEST_NAME = 4096  # of a task: it may be a path
 ROLES = ("domain", "general", SENTINEL)
+OPTIONAL = {field.name: field.default for field in fields(TaskInfo) if field.default is not MISSING}
 KINDS = {str: "a text", float: "a number", bool: "true or false", int: "a whole number"}
 
 
@@ -76,6 +77,11 @@ def _from_study_file(folder: Path) -> dict[str, Any]:
     }
 
 
+def task_entry(task: TaskInfo) -> dict[str, Any]:
+    """Return a task as a manifest holds it; what is as it was before there was such a thing is left out."""
+    return {name: value for name, value in asdict(task).items() if name not in OPTIONAL or value != OPTIONAL[name]}
+
+
 def tasks_of(manifest: Mapping[str, Any], path: Path) -> tuple[TaskInfo, ...]:
     """Read the tasks of a manifest that was read from `path`."""
     tasks: dict[str, TaskInfo] = {}
@@ -112,6 +118,8 @@ def _task(given: object, path: Path, key: str) -> TaskInfo:
     if given["role"] == SENTINEL and given["search_items"]:
         rule = "must be 0, since the search has no items of a sentinel task"
         _refuse(path, f"{key}.search_items", rule, given["search_items"])
+    if given.get("drawn_items", 0) and given["drawn_items"] >= given["search_items"]:
+        _refuse(path, f"{key}.drawn_items", "must be fewer than search_items", given["drawn_items"])
     return TaskInfo(**given)
 
 

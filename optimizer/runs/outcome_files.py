@@ -6,12 +6,15 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from evals.bank import LEAST_DRAWN
 from evals.outcomes import OUTCOME_COLUMNS, SEARCH, SENTINEL, Outcome, TaskInfo
 from optimizer.errors import RunError
 from optimizer.runs.atomic_file import write_atomically
@@ -80,6 +83,16 @@ def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
     return frame
 
 
+def outcomes_of(frame: pd.DataFrame) -> list[Outcome]:
+    """Return a frame's rows as outcomes."""
+    given = frame[list(OUTCOME_COLUMNS)].to_dict("records")
+    return [Outcome(**{str(name): _plain(value) for name, value in row.items()}) for row in given]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value.tolist()) if isinstance(value, np.ndarray) else value
+
+
 def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: Sequence[TaskInfo]) -> pa.Table:
     """Read one trial's stored outcomes, where they are whole and its own.
 
@@ -104,11 +117,27 @@ def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: 
         if not (suite == SEARCH and task.role == SENTINEL)
     }
     counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
-    if counts != promised or table["suite"].unique().to_pylist() != [suite]:
+    drawn = _drawn(path, table, tasks) if suite == SEARCH else {}
+    if counts != promised | drawn or table["suite"].unique().to_pylist() != [suite]:
         raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")
     if not pc.all(pc.is_finite(pa.chunked_array([*table["value"].chunks, *table["weight"].chunks]))).as_py():
         raise RunError(f"{path} holds values that are not finite")
     return table
+
+
+def _drawn(path: Path, table: pa.Table, tasks: Sequence[TaskInfo]) -> dict[str, int]:
+    """Count the items of each task that were drawn from its bank, where no more than these are there."""
+    inclusion = pc.fill_null(table["inclusion"], 1.0)
+    if not pc.all(pc.and_(pc.greater(inclusion, 0.0), pc.less_equal(inclusion, 1.0))).as_py():
+        raise RunError(f"{path} holds an inclusion that is no probability")
+    found = table.filter(pc.less(inclusion, 1.0))["task"].value_counts().to_pylist()
+    some = {row["values"] for row in found}
+    counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
+    return {
+        task.name: counts[task.name]
+        for task in tasks
+        if task.drawn_items and task.name in some and LEAST_DRAWN <= counts[task.name] < task.search_items
+    }
 
 
 def _outcomes_table(path: Path) -> pa.Table:

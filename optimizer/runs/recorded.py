@@ -25,7 +25,7 @@ from optimizer.runs.lesson import LESSON_COLUMNS, read_lesson
 from optimizer.runs.manifest import read_manifest, tasks_of
 from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
 from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities, sensitivity_file
-from optimizer.runs.trial import BASE, Role, TrialKind
+from optimizer.runs.trial import BASE, STOPPED, Role, TrialKind
 from search_spaces.errors import SpaceError
 from search_spaces.groups import flow_order, group_at, kind_of, layer_of
 from search_spaces.parameters import METHODS
@@ -86,6 +86,16 @@ class RecordedRun:
                 rows[number] = {"kind": kind.stored, **lesson}
         frame = pd.DataFrame.from_dict(rows, orient="index", columns=["kind", *LESSON_COLUMNS])
         return frame.rename_axis("trial")
+
+    @cached_property
+    def stopped(self) -> frozenset[int]:
+        """The trials that a race stopped, since they were beaten: none of them stands on the front."""
+        return frozenset(number for number, trial in self._frozen.items() if trial.user_attrs.get(STOPPED))
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether points were scored on some items of a bank, so that some are known better than others."""
+        return any(task.drawn_items for task in self.tasks)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -155,8 +165,17 @@ class RecordedRun:
     def scores(self, trial: int, suite: str) -> dict[str, float]:
         """Return a trial's score on each task of a suite, in the metric's own unit."""
         outcomes = self.outcomes(suite)
-        scores = task_scores(outcomes[outcomes["trial"] == trial], suite)
+        known = (
+            {number for number, kind in self.kinds.items() if kind.is_anchor} if self._is_drawn(trial, suite) else ()
+        )
+        scores = task_scores(outcomes[outcomes["trial"].isin({trial, *known})], suite)
+        scores = scores[scores["trial"] == trial]
         return dict(zip(scores["task"], scores["score"], strict=True))
+
+    def _is_drawn(self, trial: int, suite: str) -> bool:
+        """Tell whether a trial was scored on some items of a bank, so that its scores are estimated from anchors'."""
+        outcomes = self.outcomes(suite)
+        return bool((outcomes.loc[outcomes["trial"] == trial, "inclusion"].fillna(1.0).astype(float) < 1).any())
 
     def require_trial(self, trial: int) -> None:
         """Raise RunError where there is no such trial."""

@@ -6,7 +6,6 @@ runs/<name>/: study.yaml  study.db  tasks.json  outcomes/<trial>-<suite>.parquet
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -35,7 +34,7 @@ from optimizer.errors import RunError, UnavailableError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import sync_folder, unwritten, write_atomically
 from optimizer.runs.differences import differences
-from optimizer.runs.manifest import FORMAT, read_manifest, stored_study
+from optimizer.runs.manifest import FORMAT, read_manifest, stored_study, task_entry
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes, sound_outcomes, write_outcomes
 from optimizer.strict_yaml import parse_yaml
 from optimizer.words import printable
@@ -74,7 +73,7 @@ class RunFolder:
         folder = Path(path)
         manifest = {
             "format": FORMAT,
-            "tasks": [dataclasses.asdict(task) for task in tasks],
+            "tasks": [task_entry(task) for task in tasks],
             "fingerprint": json.loads(json.dumps(fingerprint)),
             "study": new_name(folder, storage),
             "storage": storage_label(storage),

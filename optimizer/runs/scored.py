@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from evals.errors import TaskError
 from evals.flips import flipped_items, flips
@@ -19,7 +20,9 @@ from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import COLUMNS as PAY_COLUMNS
 from optimizer.runs.comparison import FOUND, compare_at_limits
 from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
-from optimizer.runs.front import LIMITS, SURE, best_under, hypervolume, knee_of, losses, non_dominated
+from optimizer.runs.frames import prefix_of
+from optimizer.runs.front import LIMITS, SURE, best_under, growth, hypervolume, knee_of, losses, non_dominated
+from optimizer.runs.posterior import BELOW, front_chances, knee_by_samples
 from optimizer.runs.recorded import RecordedRun
 from optimizer.runs.trial import Role, roles_of
 from optimizer.words import listed, percent
@@ -40,13 +43,14 @@ class ScoredRun(RecordedRun):
             suite: whose figures; None gives those of both, the holdout suite's with `holdout_` before their names.
 
         Returns:
-            kind, method, the objectives with `_low`, `_high`, `_stderr` (NaN where it was not scored), and `front`.
+            kind, method, the objectives with `_low`, `_high`, `_stderr` (NaN where it was not scored), `front`, and
+            `front_chance`: the share of resamplings of the search items in which no other point beats it.
         """
         if suite is None:
             return self._points.copy()
-        figures = self._points[[f"{_prefix(suite)}{name}" for name in self._objective_columns()]]
+        figures = self._points[[f"{prefix_of(suite)}{name}" for name in self._objective_columns()]]
         figures = figures.set_axis(self._objective_columns(), axis="columns")
-        return pd.concat([self._points[["kind", "method"]], figures, self._points[["front"]]], axis="columns")
+        return pd.concat([self._points[["kind", "method"]], figures, self._points[["front", "front_chance"]]], axis=1)
 
     def front(self, suite: str = SEARCH) -> pd.DataFrame:
         """Return the points no other beats by a suite's figures, from least to most forgetting; columns as `points`."""
@@ -61,7 +65,7 @@ class ScoredRun(RecordedRun):
 
     def columns(self, suite: str) -> list[str]:
         """Return the names of a suite's objectives in the frames that hold those of both suites."""
-        return [f"{_prefix(suite)}{name}" for name in self.objectives]
+        return [f"{prefix_of(suite)}{name}" for name in self.objectives]
 
     def suite_of(self, trial: int) -> str:
         """Return the suite that judges a trial: "holdout" where it was scored there, else "search"."""
@@ -156,16 +160,22 @@ class ScoredRun(RecordedRun):
 
     def knee(self) -> int:
         """Find the front's point farthest above the line from base to expert (search items choose, holdout items
-        judge)."""
+        judge). With a bank, the farthest one standard error below its estimate: of those that may be, the surest."""
         points = self._require_points()
-        return int(points.index[knee_of(self._losses(SEARCH), self._roles == Role.EXPERT)])
+        if self.is_estimated:
+            front = np.flatnonzero(points["front"])
+            is_expert = (self._roles == Role.EXPERT).to_numpy()
+            return int(points.index[front[knee_by_samples(self._samples_of_losses, front, is_expert)]])
+        rivals = self._losses(SEARCH)
+        return int(rivals.index[knee_of(rivals, self._roles[rivals.index] == Role.EXPERT)])
 
     def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
         """Find the front's point with the most domain gain that forgets at most so much, by the search items.
 
         Args:
             max_forgetting: a share: 0.05 is 5 %.
-            sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone.
+            sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone, and
+                with a bank for one standard error below the limit.
 
         Raises:
             NoPointError: no point forgets so little.
@@ -176,6 +186,7 @@ class ScoredRun(RecordedRun):
         if not 0 <= sure <= 1:
             raise RunError(f"how sure to be is a share: 90 % is 0.9; given {sure:g}")
         self._require_points()
+        sure = sure or (1 - BELOW if self.is_estimated else 0.0)
         if (found := self._best(max_forgetting, sure)) is not None:
             return found
         front, asked = self.front(), percent(max_forgetting)
@@ -225,20 +236,15 @@ class ScoredRun(RecordedRun):
     def hypervolume(self) -> pd.DataFrame:
         """Compute what the points so far cover, after each scored one: trial, kind, hypervolume (search items,
         `reference`)."""
-        minimised, corner = self._losses(SEARCH), self._corner()
-        covered, front, rows = 0.0, np.empty((0, minimised.shape[1])), []
-        for trial, point in zip(minimised.index, minimised.to_numpy(), strict=True):
-            candidates = np.vstack([front, point])
-            mask = non_dominated(candidates)
-            if mask[-1]:
-                front = candidates[mask]
-                covered = hypervolume(front, corner)
-            rows.append((trial, self.kinds[trial].stored, covered))
-        return pd.DataFrame(rows, columns=["trial", "kind", "hypervolume"])
+        minimised = self._losses(SEARCH)
+        covered = growth(minimised.to_numpy(), self._corner())
+        kinds = [self.kinds[trial].stored for trial in minimised.index]
+        return pd.DataFrame({"trial": minimised.index, "kind": kinds, "hypervolume": covered})
 
     def anchors_hypervolume(self) -> float:
         """Compute what the points that were not searched cover, with the same reference point."""
-        minimised = self._losses(SEARCH)[self._roles != Role.SEARCHED]
+        minimised = self._losses(SEARCH)
+        minimised = minimised[self._roles[minimised.index] != Role.SEARCHED]
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
     def does_search_pay(self, sure: float = SURE) -> pd.DataFrame:
@@ -290,18 +296,25 @@ class ScoredRun(RecordedRun):
     def _points(self) -> pd.DataFrame:
         columns = self._objective_columns()
         if self.references is None:
-            names = [f"{_prefix(suite)}{name}" for suite in (SEARCH, HOLDOUT) for name in columns]
+            names = [f"{prefix_of(suite)}{name}" for suite in (SEARCH, HOLDOUT) for name in columns]
             empty = pd.DataFrame(columns=names, dtype=float)
             for column in ("method", "kind"):
                 empty.insert(0, column, pd.Series(dtype=str))
-            return empty.assign(front=pd.Series(dtype=bool)).rename_axis("trial")
+            return empty.assign(front=pd.Series(dtype=bool), front_chance=np.nan).rename_axis("trial")
         frame = objectives(self._draws(SEARCH))
-        on_front = non_dominated(_losses(frame, self.objectives).to_numpy())
-        frame = frame.join(self._holdout[0].add_prefix(_prefix(HOLDOUT)))
+        rivals = _losses(frame, self.objectives).drop(index=[*self.stopped], errors="ignore")
+        on_front = frame.index.isin(rivals.index[non_dominated(rivals.to_numpy())])
+        frame = frame.join(self._holdout[0].add_prefix(prefix_of(HOLDOUT)))
         frame.insert(0, "kind", [self.kinds[number].stored for number in frame.index])
         frame.insert(1, "method", [self.method(number) for number in frame.index])
         frame["front"] = on_front
+        frame["front_chance"] = front_chances(self._samples_of_losses)
         return frame
+
+    @cached_property
+    def _samples_of_losses(self) -> NDArray[np.float64]:
+        """The objectives of every point on resampled search items: (B, T, m), all minimised."""
+        return losses(np.stack([self._draws(SEARCH).samples[name] for name in self.objectives], axis=-1))
 
     @cached_property
     def _holdout(self) -> tuple[pd.DataFrame, str]:
@@ -316,7 +329,8 @@ class ScoredRun(RecordedRun):
     def _what_pays(self) -> pd.DataFrame:
         if self._points.empty:
             return pd.DataFrame(columns=["set", "suite", *COLUMNS[1:]])
-        fronts = fronts_by_set(self._losses(SEARCH), self._roles)
+        rivals = self._losses(SEARCH)
+        fronts = fronts_by_set(rivals, self._roles[rivals.index])
         judged = self.points(HOLDOUT)["domain"].notna()
         is_judged = all(judged[trials].all() for trials in fronts.values())  # else a set would lack points
         suite = HOLDOUT if is_judged else SEARCH
@@ -334,7 +348,8 @@ class ScoredRun(RecordedRun):
         return [*names, *(f"{name}_{end}" for name in names for end in ("low", "high", "stderr"))]
 
     def _losses(self, suite: str) -> pd.DataFrame:
-        return _losses(self.points(suite), self.objectives)
+        """Return what points are compared by, all minimised; without those that a race stopped."""
+        return _losses(self.points(suite), self.objectives).drop(index=[*self.stopped], errors="ignore")
 
     @property
     def _measured_from(self) -> tuple[int, dict[str, int]]:
@@ -383,10 +398,3 @@ class ScoredRun(RecordedRun):
 def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     """Return the objectives, those to be maximised negated: (n, m), all minimised, forgetting last."""
     return pd.DataFrame(losses(points[list(names)]), index=points.index, columns=list(names))
-
-
-def _prefix(suite: str) -> str:
-    """Return what stands before the names of a suite's figures in a frame that holds those of both."""
-    if suite not in (SEARCH, HOLDOUT):
-        raise RunError(f"a suite is {SEARCH} or {HOLDOUT}, not {suite}")
-    return "holdout_" if suite == HOLDOUT else ""

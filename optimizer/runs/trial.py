@@ -17,6 +17,7 @@ EXPERT_PREFIX = "expert:"
 DRIVER_DIED = "driver_died"
 WORKER_DIED = "worker_died"
 DUPLICATE = "duplicate of"
+STOPPED = "stopped"  # user attribute of a trial that a race stopped: after what
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 

@@ -33,7 +33,7 @@ class Cost:
     mapped_bytes: int  # the sources, mapped once for all workers of a machine
     learning_bytes: int  # activations of a step that learns, in one worker; layers run again where they do not fit
     disk_bytes: int  # of derived experts
-    tokens: Mapping[str, int]  # of one trial, by suite
+    tokens: Mapping[str, int]  # of one trial, by suite; of banks, what is drawn
     prepared: float  # what preparing anchors costs, in candidates
     hours: float
 
@@ -45,13 +45,19 @@ def cost_of(plan: Plan) -> Cost | None:
     numbers = count_numbers(plan.base)
     width = {"float32": 4.0, "bf16": 2.0, "auto": plan.base.bytes / numbers}[plan.study.evals.dtype]
     rows = plan.harness.describe()
-    tokens = {suite: sum(row[f"{suite}_tokens"] or 0 for row in rows) for suite in SUITES}
+    whole = {suite: sum(row[f"{suite}_tokens"] or 0 for row in rows) for suite in SUITES}
+    shares = [
+        (row["search_tokens"] or 0, row["drawn_items"] / row["search_items"]) for row in rows if row["drawn_items"]
+    ]
+    tokens = {**whole, SEARCH: whole[SEARCH] - round(sum(own * (1 - share) for own, share in shares))}
     forms = plan.study.anchors.derived if len(plan.experts) == 1 else ()
     learned = plan.study.search.learned
     prepared = STEP * learned.steps * learned.count + sum(FORMS[form] for form in forms)
     derived = len(SHARES) * len(forms)
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + learned.count}
-    work = sum(2 * numbers * tokens[suite] * trials[suite] for suite in SUITES)
+    anchors = derived + learned.count + (len(plan.space.anchors()) if plan.space is not None else 0)
+    bank = anchors * (whole[SEARCH] - tokens[SEARCH])  # what anchors read beyond what was drawn
+    work = 2 * numbers * (sum(tokens[suite] * trials[suite] for suite in SUITES) + bank)
     return Cost(
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),

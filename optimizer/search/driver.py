@@ -39,8 +39,9 @@ from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import front_midpoint
 from optimizer.search.prepared import Preparation, Preparer
+from optimizer.search.racing import Verdict, verdict_of
 from optimizer.search.samplers import make_sampler
-from optimizer.search.scale import find_scale, objectives_of
+from optimizer.search.scale import find_scale, objectives_of, with_anchor
 from optimizer.search.sensitivity import measure_sensitivities
 from optimizer.workers.pool import Pool, Result, ScoreJob
 from search_spaces.choice import Choice
@@ -90,7 +91,7 @@ def run_search(
         with interruptible() as interrupt, opened_storage(settings, run) as storage:
             directions = [StudyDirection.MAXIMIZE] * len(space.experts) + [StudyDirection.MINIMIZE]
             study = run.study(storage, settings.storage, directions)
-            ledger = Ledger(storage, study, run, space, tasks)
+            ledger = Ledger(storage, study, run, space, tasks, seed=settings.seed)
             reporter = Reporter(events, ledger, settings.trials)
             crew = Crew(pool, settings.max_attempts, require_unchanged, partial(reporter.trial, "retry"), interrupt)
             search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space.groups))
@@ -200,7 +201,9 @@ class _Search:
         open_kinds = {*ledger.references, *(ledger.kinds[number] for number in self.crew.out)}
         if not open_kinds.issuperset(ledger.reference_kinds):
             return True  # without the base and the experts nothing could be told, whatever the budget
-        if ledger.owes_told:
+        if ledger.has_bank and not ledger.has_references:
+            return ledger.anchors_wait and not ledger.owed  # what they answer says what others are scored on
+        if ledger.owes_told or ledger.owes_longer:
             return True  # it is in the budget already
         if self.preparer.waits(self.crew.jobs):
             return False  # a free worker waits for its lesson: asked for by chance, trials would take its place
@@ -218,7 +221,7 @@ class _Search:
         ledger = self.ledger
         if ledger.owed and ledger.kinds[ledger.owed[0]].is_prepared:
             self._take_up_prepared(ledger.owed.popleft())
-        elif ledger.owes_told:
+        elif ledger.owes_told or ledger.owes_longer:
             self._submit(ledger.owed.popleft())
         elif job := self.preparer.next(self.crew.jobs):
             self.crew.submit(job)
@@ -300,6 +303,7 @@ class _Search:
         if broken := not_finite(outcomes):
             self._failed(number, broken)
             return
+        outcomes = self.ledger.joined(number, outcomes)
         fault("outcome.before")
         self.ledger.run.write_outcomes(number, SEARCH, self.ledger.digests[number], outcomes)
         fault("outcome.after")
@@ -319,6 +323,8 @@ class _Search:
                 self.reporter.say("note", finding)
         for number in sorted(self.ledger.held):
             self._tell(number, self.ledger.held.pop(number), self.scale)
+            if self.ledger.has_bank and self.ledger.kinds[number].is_anchor:
+                self.scale = with_anchor(number, self.scale, self.ledger)
 
     def _tell(self, number: int, seconds: float, scale: Scale) -> None:
         try:
@@ -329,9 +335,25 @@ class _Search:
         if not all(math.isfinite(value) for value in values):
             self._failed(number, f"objectives must be finite: {dict(zip(self.names, values, strict=True))}")
             return
+        found = self._race(number, scale)
+        if found is Verdict.GOES_ON:
+            self.ledger.lengthen(number, seconds)
+            return
         self.ledger.tell(number, values, seconds)
         self.failures.told()
-        self.reporter.trial("trial", number, f"{seconds:.1f} s" if math.isfinite(seconds) else "", values)
+        took = f"{seconds:.1f} s" if math.isfinite(seconds) else ""
+        text = f"{took}, stopped: it is beaten".removeprefix(", ") if found is Verdict.STOPS else took
+        self.reporter.trial("trial", number, text, values)
+
+    def _race(self, number: int, scale: Scale) -> Verdict:
+        """Say what becomes of a trial after a block of items, and write down where it stops."""
+        if not (self.settings.racing and self.ledger.is_drawn(number)):
+            return Verdict.ENDS
+        found = verdict_of(number, scale, self.ledger)
+        if found is Verdict.GOES_ON and time.monotonic() < self.deadline:
+            return found
+        self.ledger.mark_stopped(number, is_stopped=found is Verdict.STOPS)
+        return found if found is Verdict.STOPS else Verdict.ENDS
 
     def _failed(self, number: int, reason: str) -> None:
         """End a trial that will not be tried again; stop the search where going on makes no sense."""

@@ -13,6 +13,7 @@ from optimizer.search.events import Reporter
 from optimizer.search.failures import not_finite
 from optimizer.search.fault_point import fault
 from optimizer.search.ledger import Ledger
+from optimizer.search.scale import values_now
 from optimizer.workers.pool import Result
 
 
@@ -25,9 +26,9 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
         SearchError: the base or an expert fails on the holdout suite.
         KeyboardInterrupt: a person asked to stop.
     """
-    numbers = sorted(
-        {*ledger.front(), *front_without_prepared(ledger.values, ledger.kinds), *ledger.finished_anchors()}
-    )
+    values = {n: value for n, value in values_now(ledger).items() if n not in ledger.stopped}
+    front = front_of(values)
+    numbers = sorted({*front, *front_without_prepared(values, ledger.kinds), *ledger.finished_anchors()})
     faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
     reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
     done = len(numbers) - len(faults)
@@ -36,15 +37,19 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
         done += not error
         kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
         reporter.judged(kind, result.job.trial, text, done=done, total=len(numbers))
-    on_front = sum(1 for number in numbers if number in ledger.front())
-    reporter.say("done", f"{ledger.finished} trials finished, {on_front} on the front")
+    reporter.say("done", f"{ledger.finished} trials finished, {len(front)} on the front")
+
+
+def front_of(values: Mapping[int, tuple[float, ...]]) -> list[int]:
+    """Give the trials that no other beats."""
+    numbers = list(values)
+    mask = non_dominated(losses([values[number] for number in numbers]))
+    return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 
 
 def front_without_prepared(values: Mapping[int, tuple[float, ...]], kinds: Mapping[int, TrialKind]) -> list[int]:
     """Give the finished trials that no other beats, were there no derived and no learned ones."""
-    numbers = [number for number in values if not kinds[number].is_prepared]
-    mask = non_dominated(losses([values[number] for number in numbers]))
-    return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
+    return front_of({number: value for number, value in values.items() if not kinds[number].is_prepared})
 
 
 def _take_in(result: Result, ledger: Ledger) -> str:

@@ -11,19 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
+import pandas as pd
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from evals.outcomes import SEARCH, TaskInfo
+from evals.outcomes import SEARCH, Outcome, TaskInfo
 from optimizer.runs.front import losses, non_dominated
+from optimizer.runs.outcome_files import outcomes_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, TrialKind
+from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, STOPPED, TrialKind
+from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
 from optimizer.search.samplers import SampledStudy
 from optimizer.workers.pool import ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
+
+NOTHING = pd.DataFrame({"task": [], "item": []})  # scored yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,20 @@ class Ledger:
     """What each trial of the study is; the only writer of the study but for new trials."""
 
     def __init__(
-        self, storage: RDBStorage, study: optuna.Study, run: RunFolder, space: Space | Choice, tasks: Sequence[TaskInfo]
+        self,
+        storage: RDBStorage,
+        study: optuna.Study,
+        run: RunFolder,
+        space: Space | Choice,
+        tasks: Sequence[TaskInfo],
+        *,
+        seed: int,
     ) -> None:
         self.storage, self.run, self.tasks = storage, run, tasks
+        self._seed = seed  # of the draw from banks
+        self._draws: dict[int, Draw] = {}  # by the number of blocks
+        self.longer: dict[int, float] = {}  # trials that get another block of items, and the seconds they took so far
+        self.stopped: set[int] = set()  # trials that a race stopped: never on the front
         self.study = SampledStudy(study.study_name, storage)
         self.study_id = storage.get_study_id_from_name(study.study_name)
         self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
@@ -68,6 +84,11 @@ class Ledger:
         return len(self.references) == len(self.reference_kinds)
 
     @property
+    def owes_longer(self) -> bool:
+        """Whether the trial that is owed next gets another block of items."""
+        return bool(self.owed) and self.owed[0] in self.longer
+
+    @property
     def owes_told(self) -> bool:
         """Whether the trial that is owed next was told before its outcomes were lost."""
         return bool(self.owed) and self.owed[0] in self.values
@@ -81,8 +102,56 @@ class Ledger:
         return str(self.storage.get_trial(self._id_of(number)).user_attrs[name])
 
     def job(self, number: int, suite: str) -> ScoreJob:
-        """Give the job that scores a trial on a suite."""
-        return ScoreJob(number, self.recipes[number], suite)
+        """Give the job that scores a trial on a suite; of a bank, on what was drawn, but for anchors."""
+        if suite != SEARCH or not self.is_drawn(number):
+            return ScoreJob(number, self.recipes[number], suite)
+        if number not in self.longer:
+            return ScoreJob(number, self.recipes[number], suite, self.draw_of(1).beyond(NOTHING))
+        have = self.run.read_outcomes(number, SEARCH)
+        wanted = self.draw_of(self._blocks_in(have) + 1).beyond(have)
+        return ScoreJob(number, self.recipes[number], suite, wanted)
+
+    def joined(self, number: int, outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+        """Give what was scored together with the blocks before it, each item with the probability of its draw."""
+        if not self.is_drawn(number):
+            return tuple(outcomes)
+        if number not in self.longer:
+            return self.draw_of(1).stamped(outcomes)
+        have = self.run.read_outcomes(number, SEARCH)
+        return self.draw_of(self._blocks_in(have) + 1).stamped([*outcomes_of(have), *outcomes])
+
+    def has_whole_bank(self, number: int) -> bool:
+        """Tell whether a trial was scored on every item."""
+        counts = self.run.read_outcomes(number, SEARCH)["task"].value_counts()
+        return all(counts.get(task.name, 0) >= task.search_items for task in self.tasks)
+
+    def outcomes_lost(self, number: int) -> bool:
+        """Tell whether a finished trial's outcomes are lost, and not stored again yet."""
+        return number in self.owed or not self.run.has_outcomes(number, SEARCH)
+
+    def _blocks_in(self, outcomes: pd.DataFrame) -> int:
+        """Count the blocks that outcomes are of."""
+        counts = outcomes["task"].value_counts()
+        return max(math.ceil(counts.get(t.name, 0) / t.drawn_items) for t in self.tasks if t.drawn_items)
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether a task has a bank."""
+        return any(task.drawn_items for task in self.tasks)
+
+    def is_drawn(self, number: int) -> bool:
+        """Tell whether a trial is scored on items that were drawn from a bank."""
+        return self.has_bank and not self.kinds[number].is_anchor
+
+    def draw_of(self, blocks: int) -> Draw:
+        """Give the draw of so many blocks, made once base and experts are scored: the same for every driver that finds
+        the same outcomes, and each with all of the shorter ones."""
+        if blocks not in self._draws:
+            assert self.has_references, "base and experts are scored"
+            rows = [self.run.read_outcomes(number, SEARCH) for number in self.references.values()]
+            outcomes = pd.concat(rows, ignore_index=True)
+            self._draws[blocks] = draw_from(outcomes, self.tasks, blocks=blocks, seed=self._seed)
+        return self._draws[blocks]
 
     def outcomes_fault(self, number: int, suite: str) -> str:
         """Say what is wrong with a trial's stored outcomes, in words; empty where nothing is."""
@@ -90,7 +159,7 @@ class Ledger:
 
     def front(self) -> set[int]:
         """Give the finished trials that no other beats."""
-        numbers = list(self.values)
+        numbers = [number for number in self.values if number not in self.stopped]
         mask = non_dominated(losses([self.values[number] for number in numbers]))
         return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
 
@@ -122,6 +191,8 @@ class Ledger:
             self.digests[trial.number] = Recipe.from_json(trial.user_attrs["recipe"]).digest
         if trial.state == TrialState.COMPLETE:
             self.values[trial.number] = tuple(trial.values)
+            if trial.user_attrs.get(STOPPED):
+                self.stopped.add(trial.number)
         elif trial.state != TrialState.FAIL or trial.user_attrs.get("reason", "").startswith(NOT_COUNTED):
             return
         elif kind in self.reference_kinds or kind.is_prepared:
@@ -215,12 +286,23 @@ class Ledger:
         twin = self.seen.setdefault(self.digests[number], number)
         return twin if twin != number and self.kinds[number] not in self.reference_kinds else None
 
+    def lengthen(self, number: int, seconds: float) -> None:
+        """Owe a trial that is in hand another block of items, before all else."""
+        self.longer[number] = seconds
+        self.owed.appendleft(number)
+
     def hold(self, number: int, seconds: float) -> None:
         """Hold a trial that is scored, until the base and every expert are."""
+        seconds += self.longer.pop(number, 0.0)
         if number not in self.values:  # else it was told before its outcomes were lost
             self.held[number] = seconds
         if self.kinds[number] in self.reference_kinds:
             self.references[self.kinds[number]] = number
+
+    def mark_stopped(self, number: int, *, is_stopped: bool) -> None:
+        """Write down that a race stopped a trial, or that it did not, whatever a driver before said."""
+        (self.stopped.add if is_stopped else self.stopped.discard)(number)
+        self.note(number, STOPPED, is_stopped)
 
     def tell(self, number: int, values: tuple[float, ...], seconds: float) -> None:
         """Tell a trial's objectives."""

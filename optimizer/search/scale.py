@@ -15,23 +15,31 @@ from optimizer.search.ledger import Ledger
 
 
 def objectives_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[float, ...]:
-    """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is a reference."""
-    if trial not in (scale.base, *scale.experts.values()):
-        own = ledger.run.read_outcomes(trial, SEARCH)
-        scale = replace(scale, outcomes=pd.concat([scale.outcomes, own], ignore_index=True))
+    """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is in the scale."""
+    scale = with_anchor(trial, scale, ledger)
     measured = draw_objectives(scale, replicates=0)
     place = measured.column(trial)
     return tuple(float(measured.points[name][place]) for name in objective_names(list(scale.experts)))
 
 
+def with_anchor(trial: int, scale: Scale, ledger: Ledger) -> Scale:
+    """Give a scale that has a trial's outcomes too: with a bank, those of every anchor tell what others would score."""
+    if trial in set(scale.outcomes["trial"]):
+        return scale
+    own = ledger.run.read_outcomes(trial, SEARCH)
+    return replace(scale, outcomes=pd.concat([scale.outcomes, own], ignore_index=True))
+
+
 def find_scale(ledger: Ledger) -> Scale:
-    """Give the scale, once the base and every expert are scored.
+    """Give the scale, once the base and every expert are scored; with a bank, with the anchors that are finished.
 
     Raises:
         SearchError: the tasks cannot tell the base from an expert, or from chance.
     """
     trials = ledger.references
-    outcomes = pd.concat([ledger.run.read_outcomes(n, SEARCH) for n in trials.values()], ignore_index=True)
+    finished = ledger.finished_anchors() - set(ledger.owed) if ledger.has_bank else set()
+    numbers = dict.fromkeys([*trials.values(), *sorted(finished)])
+    outcomes = pd.concat([ledger.run.read_outcomes(n, SEARCH) for n in numbers], ignore_index=True)
     experts = {kind.expert_name: trials[kind] for kind in ledger.reference_kinds if kind != BASE}
     scale = Scale(outcomes, ledger.tasks, SEARCH, trials[BASE], experts)
     try:
@@ -39,3 +47,20 @@ def find_scale(ledger: Ledger) -> Scale:
     except TaskError as error:
         raise SearchError(f"these tasks cannot carry a search: {error}") from error
     return scale
+
+
+def values_now(ledger: Ledger) -> dict[int, tuple[float, ...]]:
+    """Give the objectives of every finished trial as a reader of the run finds them: with a bank, estimated again from
+    all anchors that are there now; without one, or where outcomes are lost, as they were told."""
+    if not (ledger.has_bank and ledger.has_references):
+        return ledger.values
+    scale = find_scale(ledger)
+    others = sorted(ledger.values.keys() - set(ledger.owed) - set(scale.outcomes["trial"]))
+    rows = [scale.outcomes, *(ledger.run.read_outcomes(number, SEARCH) for number in others)]
+    measured = draw_objectives(replace(scale, outcomes=pd.concat(rows, ignore_index=True)), replicates=0)
+    names = objective_names(list(scale.experts))
+    found = {
+        int(number): tuple(float(measured.points[name][place]) for name in names)
+        for place, number in enumerate(measured.trials)
+    }
+    return {number: found.get(number, told) for number, told in ledger.values.items()}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
-from optimizer.study.schema import Finding, SpaceSection, Study, keys_at
+from optimizer.study.schema import Finding, Section, ShapeEntry, SpaceSection, Study
 from optimizer.workers.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
+from search_spaces.shape import LEAST
 
 Problem = tuple[str, str]  # the key's path, and what is wrong with its value
 
@@ -172,6 +174,12 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
         if entry.items is not None:
             rule = "the search scores no item of a sentinel task"
             yield f"evals.sentinel.{i}.items", f"{rule}; given {entry.items}; say holdout_items"
+    items = max((entry.items or study.evals.items for entry in (*domain, *study.evals.general)), default=0)
+    if study.evals.bank is not None and study.evals.bank <= items:
+        rule = "must be more than the items that every candidate is scored on"
+        yield "evals.bank", f"{rule}; given {study.evals.bank}, and {items} items; leave it out for no bank"
+    if study.search.racing and study.evals.bank is None:
+        yield "search.racing", "needs a bank of items to race on; given true; say evals.bank"
     seen: set[str] = set()
     for role, entries in study.evals.roles.items():
         for i, entry in enumerate(entries):
@@ -180,3 +188,24 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
             if entry.task in seen:
                 yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
             seen.add(entry.task)
+
+
+def keys_at(path: Sequence[str]) -> list[str]:
+    """List the keys a person may write at a place."""
+    model: type[Section] = Study
+    for part in path:
+        if part.isdecimal():
+            continue  # an entry of a list has the list's model
+        found = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        if found is None:
+            return []
+        model = found
+    if model is ShapeEntry:
+        return list(LEAST)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: object) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -253,6 +253,9 @@ class EvalsSection(Section):
         "objective, to tell ability that was kept from a form that was learned. They take no items and no expert.",
     )
     items: int = Field(default=100, ge=1, le=MOST_ITEMS, description="Items of each task that the search scores.")
+    bank: int | None = Field(
+        default=None, ge=1, le=MOST_ITEMS, description="Items that anchors are scored on; others on `items` of them."
+    )
     holdout_items: Holdout = Field(
         default=100,
         description="Other items that judge the front: a number, a share of each task's items (0.3), or rest.",
@@ -306,6 +309,11 @@ class SearchSection(Section):
     )
     learned: Annotated[LearnedEntry, BeforeValidator(_read_learned, json_schema_input_type=int | LearnedEntry)] = Field(
         default=LearnedEntry(), description="Anchors among the trials whose weights are learned by gradients; 0: none."
+    )
+    racing: bool = Field(
+        default=False,
+        description="With evals.bank: a candidate that is beaten after evals.items stops, one near the front gets "
+        "more.",
     )
     sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
@@ -386,24 +394,3 @@ def validate(document: Mapping[str, Any]) -> Study | list[Finding]:
         return Study.model_validate_json(json.dumps(document), by_alias=True, by_name=False)
     except ValidationError as error:
         return [dict(finding) for finding in error.errors(include_url=False)]
-
-
-def keys_at(path: Sequence[str]) -> list[str]:
-    """List the keys a person may write at a place."""
-    model: type[Section] = Study
-    for part in path:
-        if part.isdecimal():
-            continue  # an entry of a list has the list's model
-        found = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
-        if found is None:
-            return []
-        model = found
-    if model is ShapeEntry:
-        return list(LEAST)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _model_in(annotation: object) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -20,6 +20,7 @@ class FrontRow:
     """One point of the front, or an anchor beside it.
 
     Args:
+        chance: the share of resamplings of the search items in which no other point beats it.
         figures: by suite, then by objective: `domain` (the mean where there are several experts), that of each expert,
             `forgetting`.
     """
@@ -29,6 +30,7 @@ class FrontRow:
     method: str
     on_front: bool
     is_knee: bool
+    chance: float
     figures: Mapping[str, Mapping[str, Interval]]
 
 
@@ -43,6 +45,7 @@ def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
         return []
     knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
     figures = {suite: rows_of(run.points(suite)) for suite in SUITES}
+    chances = run.points()["front_chance"]
     return [
         FrontRow(
             trial=trial,
@@ -50,6 +53,7 @@ def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
             method=run.method(trial),
             on_front=trial in front,
             is_knee=trial == knee,
+            chance=float(chances[trial]),
             figures={
                 suite: {name: Interval.of(rows[trial], name) for name in names} for suite, rows in figures.items()
             },

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limit
-from evals.outcomes import SUITES
 from optimizer.search.cost import Cost, cost_of, count_numbers
 from optimizer.views.tables import table
 from optimizer.words import count, percent, printable
@@ -84,7 +83,8 @@ def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
     for row in harness.describe():
         role = f"{row['role']} ({row['expert']})" if row["expert"] else row["role"]
         shots = f"{row['shots']} ({row['shots_from']})" if row["shots_from"] else row["shots"]
-        numbers = f"{row['chance']:.2f}", shots, *(row[f"{suite}_items"] for suite in SUITES)
+        search = f"{row['drawn_items']} of {row['search_items']}" if row["drawn_items"] else row["search_items"]
+        numbers = f"{row['chance']:.2f}", shots, search, row["holdout_items"]
         yield row["task"], role, row["metric"], *numbers
 
 

@@ -61,7 +61,19 @@ def verdict(run: ScoredRun) -> list[str]:
     if run.points().empty:
         return []
     knee = knee_sentence(run) if run.kinds[run.knee()].is_anchor else []
-    return [*knee, *what_search_gains(run), *what_prepared_points_add(run)]
+    return [*knee, *what_search_gains(run), *what_prepared_points_add(run), *what_bank_saved(run)]
+
+
+def what_bank_saved(run: ScoredRun) -> list[str]:
+    """Say in one sentence, where there is a bank, how much of it searched trials were scored on, and how many a race
+    stopped."""
+    rows = run.outcomes(SEARCH)
+    searched = {trial for trial in rows["trial"].unique() if not run.kinds[trial].is_anchor}
+    if not run.is_estimated or not searched:
+        return []
+    share = rows["trial"].isin(searched).sum() / (len(searched) * sum(task.search_items for task in run.tasks))
+    raced = f"; a race stopped {len(run.stopped)} of the {len(searched)}, which are beaten" if run.stopped else ""
+    return [f"Searched trials were scored on {percent(share)} of the bank's items, and estimated on the others{raced}."]
 
 
 def knee_sentence(run: ScoredRun) -> list[str]:

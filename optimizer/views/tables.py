@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WIDE = 10_000  # characters: no table is broken
 
 SENTINELS = "Sentinel tasks"
+CHANCE = "search\non front in"  # the share of resamplings
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
@@ -100,12 +101,12 @@ def front_table(run: ScoredRun, *, width: int) -> Table:
             mark = "*" if row.is_knee else "+" if row.on_front else ""
             method = [row.method] if several else []
             shares = (row.figures[suite][name].text(seam) for suite, name in figures)
-            yield mark, row.trial, row.kind.label, *method, *shares
+            yield mark, row.trial, row.kind.label, *method, *shares, percent(row.chance)
 
     titles = [f"{suite}\n{name.replace('_', ' ').replace('domain', 'domain gain')}" for suite, name in figures]
-    columns = ["", "trial", "kind", *(["method"] if several else []), *titles]
+    columns = ["", "trial", "kind", *(["method"] if several else []), *titles, CHANCE]
     title = f"Front of {run.name} (+) with its knee (*), and the anchors"
-    return _fitted(title, columns, cells, right=["trial", *titles], width=width)
+    return _fitted(title, columns, cells, right=["trial", *titles, CHANCE], width=width)
 
 
 def limits_table(answers: Sequence[LimitRow], *, width: int) -> Table:
@@ -184,6 +185,7 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
                 "kind": row.kind.stored,
                 "method": row.method,
                 "knee": row.is_knee,
+                "front_chance": plain(row.chance),
                 **{suite: _plain_figures(figures) for suite, figures in row.figures.items()},
             }
             for row in rows

@@ -7,7 +7,7 @@ and its job comes back as `died`, for the search to give to another worker.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from optimizer.workers.worker import Evaluation
 
 
+Only = Mapping[str, Sequence[str]]  # item hashes by task
+
+
 class WorkerLike(Protocol):
     """What a pool needs of a worker."""
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation: ...
+    def evaluate(self, recipe: str, suite: str, only: Only | None) -> Evaluation: ...
 
     def learn(self, lesson: Lesson) -> Learned: ...
 
@@ -50,15 +53,20 @@ class Job(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
-    """One recipe (JSON) to score on one suite; the answer is an Evaluation."""
+    """One recipe (JSON) to score on one suite; the answer is an Evaluation.
+
+    Args:
+        only: of these tasks only these items, by hash; None: all.
+    """
 
     trial: int
     recipe: str
     suite: str
+    only: Only | None = None
     length = 1.0
 
     def work(self, worker: WorkerLike) -> Evaluation:
-        return worker.evaluate(self.recipe, self.suite)
+        return worker.evaluate(self.recipe, self.suite, self.only)
 
 
 @dataclass(frozen=True, slots=True)

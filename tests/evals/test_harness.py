@@ -84,6 +84,39 @@ def test_shots_of_an_item_do_not_depend_on_its_neighbours(tmp_path: Path, engine
     assert prompts[1][: len(prompts[0])] == prompts[0]
 
 
+def test_a_bank_takes_what_the_others_leave(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", questions(60))
+    plain = load(folder, search=14, holdout=20)
+    for asked, found in {20: 20, 500: 40}.items():
+        harness = load(folder, search=14, holdout=20, bank_items=asked)
+        (info,) = harness.infos
+        assert (info.search_items, info.drawn_items, info.holdout_items) == (found, 14, 20)
+        assert harness.suite_hash("search")["t"][:14] == plain.suite_hash("search")["t"]
+        assert harness.suite_hash("holdout") == plain.suite_hash("holdout")
+        assert not harness.notes
+    assert load(folder, search=14, bank_items=500).infos[0].search_items == 30  # half, where the holdout is the rest
+    for small in ({"search": 8, "holdout": 20}, {"search": 14, "holdout": 46}):
+        harness = load(folder, bank_items=500, **small)
+        assert (harness.infos[0].search_items, harness.infos[0].drawn_items) == (small["search"], 0)
+        assert "has no bank" in harness.notes[0]
+
+
+def test_drawn_items_alone_are_scored_as_among_all(tmp_path: Path, engine: Engine) -> None:
+    harness = load(write_task(tmp_path / "t", questions(40)), write_task(tmp_path / "u", questions(40)), search=14,
+                   holdout=10, bank_items=30)  # fmt: skip
+    whole = {(o.task, o.item): o for o in harness.score(engine, "search")}
+    chosen = tuple(harness.suite_hash("search")["u"][3:9])
+    part = harness.score(engine, "search", {"t": harness.suite_hash("search")["t"], "u": chosen})
+    assert [o.item for o in part if o.task == "u"] == list(chosen)
+    assert len([o for o in part if o.task == "t"]) == 30
+    for outcome in part:
+        before = whole[outcome.task, outcome.item]
+        assert outcome.loglikelihoods == pytest.approx(before.loglikelihoods, abs=1e-4)
+        assert outcome.right == before.right
+        assert len(outcome.right) == 1
+    assert len(examples(harness, "search", engine)) == 28  # a lesson costs as much with a bank
+
+
 def test_too_few_items(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "few", questions(10))
     refused("too few items: .*few has 10 different items, 8 search and 3 holdout items", folder, search=8, holdout=3)

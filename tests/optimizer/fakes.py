@@ -25,7 +25,7 @@ from optimizer.search.events import Event
 from optimizer.search.prepared import Preparation
 from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
 from optimizer.workers.orders import Derivation, Form, Learned, Lesson
-from optimizer.workers.pool import SerialPool
+from optimizer.workers.pool import Only, SerialPool
 from optimizer.workers.worker import Evaluation
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
@@ -39,12 +39,13 @@ TENSORS = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm
 GROUPS = ("embed", *(f"layer.{i:02d}.{kind}" for i in range(8) for kind in ("attn", "mlp")), "head")
 
 
-def task(name: str, role: str, expert: str = "") -> TaskInfo:
-    return TaskInfo(name, role, expert, "multiple_choice", "acc", True, 0.25, ITEMS, ITEMS)
+def task(name: str, role: str, expert: str = "", drawn: int = 0) -> TaskInfo:
+    return TaskInfo(name, role, expert, "multiple_choice", "acc", True, 0.25, ITEMS, ITEMS, drawn)
 
 
-def tasks_of(experts: Sequence[str]) -> list[TaskInfo]:
-    return [*(task(f"skill_{name}", "domain", name) for name in experts), task("general", "general")]
+def tasks_of(experts: Sequence[str], drawn: int = 0) -> list[TaskInfo]:
+    skills = (task(f"skill_{name}", "domain", name, drawn) for name in experts)
+    return [*skills, task("general", "general", drawn=drawn)]
 
 
 def space_of(experts: Sequence[str], shape: Shape, method: str = "task_arithmetic") -> Space:
@@ -76,7 +77,7 @@ class FakeWorker:
 
     before: Callable[[Recipe], None] | None = None
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+    def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Evaluation:
         known = Recipe.from_json(recipe)
         if self.before is not None:
             self.before(known)
@@ -90,6 +91,7 @@ class FakeWorker:
             Outcome(name, suite, f"{item:016x}", score + 0.01 * (item % 3), 1.0, (), False)
             for name, score in scores.items()
             for item in range(ITEMS)
+            if only is None or f"{item:016x}" in only.get(name, ())
         )
         return Evaluation(outcomes, 0.0, 0.0)
 
@@ -207,6 +209,7 @@ class Bench:
     require_unchanged: Callable[[], None] = lambda: None
     forms: tuple[Form, ...] = ()  # of derived experts
     learned: int = 0
+    drawn: int = 0  # items of each task's bank that a searched trial is scored on; 0: no bank
 
     @property
     def space(self) -> Space | Choice:
@@ -219,14 +222,14 @@ class Bench:
             self.folder,
             f"name: {self.folder.name}\n",
             {"shape": self.shape.kind},
-            tasks=tasks_of(self.experts),
+            tasks=tasks_of(self.experts, self.drawn),
             storage=self.storage,
         )
 
     def has_own(self, trial: FrozenTrial, suite: str = "search") -> bool:
         """Whether a trial's outcomes are stored, whole and of its own recipe."""
         digest = Recipe.from_json(trial.user_attrs["recipe"]).digest
-        return not self.run.outcomes_fault(trial.number, suite, digest=digest, tasks=tasks_of(self.experts))
+        return not self.run.outcomes_fault(trial.number, suite, digest=digest, tasks=tasks_of(self.experts, self.drawn))
 
     def search(self, *, pool: object = None, before: Callable[[Recipe], None] | None = None, **search: object) -> None:
         run = self.run
@@ -236,7 +239,7 @@ class Bench:
                 run,
                 space=self.space,
                 pool=pool or SerialPool(lambda: FakeWorker(before)),  # type: ignore[arg-type]
-                tasks=tasks_of(self.experts),
+                tasks=tasks_of(self.experts, self.drawn),
                 require_unchanged=self.require_unchanged,
                 events=self.events.append,
                 preparation=Preparation(

@@ -17,7 +17,7 @@ from optimizer.search.driver import run_search
 from optimizer.search.plan import make_plan
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
-from optimizer.workers.pool import SerialPool
+from optimizer.workers.pool import Only, SerialPool
 from optimizer.workers.worker import Evaluation, Worker
 from tests.optimizer.small_study import write_study
 
@@ -93,12 +93,12 @@ class Spoilt:
         self._expert = Path(study.models.experts["clinical"])
         self._bad, self._asked = bad, 0
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation:
+    def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Evaluation:
         if self._asked == 2:
             plant(self._expert, self._bad)
             self._worker = self._make()
         self._asked += 1
-        return self._worker.evaluate(recipe, suite)
+        return self._worker.evaluate(recipe, suite, only)
 
 
 @pytest.mark.parametrize("bad", BAD)

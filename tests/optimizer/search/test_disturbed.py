@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from optimizer.cli import app
 from optimizer.errors import MergeError, RunError, SearchError, UnavailableError
 from optimizer.run import open_run
-from optimizer.workers.pool import SerialPool
+from optimizer.workers.pool import Only, SerialPool
 from optimizer.workers.worker import Evaluation
 from search_spaces.recipe import Recipe
 from tests.conftest import ROOT
@@ -130,8 +130,8 @@ def test_a_clock_that_jumps_back_changes_nothing(bench: Bench, tmp_path: Path) -
 class Coarse(FakeWorker):
     """Scores all searched recipes alike, better than any anchor."""
 
-    def evaluate(self, recipe: str, suite: str) -> Evaluation:
-        exact = super().evaluate(recipe, suite)
+    def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Evaluation:
+        exact = super().evaluate(recipe, suite, only)
         if is_anchor(Recipe.from_json(recipe)):
             return exact
         alike = [replace(row, value={"skill_clinical": 0.75, "general": 0.88}[row.task]) for row in exact.outcomes]

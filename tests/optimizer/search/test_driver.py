@@ -22,7 +22,7 @@ from optimizer.search.events import Event
 from optimizer.search.samplers import make_sampler, require_learns
 from optimizer.views.progress import Progress
 from optimizer.words import percent
-from optimizer.workers.pool import Job, Result, ScoreJob, SerialPool
+from optimizer.workers.pool import Job, Only, Result, ScoreJob, SerialPool
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
@@ -212,10 +212,10 @@ def test_a_failed_base_stops_the_search_and_may_be_mended(bench: Bench) -> None:
 
 def test_a_score_that_is_not_finite_is_a_failure(bench: Bench) -> None:
     class Broken(FakeWorker):
-        def evaluate(self, recipe: str, suite: str) -> Result:  # type: ignore[override]
+        def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Result:  # type: ignore[override]
             import dataclasses
 
-            evaluation = super().evaluate(recipe, suite)
+            evaluation = super().evaluate(recipe, suite, only)
             if is_anchor(Recipe.from_json(recipe)):
                 return evaluation
             rows = (dataclasses.replace(evaluation.outcomes[0], value=float("nan")), *evaluation.outcomes[1:])

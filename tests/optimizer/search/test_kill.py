@@ -13,8 +13,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from optimizer.run import open_run
 from search_spaces.recipe import Recipe
-from tests.optimizer.fakes import Bench
+from tests.optimizer.fakes import Bench, mean_weight
 
 pytestmark = pytest.mark.slow  # some fifty drivers are started
 
@@ -36,20 +37,20 @@ class Acknowledged(list):  # type: ignore[type-arg]
             self._file.write(f"{event.trial} {event.objectives}\n")  # type: ignore[attr-defined]
 
 
-def drive(folder: Path, fault: str) -> None:
+def drive(folder: Path, fault: str, drawn: int = 0) -> None:
     os.environ["MERGEFRONT_FAULT"] = fault
-    bench = Bench(folder / "toy", events=Acknowledged(folder / "acknowledged"))
+    bench = Bench(folder / "toy", events=Acknowledged(folder / "acknowledged"), drawn=drawn)
     bench.search(trials=BUDGET, sampler="random")
 
 
-def driver(folder: Path, fault: str = "") -> multiprocessing.process.BaseProcess:
-    process = FORKS.Process(target=drive, args=(folder, fault))
+def driver(folder: Path, fault: str = "", drawn: int = 0) -> multiprocessing.process.BaseProcess:
+    process = FORKS.Process(target=drive, args=(folder, fault, drawn))
     process.start()
     return process
 
 
-def assert_whole(folder: Path, *, most_trials: int = BUDGET) -> None:
-    bench = Bench(folder / "toy")
+def assert_whole(folder: Path, *, most_trials: int = BUDGET, drawn: int = 0) -> None:
+    bench = Bench(folder / "toy", drawn=drawn)
     storage = bench.run.storage()  # checks the file too
     trials = optuna.load_study(study_name="toy", storage=storage).get_trials(deepcopy=False)
     by_state = Counter(trial.state for trial in trials)
@@ -100,6 +101,25 @@ def test_a_driver_killed_at_a_point_loses_nothing(tmp_path: Path, fault: str) ->
     after.join(60)
     assert after.exitcode == 0
     assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["outcome.after:1", "outcome.before:10", "outcome.after:10", "tell.before:10"])
+def test_a_driver_killed_over_a_bank_draws_the_same_items_again(tmp_path: Path, fault: str) -> None:
+    killed = driver(tmp_path, fault, 12)
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL, f"{fault} was not reached"
+    after = driver(tmp_path, "", 12)
+    after.join(60)
+    assert after.exitcode == 0
+    assert_whole(tmp_path, drawn=12)
+    run = open_run(tmp_path / "toy")
+    rows = run.outcomes("search")
+    searched = [number for number, kind in run.kinds.items() if not kind.is_anchor]
+    drawn = [frozenset(rows.loc[rows["trial"] == number, "item"]) for number in searched]
+    assert len(searched) > 3
+    assert len(set(drawn)) == 1
+    gains = run.points()["domain"]
+    assert gains.to_dict() == pytest.approx({n: mean_weight(run.recipe(n)) for n in range(BUDGET)}, abs=1e-4)
 
 
 @pytest.mark.parametrize("asked", [1, 8])

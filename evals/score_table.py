@@ -1,0 +1,152 @@
+"""One task's outcomes as arrays, items by trials; what a trial was not scored on of a bank is estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from evals.bank import Seen, estimate, margins
+from evals.errors import TaskError
+
+Array = NDArray[np.float64]
+
+AGREEMENT = 0.9  # of the answers that margins must tell, to be what the regression is on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """One task's outcomes as arrays: n items in hash order, T trials in rising order.
+
+    Args:
+        values: those of items that a trial was not scored on are estimated (`evals.bank`).
+        pulls: of each such trial's drawn items on the error of its sum, as of `Estimate`, for items like the bank's;
+            None where every trial was scored on all.
+    """
+
+    trials: NDArray[np.int64]  # (T,)
+    values: Array  # (n, T)
+    weights: Array  # (n,)
+    pulls: Array | None = None  # (n, T)
+
+    @property
+    def scores(self) -> Array:
+        return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
+
+    def residuals(self) -> Array:
+        """Compute each item's pull on the score's error; their sum of squares is its variance (linearised ratio).
+
+        Returns:
+            (n, T), or (2 n, T) where scores are estimated: what the items may be off by, then what the estimates may.
+        """
+        n = len(self.weights)
+        pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
+        sampled = np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)
+        return sampled if self.pulls is None else np.vstack([sampled, self.pulls / self.weights.sum()])
+
+    def stderr(self) -> Array:
+        return np.asarray(np.sqrt((self.residuals() ** 2).sum(axis=0)))  # (T,)
+
+    def stderr_of_difference(self, trial: int, other: int) -> float:
+        residuals = self.residuals()
+        difference = residuals[:, self.column(trial)] - residuals[:, self.column(other)]
+        return float(np.sqrt((difference**2).sum()))
+
+    def column(self, trial: int) -> int:
+        return int(np.searchsorted(self.trials, trial))
+
+
+def table_of(rows: pd.DataFrame, task: str) -> Table:
+    """Arrange a task's outcomes as arrays; estimate what a trial scores on items of a bank that it was not scored on.
+
+    Raises:
+        TaskError: there are none, a trial lacks an item or has it twice, or a number is not usable.
+    """
+    rows = rows.loc[rows["task"] == task]
+    trial_codes, trials = pd.factorize(rows["trial"], sort=True)
+    item_codes, items = pd.factorize(rows["item"], sort=True)
+    n, t = len(items), len(trials)
+    if not n:
+        raise TaskError(f"task {task} has no outcome on this suite")
+    filled = np.zeros((n, t), dtype=np.int64)
+    np.add.at(filled, (item_codes, trial_codes), 1)
+    inclusion = _inclusion(rows)
+    is_drawn = np.bincount(trial_codes, inclusion < 1, minlength=t) > 0  # (T,)
+    wrong = (filled > 1) | ((filled != 1) & ~is_drawn)
+    if wrong.any():
+        item, trial = np.argwhere(wrong)[0]
+        raise TaskError(
+            f"every trial needs each item once: trial {trials[trial]} has item {items[item]} of task {task} "
+            f"{filled[item, trial]} times"
+        )
+    if is_drawn.all():
+        raise TaskError(f"task {task}: an estimate from some items of a bank needs a trial that was scored on all")
+    values, weights = np.zeros((n, t)), np.full((n, t), np.nan)
+    values[item_codes, trial_codes] = rows["value"]
+    weights[item_codes, trial_codes] = rows["weight"]
+    known = weights[:, int(np.flatnonzero(~is_drawn)[0])]
+    if not (np.isfinite(values).all() and ((weights == known[:, None]) == filled).all() and (known > 0).all()):
+        raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
+    numbers = np.asarray(trials, dtype=np.int64)
+    if not is_drawn.any():
+        return Table(numbers, values, known)
+    signals, chances = values, np.ones((n, t))
+    chances[item_codes, trial_codes] = inclusion
+    if (found := margins_of(rows)) is not None:
+        signals = np.zeros((n, t))
+        signals[item_codes, trial_codes] = found
+    pulls = _estimate_into(values, signals, filled == 1, chances, is_drawn)
+    return Table(numbers, values, known, pulls)
+
+
+def margins_of(rows: pd.DataFrame) -> Array | None:
+    """Compute the margin of each of a task's outcomes, for each token of a choice where that tells more answers.
+
+    Returns:
+        (R,) in nats, or in nats a token; None where an outcome has no choices, where its right ones were not kept, or
+        where the margins do not tell the answers.
+    """
+    if not {"right", "lengths"} <= set(rows) or rows[["right", "lengths"]].isna().any(axis=None):
+        return None
+    counts, rights = rows["loglikelihoods"].map(len).to_numpy(), rows["right"].map(len).to_numpy()
+    if not rights.all() or not (counts > rights).all() or (rows["lengths"].map(len).to_numpy() != counts).any():
+        return None
+    at, width = np.arange(len(rows)).repeat(counts), int(counts.max())
+    place = np.arange(len(at)) - (np.cumsum(counts) - counts).repeat(counts)
+    scores, lengths = np.full((len(rows), width), -np.inf), np.ones((len(rows), width))
+    scores[at, place] = np.concatenate(rows["loglikelihoods"].to_list())
+    lengths[at, place] = np.maximum(np.concatenate(rows["lengths"].to_list()), 1)
+    right = np.zeros((len(rows), width), dtype=bool)
+    chosen = np.concatenate(rows["right"].to_list()).astype(np.int64)
+    if not ((chosen >= 0) & (chosen < counts.repeat(rights))).all():
+        return None
+    right[np.arange(len(rows)).repeat(rights), chosen] = True
+    answers = rows["value"].to_numpy() == 1
+    found = max((margins(of, right) for of in (scores, scores / lengths)), key=lambda m: ((m > 0) == answers).sum())
+    return found if ((found > 0) == answers).mean() >= AGREEMENT and np.isfinite(found).all() else None
+
+
+def _estimate_into(
+    values: Array, signals: Array, is_there: NDArray[np.bool_], chances: Array, is_drawn: NDArray[np.bool_]
+) -> Array:
+    """Estimate what is not there of the drawn trials' values (n, T), in place; gives the pulls (n, T)."""
+    are_margins = signals is not values
+    anchors, n = signals[:, ~is_drawn].copy(), len(values)
+    pulls = np.zeros_like(values)
+    for trial in np.flatnonzero(is_drawn):
+        places = np.flatnonzero(is_there[:, trial])
+        seen = Seen(places, values[places, trial], signals[places, trial].copy(), chances[places, trial])
+        found = estimate(anchors, seen, are_margins=are_margins)
+        values[:, trial] = found.values
+        # the bank's items stand for others like them: what is foretold varies less than what would be measured
+        pulls[:, trial] = found.pulls * np.sqrt(1 + len(places) / n)
+    return pulls
+
+
+def _inclusion(rows: pd.DataFrame) -> Array:
+    """Give the probability with which each row's item was drawn; 1 where an earlier version kept none."""
+    if "inclusion" not in rows:
+        return np.ones(len(rows))
+    return np.asarray(rows["inclusion"].astype(float).fillna(1.0), dtype=np.float64)
