@@ -6,70 +6,22 @@ full disk, no answer from a database), 4 a study is damaged, missing or another 
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, NOT_NOW, WRONG, exit_code
-from optimizer.words import printable
+from optimizer.commands import AsJson, Commands, RunPath, Sets, Storage, StudyPath, fail, print_json, say, terminal
+from optimizer.exit_codes import NOT_NOW, WRONG
 from optimizer.workers.orders import STEPS, By, Form, Loss
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from optimizer.run import Run
 
-StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
-Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a value, such as search.trials=40.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Storage = Annotated[
-    str | None,
-    typer.Option(envvar="MERGEFRONT_STORAGE", metavar="URL", help="The study's storage, where its URL has a password."),
-]
-
-
-class _Commands(TyperGroup):
-    """Turns our errors into one line on stderr and an exit code; a traceback only with --debug."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            if ctx.params.get("debug"):
-                raise
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody to tell
-            raise typer.Exit(FAILED) from None
-        except OSError as error:
-            if error.errno not in MENDABLE or ctx.params.get("debug"):
-                raise
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(f"{place}{error.strerror}; with --debug before the command it shows where", MENDABLE[error.errno])
-        except Exception as error:
-            if "message" in vars(error):  # how typer words a usage error, with what was typed
-                vars(error)["message"] = printable(str(vars(error)["message"]))
-            code = exit_code(error)
-            if code is None or ctx.params.get("debug"):
-                raise
-            _fail(str(error), code)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    _say(f"error: {text}", error=True)
-    raise typer.Exit(code)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,  # rich's help takes twice as long to start
     add_completion=False,
@@ -82,7 +34,7 @@ def _version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        _say(f"mergefront {version('mergefront')}")
+        say(f"mergefront {version('mergefront')}")
         raise typer.Exit
 
 
@@ -121,20 +73,20 @@ def init(
 
     resolved_path(out, Path.cwd(), where="--out")
     if os.path.lexists(out) and not force:
-        _fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
+        fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:
         if base or domain:
-            _fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
+            fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
         text = study_from_evolve(from_evolve, out, general or ())
     elif base and experts:
         text = new_study(out, base, experts, domain=domain or (), general=general or ())
     else:
-        _fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
+        fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        _fail(f"--out: {out} cannot be written: {error.strerror}; name a file in a folder that is there", WRONG)
-    _say(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
+        fail(f"--out: {out} cannot be written: {error.strerror}; name a file in a folder that is there", WRONG)
+    say(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
 
 
 @app.command()
@@ -154,9 +106,9 @@ def check(
     plan = make_plan(read_study(study, sets))
     count_tokens(plan)
     digests = read_in_full(plan) if full else {}
-    print_plan(plan, _console())
+    print_plan(plan, terminal())
     for file, digest in digests.items():
-        _say(f"{digest}  {file}")
+        say(f"{digest}  {file}")
     if plan.problems:
         raise typer.Exit(WRONG)
 
@@ -177,8 +129,8 @@ def search(
 
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    run = run_study(study, overrides, _console())
-    _say(f"report: {run.path / 'report.html'}")
+    run = run_study(study, overrides, terminal())
+    say(f"report: {run.path / 'report.html'}")
     if run.front().empty:
         raise typer.Exit(NOT_NOW)
 
@@ -191,13 +143,13 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
     opened = _opened(run, storage)
     document = status_document(opened)
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
-    _say(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
+    say(opened.summary() + (" A search is writing to it now." if document["running"] else ""))
     if len(document["methods"]) > 1:
-        _say("Trials by method: " + ", ".join(f"{name} {n}" for name, n in document["methods"].items()))
+        say("Trials by method: " + ", ".join(f"{name} {n}" for name, n in document["methods"].items()))
     for finding in document["findings"]:
-        _say(f"- {finding}")
+        say(f"- {finding}")
 
 
 @app.command()
@@ -207,9 +159,9 @@ def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> Non
 
     opened = _opened(run, storage)
     if as_json:
-        _print_json(front_document(opened))
+        print_json(front_document(opened))
     else:
-        print_front(opened, _console())
+        print_front(opened, terminal())
 
 
 @app.command()
@@ -231,14 +183,14 @@ def show(
 
         flipped, why = flipped_documents(opened, trial)
         if as_json:
-            _print_json({**trial_document(opened, trial), "flipped": flipped, "without_texts": why})
+            print_json({**trial_document(opened, trial), "flipped": flipped, "without_texts": why})
         else:
-            _say("\n".join([*flipped_lines(flipped), *([why] if why else [])]) or "no answer flipped")
+            say("\n".join([*flipped_lines(flipped), *([why] if why else [])]) or "no answer flipped")
         return
     if as_json:
-        _print_json(trial_document(opened, trial))
+        print_json(trial_document(opened, trial))
         return
-    console = _console()
+    console = terminal()
     console.print(opened.recipe(trial).short(), highlight=False, markup=False)
     console.print(weights_table(opened, trial))
     if trial in opened.points().index:
@@ -246,7 +198,7 @@ def show(
         console.print(retention_table(opened, trial, width=console.width))
     else:
         about = opened.trials().loc[trial]
-        _say(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
+        say(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
 
 
 @app.command()
@@ -271,23 +223,23 @@ def export(
 ) -> None:
     """Write one point as a model folder, with card and recipe."""
     if sure and max_forgetting is None:
-        _fail("--sure says how sure --max-forgetting must be: give both", WRONG)
+        fail("--sure says how sure --max-forgetting must be: give both", WRONG)
     if sum((trial is not None, knee, max_forgetting is not None, knob is not None)) != 1:
-        _fail("name one point: --trial N, --knee, --max-forgetting SHARE or --knob PLACE", WRONG)
+        fail("name one point: --trial N, --knee, --max-forgetting SHARE or --knob PLACE", WRONG)
     opened = _opened(run, storage)
     from evals.documents import checked_path
     from optimizer.export.commands import export_knob, export_trial  # brings torch
 
     folder = out and checked_path(out, where="--out")
     if knob is not None:
-        _say(f"wrote {export_knob(opened, knob, folder, describe=opened.describe)}")
+        say(f"wrote {export_knob(opened, knob, folder, describe=opened.describe)}")
         return
     number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
-    _say(f"wrote {export_trial(opened, number, folder, describe=opened.describe)}")
+    say(f"wrote {export_trial(opened, number, folder, describe=opened.describe)}")
     if number in opened.points().index:
-        _say(opened.describe(number))
+        say(opened.describe(number))
         if max_forgetting is not None:
-            _say(opened.how_sure(number, max_forgetting))
+            say(opened.how_sure(number, max_forgetting))
 
 
 @app.command()
@@ -312,15 +264,15 @@ def certify(
 
     question = Question(max_forgetting, min_gain, each_task, delta)
     path = _opened(run, storage).path
-    say = partial(_say, error=True) if as_json else _say
+    tell = partial(say, error=True) if as_json else say
     try:
-        certificate = certify_run(path, question, storage=storage or stored_storage(path), say=say)
+        certificate = certify_run(path, question, storage=storage or stored_storage(path), say=tell)
     except NoPointError as error:
-        _fail(str(error), NOT_NOW)
+        fail(str(error), NOT_NOW)
     if as_json:
-        _print_json(certificate)
+        print_json(certificate)
     else:
-        _say(f"{certificate['sentence']}\n{spent_sentence(certificate)}")
+        say(f"{certificate['sentence']}\n{spent_sentence(certificate)}")
     if certificate["trial"] is None:
         raise typer.Exit(NOT_NOW)
 
@@ -331,7 +283,7 @@ def report(run: RunPath, storage: Storage = None) -> None:
     from optimizer.run_study import finish
 
     finish(_opened(run, storage))
-    _say(f"wrote {run / 'report.html'}")
+    say(f"wrote {run / 'report.html'}")
 
 
 @app.command()
@@ -343,7 +295,7 @@ def merge(
     from evals.documents import checked_path
     from optimizer.export.commands import merge_recipe
 
-    _say(f"wrote {merge_recipe(recipe, checked_path(out, where='OUT'))}")
+    say(f"wrote {merge_recipe(recipe, checked_path(out, where='OUT'))}")
 
 
 @app.command()
@@ -365,8 +317,8 @@ def learn(
     from optimizer.learn import learn_weights
 
     learned = learn_weights(study, sets, out, preference=preference, start=start, steps=steps, by=by, loss=loss)
-    _say(f"wrote {out}; merge it with: mergefront merge {out} FOLDER")
-    _say(
+    say(f"wrote {out}; merge it with: mergefront merge {out} FOLDER")
+    say(
         f"Loss on items kept apart {learned.kept_before:.3f} -> {learned.kept:.3f} (on those learned from "
         f"{learned.seen_before:.3f} -> {learned.seen:.3f}), after {learned.steps} steps, at the price of "
         f"{learned.candidates:.1f} candidates."
@@ -386,9 +338,9 @@ def derive(
     from optimizer.learn import derive_expert
 
     if not 0 < share < 1:
-        _fail(f"--share lies between 0 (the base) and 1 (the expert); given {share:g}", WRONG)
+        fail(f"--share lies between 0 (the base) and 1 (the expert); given {share:g}", WRONG)
     folder = derive_expert(study, sets, out, form=form, share=share, expert=expert)
-    _say(f"derived expert: {folder}")
+    say(f"derived expert: {folder}")
 
 
 @app.command()
@@ -405,7 +357,7 @@ def demo(
     from optimizer.errors import StudyFileError
 
     resolved_path(out, Path(), where="--out", error=StudyFileError)
-    run_demo(out, tiny, workers, _console())
+    run_demo(out, tiny, workers, terminal())
 
 
 def _opened(run: Path, storage: str | None) -> Run:
@@ -424,23 +376,7 @@ def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
     try:
         return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
     except NoPointError as error:
-        _fail(str(error), NOT_NOW)
-
-
-def _console() -> Console:
-    from optimizer.views.terminal import Terminal
-
-    return Terminal()
-
-
-def _say(text: str, *, error: bool = False) -> None:
-    from optimizer.views.terminal import say  # brings rich
-
-    say(text, error=error)
-
-
-def _print_json(document: Mapping[str, Any]) -> None:
-    _say(json.dumps(document, indent=1, allow_nan=False))
+        fail(str(error), NOT_NOW)
 
 
 def main() -> None:

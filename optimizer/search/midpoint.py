@@ -18,6 +18,8 @@ def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | s
     """Give the params of the widest gap's midpoint whose recipe is not known yet; None where there is none."""
     params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
     front = sorted(ledger.front() & params.keys(), key=lambda number: ledger.values[number][-1])
+    if len(front) < 2:  # derived and learned points, which have no params, may hold it alone
+        return None
     for left, right in widest_gaps([ledger.values[number] for number in front]):
         between = _halfway(params[front[left]], params[front[right]])
         if between is not None and space.recipe(between).digest not in ledger.seen:

@@ -1,0 +1,80 @@
+"""What all commands share: arguments that several take, how they speak, and errors as lines with an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, exit_code
+from optimizer.words import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a value, such as search.trials=40.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(envvar="MERGEFRONT_STORAGE", metavar="URL", help="The study's storage, where its URL has a password."),
+]
+
+
+class Commands(TyperGroup):
+    """Turns our errors into one line on stderr and an exit code; a traceback only with --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nobody to tell
+            raise typer.Exit(FAILED) from None
+        except OSError as error:
+            if error.errno not in MENDABLE or ctx.params.get("debug"):
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            fail(f"{place}{error.strerror}; with --debug before the command it shows where", MENDABLE[error.errno])
+        except Exception as error:
+            if "message" in vars(error):  # how typer words a usage error, with what was typed
+                vars(error)["message"] = printable(str(vars(error)["message"]))
+            code = exit_code(error)
+            if code is None or ctx.params.get("debug"):
+                raise
+            fail(str(error), code)
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """Print an error and end with an exit code."""
+    say(f"error: {text}", error=True)
+    raise typer.Exit(code)
+
+
+def terminal() -> Console:
+    """Return where progress and tables are written."""
+    from optimizer.views.terminal import Terminal
+
+    return Terminal()
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line as it is, whatever is in it."""
+    from optimizer.views.terminal import say as show  # brings rich
+
+    show(text, error=error)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print a document for machines."""
+    say(json.dumps(document, indent=1, allow_nan=False))
