@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +105,10 @@ def simulated(kind: str, rng: np.random.Generator) -> Case:
 KINDS = ("choices", "texts", "written", "alike", "adversary", "stranger")
 
 
-def simulations(studies: int) -> Iterator[Row]:
-    """Measure so many simulated studies of each kind at each n."""
-    for kind in KINDS:
-        for n in DRAWS:
-            rng = np.random.default_rng((n, KINDS.index(kind)))
-            yield _measured(kind, n, lambda rng=rng, kind=kind: simulated(kind, rng), studies, rng)  # type: ignore[misc]
+def simulation(kind: str, n: int, studies: int) -> Row:
+    """Measure so many simulated studies of a kind, of which n items are drawn."""
+    rng = np.random.default_rng((n, KINDS.index(kind)))
+    return _measured(kind, n, partial(simulated, kind, rng), studies, rng)
 
 
 def recorded(run: ScoredRun) -> Iterator[Row]:
@@ -117,7 +116,7 @@ def recorded(run: ScoredRun) -> Iterator[Row]:
     for name, case in recorded_cases(run).items():
         for n in DRAWS:
             if 2 * n <= len(case.anchors):
-                yield _measured(name, n, lambda case=case: case, RECORDED_SPLITS, np.random.default_rng(n))  # type: ignore[misc]
+                yield _measured(name, n, partial(replace, case), RECORDED_SPLITS, np.random.default_rng(n))
 
 
 def recorded_cases(run: ScoredRun) -> dict[str, Case]:
@@ -307,7 +306,8 @@ def main() -> None:
     if arguments.race is not None:
         print_races(open_run(arguments.run), arguments.race, RACES)
         return
-    print_table(f"{arguments.studies} simulated studies of each kind, {ITEMS} items", simulations(arguments.studies))
+    found = (simulation(kind, n, arguments.studies) for kind in KINDS for n in DRAWS)
+    print_table(f"{arguments.studies} simulated studies of each kind, {ITEMS} items", found)
     if arguments.run is not None:
         print_table(f"Splits of {arguments.run.name}", recorded(open_run(arguments.run)))
 

@@ -11,9 +11,10 @@ score     a Llama of 8.0 B numbers in bf16 and items of 120,000 distinct tokens:
           candidates an hour, the share of a plain bf16 matrix product, and the peer's time in the same process: HFLM
           where lm-eval is installed, else padded batches of transformers, at the better of two batch sizes, on
           a fifth of the items
-ways      what else the score could be made with: attention over the tree by blocks of other sizes or by FlexAttention,
-          `torch.compile`, a CUDA graph
-homes     a merge with base and expert on the device, in pinned memory, and mapped from their files; two workers
+          Then what else the score could be made with: attention over the tree by blocks or by FlexAttention, layers
+          under `torch.compile`, a CUDA graph; on this model and on one of 1.1 B
+homes     a merge with base and expert on the device, in pinned memory, and mapped from their files
+workers   candidates an hour of one worker on the device and of two
 learning  one step of a learned anchor: seconds and peak memory
 
 A part that fails says so and the others go on; the exit code is then 1.

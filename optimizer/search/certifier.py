@@ -12,10 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evals.certificates import Hypothesis, Part, Start, play, rounds_needed, verdicts
-from evals.outcomes import CERTIFY, OUTCOME_COLUMNS, Outcome
+from evals.outcomes import CERTIFY, OUTCOME_COLUMNS
 from optimizer.errors import DamagedError
 from optimizer.runs.certificates import MEND
-from optimizer.runs.outcome_files import outcomes_path, read_outcomes, write_outcomes
+from optimizer.runs.outcome_files import outcomes_of, outcomes_path, read_outcomes, write_outcomes
 from optimizer.runs.recorded import RecordedRun
 from optimizer.search.fault_point import fault
 from optimizer.words import count
@@ -67,8 +67,7 @@ class Stock:
         recipe = self._run.recipe(trial)
         scored = self._scorer.evaluate(recipe.to_json(), CERTIFY, missing).outcomes
         fault("certify.before")
-        known = [_outcome(row) for row in frame.to_dict("records")]
-        write_outcomes(self._run.path, trial, CERTIFY, recipe.digest, [*known, *scored])
+        write_outcomes(self._run.path, trial, CERTIFY, recipe.digest, [*outcomes_of(frame), *scored])
         fault("certify.after")
         del self._frames[trial]
 
@@ -78,12 +77,6 @@ class Stock:
             there = read_outcomes(path) if path.exists() else pd.DataFrame(columns=list(OUTCOME_COLUMNS))
             self._frames[trial] = there
         return self._frames[trial]
-
-
-def _outcome(row: Mapping[Any, Any]) -> Outcome:
-    values: dict[str, Any] = {name: row[name] for name in OUTCOME_COLUMNS}
-    lists = {name: tuple(value.tolist()) for name, value in values.items() if isinstance(value, np.ndarray)}
-    return Outcome(**values | lists)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

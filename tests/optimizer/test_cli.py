@@ -318,6 +318,17 @@ def test_show_lists_what_was_lost_with_what_both_answered(tmp_path: Path) -> Non
         )
     assert "\x1b" not in call("show", run, expert, "--lost").stdout
 
+    (tmp_path / "code.py").write_text("open('ran', 'w').close()\ndef ask(doc): return doc['q']\n")
+    quiz = tmp_path / "quiz.yaml"
+    quiz.write_text(quiz.read_text().replace("doc_to_text: q\n", "doc_to_text: !function code.ask\n"))
+    own = run / "study.yaml"
+    own.write_text(own.read_text().replace("allow_task_code: false", "allow_task_code: true"))
+    assert "allow_task_code: true" in own.read_text()
+    shown = call("show", run, expert, "--lost")  # whoever reads a run consents to nothing
+    assert shown.exit_code == 0
+    assert "texts cannot be read" in shown.output
+    assert not [*tmp_path.rglob("ran"), *Path().glob("ran")]
+
 
 def test_show_of_a_failed_trial_says_why_and_of_none_says_so(run: Path) -> None:
     failed = int(open_run(run).trials().query("state == 'fail'").index[0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
@@ -23,6 +24,7 @@ from optimizer.search.samplers import make_sampler, require_learns
 from optimizer.views.progress import Progress
 from optimizer.words import percent
 from optimizer.workers.pool import Job, Only, Result, ScoreJob, SerialPool
+from optimizer.workers.worker import Evaluation
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
@@ -212,9 +214,7 @@ def test_a_failed_base_stops_the_search_and_may_be_mended(bench: Bench) -> None:
 
 def test_a_score_that_is_not_finite_is_a_failure(bench: Bench) -> None:
     class Broken(FakeWorker):
-        def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Result:  # type: ignore[override]
-            import dataclasses
-
+        def evaluate(self, recipe: str, suite: str, only: Only | None = None) -> Evaluation:
             evaluation = super().evaluate(recipe, suite, only)
             if is_anchor(Recipe.from_json(recipe)):
                 return evaluation
