@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evals.certificates import play
+from evals.certificates import Hypothesis, Start, play
 from evals.outcomes import CERTIFY
 from optimizer.certify import certify_run
 from optimizer.cli import app
@@ -29,7 +30,7 @@ from optimizer.run import open_run
 from optimizer.run_study import run_study, worker_spec
 from optimizer.runs.certificates import Question
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes
-from optimizer.search.certifier import hypothesis_of
+from optimizer.search.certifier import CERTIFIED, HOPELESS, OPEN, USED_UP, Examined, Proof, hypothesis_of
 from optimizer.study.schema import Study
 from optimizer.views.report import report_html
 from optimizer.views.tables import print_front
@@ -249,3 +250,15 @@ def test_other_tasks_than_the_runs_are_refused(run: Path, finished: Path) -> Non
 def test_what_is_no_share_is_refused(question: tuple[Any, ...], rule: str) -> None:
     with pytest.raises(RunError, match=rule):
         Question(*question)
+
+
+@pytest.mark.parametrize("other", [HOPELESS, OPEN, USED_UP])
+def test_a_recipe_is_certified_only_where_all_that_was_asked_is_shown(other: str) -> None:
+    def examined(*verdicts: str) -> Examined:
+        asked = Hypothesis("forgetting", 0.05, (), Start(0.0, 0.0, 0.0))
+        nothing = np.empty(0)
+        return Examined(1, "d", tuple(Proof(asked, v, nothing, nothing, nothing, {}, 0) for v in verdicts))
+
+    assert examined(CERTIFIED, CERTIFIED).is_certified
+    assert not examined(CERTIFIED, other).is_certified
+    assert not examined(other, CERTIFIED).is_certified

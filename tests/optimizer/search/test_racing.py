@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState
 
 from optimizer.run import open_run
+from optimizer.search.ledger import Ledger
 from optimizer.search.racing import Verdict, verdict
 from optimizer.views.sentences import verdict as verdict_of_run
 from optimizer.workers.pool import Only, SerialPool
@@ -122,3 +124,8 @@ def test_without_racing_none_stops(bench: Bench) -> None:
     run = open_run(bench.folder)
     assert not run.stopped
     assert "stopped" not in bench.run.storage().get_all_trials(1)[-1].user_attrs
+
+
+def test_a_trial_that_was_stopped_is_never_on_the_front() -> None:
+    ledger = SimpleNamespace(values={0: (0.0, 0.0), 4: (0.5, 0.1), 5: (0.9, 0.1)}, stopped={5})
+    assert Ledger.front(ledger) == {0, 4}
