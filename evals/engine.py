@@ -128,8 +128,8 @@ class Engine:
     ) -> float:
         """Run a loss of the pairs' log-likelihoods (n,) backwards into the parameters that ask for gradients.
 
-        All that is read together stays in memory until its gradients are there, so give few pairs at a time. Where its
-        activations would take more than their share of what is free, layers run again instead.
+        All that is read together stays in memory until its gradients are there, so give few pairs at a time. Where the
+        activations would take more than their share of what is free, they are recomputed instead.
 
         Args:
             pairs: n of them.

@@ -1,6 +1,6 @@
-"""Room for activations: what a way back would keep of a pass, what is free, and how to keep less.
+"""Memory for activations: what a backward pass needs of the forward pass, what is free, and recomputation.
 
-A layer whose activations are not kept is run again on the way back: the same numbers for a third more arithmetic.
+A layer that stores only its input is run again in the backward pass: the same numbers for a third more arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from evals.layerwise import layers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SHARE = 4  # a way back may keep one part in so many of what is free: other workers look at the same memory
+SHARE = 4  # activations may take one part in so many of what is free: other workers look at the same memory
 
 
 def free_bytes(device: torch.device) -> int:
@@ -35,9 +35,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def activation_bytes(config: PreTrainedConfig, tokens: int, width: int) -> int:
-    """Estimate what a pass over so many tokens keeps for the way back, a number having so many bytes.
+    """Estimate the activations that a forward pass over so many tokens stores, a number having so many bytes.
 
-    A layer keeps about 20 numbers a token for each of its width and 4 for each of its MLP's; measured on a Llama of
+    A layer stores about 20 numbers a token for each of its width and 4 for each of its MLP's; measured on a Llama of
     8 B numbers in bf16: 9 MB a token.
     """
     config = config.get_text_config()
@@ -52,13 +52,13 @@ def inner_size(config: PreTrainedConfig) -> int:
 
 
 def fits_whole(model: PreTrainedModel, tokens: int) -> bool:
-    """Tell whether there is room to keep all activations of a pass over so many tokens."""
+    """Tell whether all activations of a pass over so many tokens fit."""
     return activation_bytes(model.config, tokens, model.dtype.itemsize) <= free_bytes(model.device) // SHARE
 
 
 @contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Let every layer keep only what it was given, and run again on the way back.
+    """Let every layer store only its input, and run again in the backward pass (gradient checkpointing).
 
     Raises:
         ValueError: the model has no list of layers.

@@ -219,7 +219,7 @@ def _flexibly(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> torch.Tensor:
-    """Read the whole pass in one kernel that leaves out tiles nobody reads."""
+    """Compute attention of the whole pass in one kernel, which skips the tiles that no node reads."""
     if trie.inner != "sdpa" or softcap is not None or s_aux is not None:
         raise ValueError("FlexAttention stands in for plain scaled dot products only")
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # one kernel, however short the pass

@@ -31,7 +31,7 @@ class Cost:
 
     resident_bytes: int  # a worker's own copy of the model
     mapped_bytes: int  # the sources, mapped once for all workers of a machine
-    learning_bytes: int  # activations of a step that learns, in one worker; layers run again where they do not fit
+    learning_bytes: int  # activations of a step that learns, in one worker; recomputed where they do not fit
     disk_bytes: int  # of derived experts
     tokens: Mapping[str, int]  # of one trial, by suite; of banks, what is drawn
     prepared: float  # what preparing anchors costs, in candidates

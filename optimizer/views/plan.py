@@ -118,7 +118,10 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
         f"{workers} x {own} of models, {mapped} of files, shared; this machine has {_size(have)}{verdict}",
     )
     if cost.learning_bytes:
-        yield "", f"{_size(cost.learning_bytes)} more while a worker learns; where that is too much, layers run again"
+        yield (
+            "",
+            f"{_size(cost.learning_bytes)} more for activations while a worker learns; what does not fit is recomputed",
+        )
     for suite, tokens in cost.tokens.items():
         yield f"{suite} suite", f"about {tokens:,} tokens a trial"
     if cost.prepared:
@@ -133,8 +136,8 @@ def _odd_rows(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     if passed:
         towers = sorted({".".join(name.split(".")[:2]) for name in passed})
         yield (
-            "passed on",
-            f"{count(len(passed), 'tensor')}, as the base has them, for images or sound: {_shortened(towers)}",
+            "towers",
+            f"{count(len(passed), 'tensor')} for images or sound, which stay the base's: {_shortened(towers)}",
         )
     where: dict[str, set[str]] = {}
     for name in names:
@@ -143,7 +146,7 @@ def _odd_rows(names: Sequence[str]) -> Iterator[tuple[str, str]]:
             place = "the head" if layer is None else "their layer's mlp"
             where.setdefault(place, set()).add(stack if layer is None else rest)
     for place, parts in where.items():
-        yield "of no module", f"{_shortened(sorted(parts))}: weighed with {place}"
+        yield "other parts", f"{_shortened(sorted(parts))}: the weight of {place}"
 
 
 def _shortened(names: tuple[str, ...] | list[str]) -> str:

@@ -13,7 +13,7 @@ from optimizer.errors import RunError, StudyFileError
 from optimizer.run_study import fingerprint
 from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import read_study
-from optimizer.views.plan import print_plan
+from optimizer.views.plan import _odd_rows, print_plan
 from tests.optimizer.small_study import write_study
 
 
@@ -167,3 +167,14 @@ def test_what_a_search_would_die_of_is_a_problem_that_names_its_file(
     assert len(problems) == 1
     assert words in problems[0]
     assert str(path.parent) in problems[0]
+
+
+def test_towers_and_parts_that_no_rule_places_are_listed() -> None:
+    layer = "model.layers.3."
+    names = [f"{layer}layer_scalar", f"{layer}mlp.up_proj.weight", "model.visual.merger.weight", "score.weight"]
+    assert list(_odd_rows(names)) == [
+        ("towers", "1 tensor for images or sound, which stay the base's: model.visual"),
+        ("other parts", "layer_scalar: the weight of their layer's mlp"),
+        ("other parts", "score.weight: the weight of the head"),
+    ]
+    assert not list(_odd_rows([f"{layer}mlp.up_proj.weight", "model.norm.weight"]))
