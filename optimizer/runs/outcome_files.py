@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
 LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion")  # unknown to earlier versions
 TEXT_COLUMNS = ("task", "suite", "item")
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
+LARGEST = 1e30  # of a value or a weight: sums, squares and ratios of such numbers are finite
 FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
 
@@ -120,8 +121,14 @@ def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: 
     drawn = _drawn(path, table, tasks) if suite == SEARCH else {}
     if counts != promised | drawn or table["suite"].unique().to_pylist() != [suite]:
         raise RunError(f"{path} must hold {_items(promised)} of the {suite} suite; it holds {_items(counts)}")
-    if not pc.all(pc.is_finite(pa.chunked_array([*table["value"].chunks, *table["weight"].chunks]))).as_py():
+    numbers = pa.chunked_array([*table["value"].chunks, *table["weight"].chunks])
+    if not pc.all(pc.is_finite(numbers)).as_py():
         raise RunError(f"{path} holds values that are not finite")
+    sizes = pc.abs(numbers)
+    if not pc.all(
+        pc.or_(pc.equal(sizes, 0.0), pc.and_(pc.less(sizes, LARGEST), pc.greater(sizes, 1 / LARGEST)))
+    ).as_py():
+        raise RunError(f"{path} holds values beyond {LARGEST:g} or below {1 / LARGEST:g}: their sums are not finite")
     return table
 
 

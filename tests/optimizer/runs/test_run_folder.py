@@ -22,7 +22,7 @@ from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.runs.outcome_files import FRAME_COLUMNS
+from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_of
 from optimizer.runs.run_folder import RunFolder, is_locked
 from search_spaces.recipe import Recipe, Setting
 from tests.toy_run import toy_run
@@ -143,6 +143,26 @@ def test_a_sentinels_items_are_of_the_holdout_suite_alone(tmp_path: Path) -> Non
     assert "60 items of letters" in run.outcomes_fault(0, "holdout", digest=digest, tasks=tasks)
     run.write_outcomes(0, "search", digest, [replace(row, suite="search") for row in whole])
     assert "240 items of minimal_pairs" in run.outcomes_fault(0, "search", digest=digest, tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"value": 1e308}, "beyond 1e+30"),  # each is finite, their sum is not
+        ({"weight": -1e300}, "beyond 1e+30"),
+        ({"weight": 1e-300}, "below 1e-30"),
+        ({"value": float("inf")}, "not finite"),
+        ({"value": 0.0}, ""),
+        ({"value": -(2.0**40)}, ""),
+    ],
+)
+def test_numbers_whose_sums_are_not_finite_are_refused(changes: dict[str, float], fault: str, tmp_path: Path) -> None:
+    path = toy_run(tmp_path / "toy", trials=3)
+    run, tasks, digest = RunFolder(path), open_run(path).tasks, open_run(path).recipe(0).digest
+    whole = outcomes_of(run.read_outcomes(0, "search"))
+    run.write_outcomes(0, "search", digest, [replace(whole[0], **changes), *whole[1:]])
+    found = run.outcomes_fault(0, "search", digest=digest, tasks=tasks)
+    assert (fault in found) if fault else not found
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
