@@ -30,8 +30,9 @@ from evals.errors import TaskError, error_text
 from evals.lm_harness import Harness, LoadedTask
 from evals.lm_metric import choose_metric, metric_notes, require_measured, require_pooled, require_usable
 from evals.lm_split import asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
-from evals.outcomes import ACCURACIES, CERTIFY, HOLDOUT, REST, SEARCH, SENTINEL, SPARE, SUITES, TaskInfo, TaskSpec
-from evals.rows import Rows, read_rows
+from evals.outcomes import ACCURACIES, CERTIFY, HOLDOUT, REST, SEARCH, SENTINEL, SPARE, SUITES, TASK, TaskInfo, TaskSpec
+from evals.plain_text import read_pieces
+from evals.rows import Row, Rows, read_rows
 from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
 from evals.templates import Sandbox
 
@@ -67,7 +68,10 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
     if spec.search_items < least or (spec.holdout_items <= 0 and spec.holdout_items != REST):
         raise TaskError(f"each suite needs items: task {spec.name} has {spec.search_items} and {spec.holdout_items}")
     try:
-        name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
+        if spec.kind == TASK:
+            name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
+        else:
+            name, loaded = _of_text(Path(spec.name))
     except Exception as error:  # lm-eval and datasets raise whatever their libraries do
         member = _half_built(error)
         if member is None and isinstance(error, TaskError):
@@ -188,6 +192,21 @@ def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
     for member in _needed(index, name, path):
         _settle(index[member], allow_task_code=allow_task_code)
     return name, manager.load([name])
+
+
+def _of_text(path: Path) -> tuple[str, Any]:
+    """Return a plain text's name, that of its file without the ending, and lm-eval's task of its items."""
+    rows = [Row({"text": piece.text}, path, piece.line) for piece in read_pieces(path)]
+    settings = {
+        "task": path.stem,
+        "custom_dataset": Rows({"items": rows}),
+        "test_split": "items",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    return path.stem, {"tasks": {path.stem: ConfigurableTask(config=settings)}}
 
 
 def _tasks_of(path: Path, config: dict[str, Any]) -> dict[str, Entry]:

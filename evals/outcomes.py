@@ -6,7 +6,11 @@ A task's score is a ratio of sums over its items, so that any score can be recom
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+TaskKind = Literal["task", "text"]  # one of lm-eval's, or a plain text file
+KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
+TASK, TEXT = KINDS
 SEARCH = "search"
 HOLDOUT = "holdout"
 SUITES = (SEARCH, HOLDOUT)
@@ -28,7 +32,7 @@ class TaskSpec:
 
     Args:
         name: an lm-eval task or group name, or the path of a task's YAML file or of the folder that holds it. A group
-            is one task of all its items.
+            is one task of all its items. Of a text: the path of its file.
         role: "domain" (what the expert learned), "general" (what it may forget) or "sentinel" (in no objective and
             never searched on: it tells ability that was kept from a form that was learned).
         expert: domain tasks only: the expert measured here; "" is every expert.
@@ -41,6 +45,7 @@ class TaskSpec:
             `SPARE`; as many as there are where there are fewer. A number or a share also keeps them from the shots.
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
+        kind: what the name is of. A text is cut into items and scored in bits per byte.
     """
 
     name: str
@@ -52,6 +57,7 @@ class TaskSpec:
     shots: int | None = None
     metric: str = ""
     bank_items: int = 0
+    kind: TaskKind = TASK
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimizer.commands import AsJson, Commands, RunPath, Sets, Storage, StudyPath, fail, print_json, say, terminal
+from optimizer.commands import (
+    AsJson,
+    Commands,
+    DomainText,
+    GeneralText,
+    RunPath,
+    Sets,
+    Storage,
+    StudyPath,
+    fail,
+    print_json,
+    say,
+    terminal,
+    version_asked,
+)
 from optimizer.exit_codes import NOT_NOW, WRONG
 from optimizer.workers.orders import STEPS, By, Form, Loss
 
@@ -30,18 +44,10 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from importlib.metadata import version
-
-        say(f"mergefront {version('mergefront')}")
-        raise typer.Exit
-
-
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=version_asked, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -60,6 +66,8 @@ def init(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("study.yaml"),
     domain: Annotated[list[str] | None, typer.Option(help="A domain task; may be repeated.")] = None,
     general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
+    domain_text: DomainText = None,
+    general_text: GeneralText = None,
     from_evolve: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
@@ -75,11 +83,12 @@ def init(
     if os.path.lexists(out) and not force:
         fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:
-        if base or domain:
+        if base or domain or domain_text or general_text:
             fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
         text = study_from_evolve(from_evolve, out, general or ())
     elif base and experts:
-        text = new_study(out, base, experts, domain=domain or (), general=general or ())
+        texts = {"domain": domain_text or (), "general": general_text or ()}
+        text = new_study(out, base, experts, domain=domain or (), general=general or (), texts=texts)
     else:
         fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)
     try:

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a value, such as search.trials=40.")]
+DomainText = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A plain text of the expert's domain; may be repeated.", show_default=False),
+]
+GeneralText = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A plain text of anything else; may be repeated.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Storage = Annotated[
     str | None,
@@ -53,6 +61,15 @@ class Commands(TyperGroup):
             if code is None or ctx.params.get("debug"):
                 raise
             fail(str(error), code)
+
+
+def version_asked(asked: bool) -> None:
+    """Print the version where it is asked for, and end."""
+    if asked:
+        from importlib.metadata import version
+
+        say(f"mergefront {version('mergefront')}")
+        raise typer.Exit
 
 
 def fail(text: str, code: int) -> NoReturn:

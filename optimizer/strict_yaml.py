@@ -144,6 +144,13 @@ def dump_scalar(text: str) -> str:
     return yaml.dump(text, Dumper=_Dumper, width=10_000, default_style=style).removesuffix("\n").removesuffix("\n...")
 
 
+def dump_line(entry: Mapping[str, str | int]) -> str:
+    """Write one flat mapping as YAML on one line."""
+    return yaml.dump(
+        dict(entry), Dumper=_Dumper, width=10_000, default_flow_style=True, sort_keys=False, allow_unicode=True
+    ).removesuffix("\n")
+
+
 def shown(value: object) -> str:
     """Return a value as an error message shows it: short, and without secrets."""
     return shortened(redacted(repr(value)))

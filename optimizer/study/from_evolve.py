@@ -14,7 +14,8 @@ from evals.documents import DocumentError, checked_path, read_json, resolved_pat
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import dump_scalar, dump_yaml, read_yaml, shown
 from optimizer.study.new_study import GENERAL, expert_name, run_name, source_from
-from optimizer.study.schema import MOST_ITEMS, MOST_SHOTS
+from optimizer.study.section import MOST_ITEMS
+from optimizer.study.task_entry import MOST_SHOTS
 
 KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",

@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from evals.outcomes import KINDS, TASK
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
-from optimizer.study.schema import Finding, Section, ShapeEntry, SpaceSection, Study
+from optimizer.study.schema import Finding, ShapeEntry, SpaceSection, Study
+from optimizer.study.section import Section
+from optimizer.study.task_entry import TaskEntry
 from optimizer.workers.ray_address import address_problem
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec
 from search_spaces.shape import LEAST
@@ -161,6 +164,15 @@ def _range_problem(spec: MethodSpec, name: str, low: float, high: float) -> str:
 
 
 def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
+    unclear = [
+        (f"evals.{role}.{i}", problem)
+        for role, entries in study.evals.roles.items()
+        for i, entry in enumerate(entries)
+        if (problem := _entry_problem(entry))
+    ]
+    if unclear:
+        yield from unclear
+        return
     domain = study.evals.domain
     for i, entry in enumerate(domain):
         if entry.expert and entry.expert not in experts:
@@ -180,14 +192,31 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
         yield "evals.bank", f"{rule}; given {study.evals.bank}, and {items} items; leave it out for no bank"
     if study.search.racing and study.evals.bank is None:
         yield "search.racing", "needs a bank of items to race on; given true; say evals.bank"
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for role, entries in study.evals.roles.items():
         for i, entry in enumerate(entries):
             if entry.expert and role != "domain":
                 yield f"evals.{role}.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
-            if entry.task in seen:
-                yield f"evals.{role}.{i}.task", f"a task may stand once in a study; given {entry.task!r} again"
-            seen.add(entry.task)
+            if (entry.kind, entry.source) in seen:
+                yield (
+                    f"evals.{role}.{i}.{entry.kind}",
+                    f"a {entry.kind} may stand once in a study; given {entry.source!r} again",
+                )
+            seen.add((entry.kind, entry.source))
+
+
+def _entry_problem(entry: TaskEntry) -> str:
+    """Say what is wrong with an entry by itself."""
+    if len(entry.given) != 1:
+        named = " and ".join(f"{kind}: {value!r}" for kind, value in entry.given.items()) or "none of them"
+        return f"must name one of {', '.join(KINDS)}; given {named}"
+    if entry.kind == TASK:
+        is_text = entry.source.lower().endswith((".txt", ".md"))
+        return f"a plain text is no task; given {entry.source!r}; write {{text: {entry.source}}}" if is_text else ""
+    for key in ("shots", "metric"):
+        if value := getattr(entry, key):
+            return f"a text is scored as it is, in bits per byte, and has no {key}; given {value!r}; leave it out"
+    return ""
 
 
 def keys_at(path: Sequence[str]) -> list[str]:

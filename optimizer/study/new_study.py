@@ -7,22 +7,38 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evals.documents import checked_path
+from evals.documents import checked_path, resolved_path
+from evals.plain_text import read_pieces
 from optimizer.errors import StudyFileError
-from optimizer.strict_yaml import dump_scalar, shown
+from optimizer.strict_yaml import dump_line, dump_scalar, shown
 from optimizer.study.messages import EXPERT_RULE
 from optimizer.study.schema import EXPERT_NAME, NAME
 
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
+ITEMS = 100  # of a task that the search scores, and as many that judge the front
+SUITE_SHARE = 0.4  # of a text with fewer items than both and certificates take: for each of the two
+NOTHING: Mapping[str, Sequence[Path]] = {}
+Entry = str | Mapping[str, str | int]  # a task's name or path, or the keys of an entry
 
 
 def new_study(
-    out: Path, base: str, experts: Sequence[str], *, domain: Sequence[str] = (), general: Sequence[str] = ()
+    out: Path,
+    base: str,
+    experts: Sequence[str],
+    *,
+    domain: Sequence[str] = (),
+    general: Sequence[str] = (),
+    texts: Mapping[str, Sequence[Path]] = NOTHING,
 ) -> str:
     """Write the text of a study file at `out` from a command line's words; existing paths are written from its folder.
 
     Args:
         experts: each a checkpoint, or NAME=checkpoint.
+        texts: plain text files by role, "domain" or "general", each scored as a task of its own.
+
+    Raises:
+        StudyFileError: a name cannot be used.
+        TaskError: a text file cannot be used.
     """
     folder = out.resolve().parent
     named: dict[str, str] = {}
@@ -31,9 +47,23 @@ def new_study(
         if name in named:
             raise StudyFileError(f"experts have different names; given {name!r} twice: write NAME=PATH for one of them")
         named[name] = source_from(source, folder)
-    choices = {"domain": domain, "general": general}
-    tasks = {role: [source_from(task, folder) for task in given] for role, given in choices.items() if given}
+    tasks: dict[str, list[Entry]] = {}
+    for role, chosen in (("domain", domain), ("general", general)):
+        entries = [
+            *(source_from(task, folder) for task in chosen),
+            *(text_entry(p, folder) for p in texts.get(role, ())),
+        ]
+        tasks |= {role: entries} if entries else {}
     return commented_study(source_from(base, folder), named, name=run_name(out, list(named)), **tasks)
+
+
+def text_entry(path: Path, folder: Path) -> Entry:
+    """Write the entry of a plain text file, with as many items as it has where that is few; errors as `read_pieces`."""
+    found = resolved_path(path, Path.cwd(), error=StudyFileError)
+    pieces = len({piece.text for piece in read_pieces(found)})
+    items = int(pieces * SUITE_SHARE)
+    number = {"items": items, "holdout_items": items} if items < ITEMS else {}
+    return {"text": source_from(str(found), folder), **number}
 
 
 def run_name(out: Path, experts: Sequence[str]) -> str:
@@ -72,18 +102,22 @@ def source_from(source: str, folder: Path, where: str = "") -> str:
     return relative if relative.startswith("..") else f"./{relative}"
 
 
+def _entry_line(entry: Entry) -> str:
+    return dump_scalar(entry) if isinstance(entry, str) else dump_line(entry)
+
+
 def commented_study(
     base: str,
     experts: Mapping[str, str],
     *,
     name: str,
-    domain: Sequence[str] = ("path/to/domain_task.yaml",),
-    general: Sequence[str] = GENERAL,
+    domain: Sequence[Entry] = ("path/to/domain_task.yaml",),
+    general: Sequence[Entry] = GENERAL,
 ) -> str:
     """Write the text of a study file with a comment on each thing a person may want to change."""
     experts_text = "\n".join(f"    {dump_scalar(key)}: {dump_scalar(source)}" for key, source in experts.items())
-    domain_text = "\n".join(f"    - {dump_scalar(task)}" for task in domain)
-    general_text = "\n".join(f"    - {dump_scalar(task)}" for task in general)
+    domain_text = "\n".join(f"    - {_entry_line(task)}" for task in domain)
+    general_text = "\n".join(f"    - {_entry_line(task)}" for task in general)
     return f"""\
 # A mergefront study. Look at it with `mergefront check FILE`, run it with `mergefront search FILE`.
 # Relative paths start at this file's folder.
@@ -102,13 +136,13 @@ space:
   # from: recipe.yaml  # start from a recipe.json or a mergekit document; the keys above may then be left out
 
 evals:
-  domain:  # what the expert should have learned: an lm-eval task name, or the path of a task's YAML file
+  domain:  # what the expert should have learned: an lm-eval task, a task's YAML file, or {{text: FILE}}
 {domain_text}
   general:  # what it may have forgotten
 {general_text}
   # sentinel: [path/to/other_task.yaml]  # of another form, and never searched on: was ability kept, or a form learned?
-  items: 100  # of each task, scored by the search; more items, narrower intervals
-  holdout_items: 100  # other items, which judge the front: a number, a share of all such as 0.3, or rest
+  items: {ITEMS}  # of each task, scored by the search; more items, narrower intervals
+  holdout_items: {ITEMS}  # other items, which judge the front: a number, a share of all such as 0.3, or rest
   certify_items: 0.2  # others, untouched until `mergefront certify` asks for them: a number, a share, or spare
   seed: 0  # chooses the items
 

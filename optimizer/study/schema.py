@@ -1,5 +1,6 @@
-"""The schema of a study file: its keys, their types and their limits, as frozen models. The only module with pydantic.
+"""The schema of a study file: its keys, their types and their limits, as frozen models.
 
+It and the two modules whose parts it is made of, `section` and `task_entry`, are the only ones with pydantic.
 `study.schema.json` is written from it, for editors.
 """
 
@@ -12,11 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainValidator,
     SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
@@ -24,12 +22,13 @@ from pydantic import (
     model_serializer,
 )
 
+from optimizer.study.section import MOST_ITEMS, Certify, Holdout, Section, count_or
+from optimizer.study.task_entry import Tasks
 from optimizer.workers.orders import STEPS, By, Form, Loss
 from search_spaces.parameters import METHODS
 from search_spaces.shape import LEAST, WORDS, Kind
 
-MOST_SHOTS = 64
-MOST_ITEMS, MOST_WORKERS, MOST_MINUTES = 1_000_000_000, 1024, 1e7  # beyond any machine, within its integers
+MOST_WORKERS, MOST_MINUTES = 1024, 1e7  # beyond any machine
 SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
@@ -39,39 +38,8 @@ Range = tuple[float, float]
 Finding = dict[str, Any]  # of pydantic
 
 
-class Section(BaseModel):
-    """A mapping of the study file: strict, frozen, without keys of its own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
-
-
-def _count_or(
-    word: str, *, least: int = 1, most: int = MOST_ITEMS, share: bool = False
-) -> tuple[PlainValidator, WithJsonSchema]:
-    """Read a whole number, or one word instead, or (where that means something) a share."""
-    between = ", a share such as 0.3" if share else ""
-
-    def read(value: object) -> object:
-        if (
-            value == word
-            or (type(value) is int and least <= value <= most)
-            or (share and type(value) is float and 0 < value < 1)
-        ):
-            return value
-        if type(value) is int and value > most:
-            raise ValueError(f"must be {most:,} at most")
-        raise ValueError(f"must be a whole number, {least} or more{between}, or the word {word}")
-
-    schema: list[dict[str, Any]] = [{"type": "integer", "minimum": least, "maximum": most}, {"const": word}]
-    if share:
-        schema.insert(1, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})
-    return PlainValidator(read), WithJsonSchema({"anyOf": schema})
-
-
-Holdout = Annotated[int | float | Literal["rest"], *_count_or("rest", share=True)]
-Certify = Annotated[int | float | Literal["spare"], *_count_or("spare", least=0, share=True)]
-Threads = Annotated[int | Literal["auto"], *_count_or("auto", most=MOST_WORKERS)]
-Budget = Annotated[int | Literal["auto"], *_count_or("auto", least=16)]
+Threads = Annotated[int | Literal["auto"], *count_or("auto", most=MOST_WORKERS)]
+Budget = Annotated[int | Literal["auto"], *count_or("auto", least=16)]
 
 
 class Models(Section):
@@ -209,37 +177,6 @@ class SpaceSection(Section):
 RANGES = {
     field.alias or name: name for name, field in SpaceSection.model_fields.items() if field.annotation == Range | None
 }
-
-
-class TaskEntry(Section):
-    """One task; a plain name stands for `{task: name}`."""
-
-    task: str = Field(min_length=1, description="An lm-eval task name, or the path of a task folder or YAML file.")
-    expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
-    items: int | None = Field(
-        default=None, ge=1, le=MOST_ITEMS, description="Items the search scores. Default: evals.items."
-    )
-    holdout_items: Holdout | None = Field(
-        default=None,
-        description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",
-    )
-    certify_items: Certify | None = Field(
-        default=None, description="Items kept for certificates. Default: evals.certify_items."
-    )
-    shots: int | None = Field(
-        default=None,
-        ge=0,
-        le=MOST_SHOTS,
-        description="Worked examples before each item. Default: the task's own num_fewshot.",
-    )
-    metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
-
-
-def _read_task(value: object) -> object:
-    return {"task": value} if isinstance(value, str) else value
-
-
-Tasks = tuple[Annotated[TaskEntry, BeforeValidator(_read_task, json_schema_input_type=str | TaskEntry)], ...]
 
 
 class EvalsSection(Section):

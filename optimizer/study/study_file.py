@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.documents import resolved_path
+from evals.outcomes import TASK
 from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.study.messages import contradictions, schema_problems, text_problems
-from optimizer.study.schema import Study, TaskEntry, validate
+from optimizer.study.schema import Study, validate
+from optimizer.study.task_entry import TaskEntry
 from optimizer.words import count
 
 MOST_PROBLEMS = 20  # told at once
@@ -133,7 +135,7 @@ def _with_absolute_paths(study: Study, path: Path) -> Study:
         "experts": {name: paths.model(f"models.experts.{name}", source) for name, source in models.experts.items()},
     }
     tasks = {
-        role: tuple(paths.task(f"evals.{role}.{i}.task", entry) for i, entry in enumerate(entries))
+        role: tuple(paths.task(f"evals.{role}.{i}.{entry.kind}", entry) for i, entry in enumerate(entries))
         for role, entries in evals.roles.items()
     }
     start = study.space.from_ and paths.absolute("space.from", study.space.from_)
@@ -166,8 +168,8 @@ class _Paths:
 
     def task(self, key: str, entry: TaskEntry) -> TaskEntry:
         """Return a task with its path made absolute; one of lm-eval's, which has neither slash nor .yaml, as it is."""
-        is_path = "/" in entry.task or entry.task.endswith((".yaml", ".yml"))
-        return entry.model_copy(update={"task": self.absolute(key, entry.task)}) if is_path else entry
+        is_path = entry.kind != TASK or "/" in entry.source or entry.source.endswith((".yaml", ".yml"))
+        return entry.model_copy(update={entry.kind: self.absolute(key, entry.source)}) if is_path else entry
 
 
 def _absolute_url(url: str | None) -> str | None:

@@ -13,7 +13,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
     evals = study.evals
     return tuple(
         TaskSpec(
-            name=entry.task,
+            name=entry.source,
             role=role,
             expert=entry.expert,
             search_items=0 if role == SENTINEL else evals.items if entry.items is None else entry.items,
@@ -24,6 +24,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             shots=entry.shots,
             metric=entry.metric,
             bank_items=0 if role == SENTINEL else evals.bank or 0,
+            kind=entry.kind,
         )
         for role, entries in evals.roles.items()
         for entry in entries

@@ -23,7 +23,8 @@ from optimizer.runs.sensitivities import Sensitivities
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
 from optimizer.search.prepared import Preparation
-from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, TaskEntry, WorkersSection
+from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, WorkersSection
+from optimizer.study.task_entry import TaskEntry
 from optimizer.workers.orders import Derivation, Form, Learned, Lesson
 from optimizer.workers.pool import Only, SerialPool
 from optimizer.workers.worker import Evaluation
