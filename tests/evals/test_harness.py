@@ -143,6 +143,8 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     refused("no item in .*t.jsonl", folder)
     data.unlink()
     refused("no data file .*t.jsonl", folder)
+    (folder / "t.yaml").write_text("task: t\ndataset_path: json\n")
+    refused("t.yaml: dataset_path: json is a format of files.*name yours: dataset_kwargs", folder)
 
 
 def test_bad_task_files_are_named(tmp_path: Path) -> None:
