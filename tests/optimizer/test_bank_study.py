@@ -19,6 +19,8 @@ from optimizer.study.study_file import read_study
 from optimizer.views.plan import print_plan
 from tests.optimizer.small_study import write_study, write_task
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 ITEMS, BANK = 12, 16  # of twenty, four of which are holdout items
 
 

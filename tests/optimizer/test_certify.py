@@ -38,6 +38,8 @@ from optimizer.workers.worker import Evaluation, Worker
 from tests.optimizer.small_study import write_study, write_task
 from tests.toy_run import toy_run
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 LOOSE = Question(0.04, None, False, 0.1)
 
 

@@ -17,6 +17,8 @@ from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench
 from tests.optimizer.search.test_kill import FORKS, driver
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 BUDGET = 8
 AT_START = (40, 30_000, 1_100_000)  # bytes
 IN_MID_RUN = (0, 5_000, 60_000)

@@ -111,6 +111,7 @@ def test_a_weight_of_zero_leaves_an_expert_out(method: str, sources: Sources) ->
     assert_same(all_merged(sources, recipe(method, *weights, experts=NAMES)), sources.experts[NAMES[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MANY)
 def test_experts_may_be_permuted(method: str, sources: Sources) -> None:
     weights = [("weight", NAMES[0], 0.3), ("weight", NAMES[1], 0.6)]

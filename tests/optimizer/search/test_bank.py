@@ -12,6 +12,8 @@ from optimizer.workers.pool import Job, Result, ScoreJob, SerialPool
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import ITEMS, Bench, FakeWorker, mean_weight
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 DRAWN = 12
 
 

@@ -20,6 +20,8 @@ from optimizer.workers.worker import Evaluation
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import ITEMS, Bench, FakeWorker, is_anchor
 
+pytestmark = pytest.mark.slow  # whole studies are run
+
 DRAWN = 12  # of twenty: a second block is the rest
 
 
