@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
+from search_spaces.kinds import Kinds
 from search_spaces.recipe import Recipe
 from search_spaces.shape import Shape
 from search_spaces.space import Anchor, Params, Space
@@ -55,6 +56,11 @@ class Choice:
     def modules(self) -> tuple[str, ...]:
         """Kinds of groups with weights of their own."""
         return self.spaces[0].modules
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of modules that are finer than groups."""
+        return self.spaces[0].kinds
 
     @property
     def groups(self) -> tuple[str, ...]:

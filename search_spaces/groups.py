@@ -7,12 +7,16 @@ A group follows from the tensor's name alone, so driver, workers and exported fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
+from typing import NoReturn
 
 from search_spaces.errors import SpaceError
 
+KINDS = ("embed", "attn", "mlp", "head")
 GROUP = re.compile(r"embed|head|layer\.(\d{2,})\.(attn|mlp)")
+# Places of a recipe with kinds of modules of its own (search_spaces.kinds): `layer.07.qk`, `embed.qk`
+_PLACE = re.compile(r"(?:embed|head|layer\.(\d{2,}))\.([a-z][a-z0-9_]*)")
 
 PASSED = "passed"  # what the text path does not use: no group of a space or recipe, the base's own in every merge
 
@@ -112,17 +116,26 @@ def layer_of(group: str) -> int | None:
 
 
 def kind_of(group: str) -> str:
-    """Give a group's kind: `embed`, `attn`, `mlp` or `head`."""
+    """Give a group's kind: `embed`, `attn`, `mlp`, `head` or one of a recipe's own."""
     return _match(group)[2] or group
 
 
-def group_at(place: str) -> str:
+def group_at(place: str, kinds: Collection[str] = ()) -> str:
     """Give the group of a place, which is a group itself or the name of one of its tensors.
+
+    Args:
+        kinds: names of kinds of modules that have places of their own.
 
     Raises:
         SpaceError: it is neither.
     """
+    found = _PLACE.fullmatch(place)
+    if found is not None and found[2] in kinds:
+        _match(place)
+        return place
     if "." not in place or place.startswith("layer."):  # no checkpoint calls its stack of layers so
+        if GROUP.fullmatch(place) is None:
+            _refuse(place, kinds)
         _match(place)
         return place
     if (group := group_of(place)) == PASSED:
@@ -134,7 +147,7 @@ def flow_order(group: str) -> tuple[int, str]:
     """Sort key that puts groups in the order data flows through them."""
     layer = layer_of(group)
     if layer is None:
-        return (-1, group) if group == "embed" else (10**9, group)
+        return (-1, group) if group.startswith("embed") else (10**9, group)
     return (layer, kind_of(group))
 
 
@@ -167,9 +180,14 @@ def _outer_group(name: str) -> str:
 
 
 def _match(group: str) -> re.Match[str]:
-    found = GROUP.fullmatch(group)
+    found = GROUP.fullmatch(group) or _PLACE.fullmatch(group)
     if found is None or (found[1] and group != f"layer.{int(found[1]):02d}.{found[2]}"):
-        raise SpaceError(
-            "a group is embed, head, layer.NN.attn or layer.NN.mlp", given=repr(group), mend="write layer.07.attn"
-        )
+        _refuse(group)
     return found
+
+
+def _refuse(group: str, kinds: Collection[str] = ()) -> NoReturn:
+    own = f" (or {', '.join(kinds)} for the last part)" if kinds else ""
+    raise SpaceError(
+        f"a group is embed, head, layer.NN.attn or layer.NN.mlp{own}", given=repr(group), mend="write layer.07.attn"
+    )

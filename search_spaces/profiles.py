@@ -5,13 +5,15 @@ Linear throughout: a layer's weight is a knot's or lies on the line between two,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search_spaces.shape import Shape
 
+Array = NDArray[np.float64]
 Profile = Callable[[float], float]  # depth in [0, 1] -> weight
 
 
@@ -52,13 +54,21 @@ def weight_at(shape: Shape, layer: int, layers: int, knot: Callable[[int], float
     return _between(knot(left), knot(left + 1), place - left)
 
 
-def fit_knots(shape: Shape, weights: Sequence[float]) -> list[float]:
-    """Give the knots whose profile comes nearest to these weights, first layer to last."""
-    layers = len(weights)
-    unit = np.eye(_count(shape, layers))
-    shares = [[weight_at(shape, i, layers, row.__getitem__) for row in unit] for i in range(layers)]
-    knots = np.linalg.lstsq(np.array(shares), np.array(weights), rcond=None)[0]
+def fit_knots(shape: Shape, weights: Mapping[int, float], layers: int) -> list[float]:
+    """Give the knots whose profile comes nearest to the weights of some layers."""
+    knots = np.linalg.lstsq(_shares(shape, list(weights), layers), np.array(list(weights.values())), rcond=None)[0]
     return [round(float(knot), 12) + 0.0 for knot in knots]
+
+
+def live_knots(shape: Shape, present: Sequence[int], layers: int) -> list[int]:
+    """Give the numbers of the knots that some of these layers hang on."""
+    return [int(knot) for knot in np.flatnonzero(_shares(shape, present, layers).any(axis=0))]
+
+
+def _shares(shape: Shape, present: Sequence[int], layers: int) -> Array:
+    """Return how much each knot counts in each layer: (layers given, knots)."""
+    unit = np.eye(_count(shape, layers))
+    return np.array([[weight_at(shape, i, layers, row.__getitem__) for row in unit] for i in present])
 
 
 def _count(shape: Shape, layers: int) -> int:

@@ -14,20 +14,22 @@ from itertools import pairwise
 
 from search_spaces.dtypes import STORED_DTYPES
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_at, group_of
+from search_spaces.groups import group_at
+from search_spaces.kinds import Kinds, checked_kinds, place_of
 from search_spaces.parameters import DOMAINS, METHODS, MethodSpec, Parameter, to_float
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SEED = re.compile(r"[A-Za-z0-9_-]{0,64}")
 _KEYS = ("method", "base", "experts", "settings")
-_EXTRA_KEYS = ("dtype", "seed")  # written where they are not empty
+_EXTRA_KEYS = ("dtype", "seed", "kinds")  # written where they are not empty
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Setting:
     """One number. An empty expert means every expert, an empty group every group.
 
-    Where a group's tensors differ, `group` is the name of a tensor, as its checkpoint writes it.
+    `group` may be a place of one of the recipe's kinds, `layer.07.qk`; where a group's tensors differ, it is the name
+    of a tensor, as its checkpoint writes it.
     """
 
     parameter: str
@@ -52,6 +54,7 @@ class Recipe:
         settings: at most one for each (parameter, expert, group or tensor).
         dtype: what the merge is stored in; empty is the base's.
         seed: of a random method's masks: letters, digits, `_` and `-`; empty is the digest of the numbers.
+        kinds: kinds of modules whose tensors have places of their own: name and parts of tensor names.
 
     Raises:
         SpaceError: an unknown method, parameter, expert or group, a value outside the parameter's domain, a duplicate,
@@ -64,13 +67,16 @@ class Recipe:
     settings: tuple[Setting, ...]
     dtype: str = ""
     seed: str = ""
+    kinds: Kinds = ()
     _values: dict[tuple[str, str, str], float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         spec = method_spec(self.method)
         check_experts(spec, self.experts)
         object.__setattr__(self, "experts", tuple(sorted(self.experts)))
-        settings = tuple(sorted(_checked(setting, spec, dict(self.experts)) for setting in self.settings))
+        object.__setattr__(self, "kinds", checked_kinds(self.kinds))
+        kinds = [name for name, _ in self.kinds]
+        settings = tuple(sorted(_checked(setting, spec, dict(self.experts), kinds) for setting in self.settings))
         object.__setattr__(self, "settings", settings)
         for one, other in pairwise(settings):
             if _key(one) == _key(other):
@@ -91,10 +97,10 @@ class Recipe:
         Args:
             parameter: one of the method's parameters.
             expert: an expert's name; empty for a parameter that has no value per expert.
-            group: a layer group or the name of a tensor; empty for a parameter of the whole recipe.
+            group: a place of the recipe or the name of a tensor; empty for a parameter of the whole recipe.
         """
         known = _parameter(self.method, parameter)
-        places = dict.fromkeys([group, group_at(group), ""] if group else [""])
+        places = dict.fromkeys([group, self.place_of(group), ""] if group else [""])
         if expert and all(expert != name for name, _ in self.experts):
             names = ", ".join(name for name, _ in self.experts)
             raise SpaceError(f"the recipe's experts are {names}", given=repr(expert), where=parameter)
@@ -104,10 +110,19 @@ class Recipe:
                     return self._values[parameter, owner, place]
         return known.default
 
+    def place_of(self, place: str) -> str:
+        """Give the place of a tensor: its kind's, else its group; a place itself is returned as it is.
+
+        Raises:
+            SpaceError: it is neither, or a tensor that no recipe changes.
+        """
+        found = group_at(place, [name for name, _ in self.kinds])
+        return found if found == place else place_of(place, self.kinds)
+
     @property
     def tensors(self) -> frozenset[str]:
         """The tensors that have numbers of their own."""
-        return frozenset(place for _, _, place in self._values if place and group_at(place) != place)
+        return frozenset(place for _, _, place in self._values if place and self.place_of(place) != place)
 
     def require_places(self, tensors: Iterable[str]) -> None:
         """Raise SpaceError for a number of a group or tensor that the base does not have.
@@ -116,7 +131,7 @@ class Recipe:
             tensors: the base's tensor names.
         """
         known = set(tensors)
-        groups = {group_of(name) for name in known}
+        groups = {place_of(name, self.kinds) for name in known}
         for setting in self.settings:
             if setting.group and setting.group not in groups and setting.group not in known:
                 layers = sorted(group for group in groups if group.startswith("layer."))
@@ -128,15 +143,18 @@ class Recipe:
     def digest(self) -> str:
         """Name what is made: 12 hex digits over method, expert names and settings, whatever the checkpoints' paths.
 
-        A dtype other than the base's and a seed of its own count too.
+        A dtype other than the base's, a seed of its own and kinds count too.
         """
-        extra = {key: getattr(self, key) for key in _EXTRA_KEYS if getattr(self, key)}
+        extra = self._extra()
         return self._hash(*([extra] if extra else []))
 
     @property
     def mask_seed(self) -> str:
         """What random masks hang on: the seed, or else the numbers."""
         return self.seed or self._hash()
+
+    def _extra(self) -> dict[str, object]:
+        return {key: getattr(self, key) for key in _EXTRA_KEYS if getattr(self, key)}
 
     def _hash(self, *extra: object) -> str:
         names = [name for name, _ in self.experts]
@@ -147,7 +165,7 @@ class Recipe:
         """Write the recipe on one line; a setting is [parameter, expert, group, value]."""
         settings = [_row(setting) for setting in self.settings]
         document = {"method": self.method, "base": self.base, "experts": self.experts, "settings": settings}
-        return _canonical(document | {key: getattr(self, key) for key in _EXTRA_KEYS if getattr(self, key)})
+        return _canonical(document | self._extra())
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -177,8 +195,9 @@ class Recipe:
         experts = [_strings(row, count=2, where="experts") for row in _rows(document, "experts")]
         settings = [_setting(row) for row in _rows(document, "settings")]
         method, base = _strings([document["method"], document["base"]], count=2, where="method and base")
-        dtype, seed = _strings([document.get(key, "") for key in _EXTRA_KEYS], count=2, where="dtype and seed")
-        return cls(method, base, tuple((name, source) for name, source in experts), tuple(settings), dtype, seed)
+        dtype, seed = _strings([document.get(key, "") for key in ("dtype", "seed")], count=2, where="dtype and seed")
+        kinds = _kinds(document.get("kinds", []))
+        return cls(method, base, tuple((name, source) for name, source in experts), tuple(settings), dtype, seed, kinds)
 
     def short(self) -> str:
         """Describe the recipe on one line for people."""
@@ -218,7 +237,7 @@ def check_experts(spec: MethodSpec, experts: Sequence[tuple[str, str]]) -> None:
         raise SpaceError(rule, given=f"{len(names)}: {', '.join(names)}", where="experts")
 
 
-def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str]) -> Setting:
+def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str], kinds: Sequence[str]) -> Setting:
     parameter = _parameter(spec.name, setting.parameter)
     if setting.expert and (setting.expert not in experts or parameter.scope != "expert"):
         given = repr(setting.expert)
@@ -226,7 +245,7 @@ def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str]) -> Set
             raise SpaceError(f"{parameter.name} has one value for all experts", given=given, where=setting.where)
         raise SpaceError(f"the recipe's experts are {', '.join(experts)}", given=given, where=setting.where)
     if setting.group:
-        group_at(setting.group)  # raises where the group is misspelt
+        group_at(setting.group, kinds)  # raises where the group is misspelt
         if parameter.scope == "recipe":
             raise SpaceError(f"{parameter.name} has one value for all groups", given=setting.group, where=setting.where)
     value = to_float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
@@ -267,6 +286,16 @@ def _strings(row: object, *, count: int, where: str) -> list[str]:
     if not isinstance(row, list) or len(row) != count or not all(isinstance(word, str) for word in row):
         raise SpaceError(f"{where} are strings, {count} in a row", given=row, where="the recipe's text")
     return row
+
+
+def _kinds(rows: object) -> Kinds:
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 2 for row in rows):
+        raise SpaceError("kinds are rows of a name and its patterns", given=rows, where="the recipe's text")
+    named = [(_strings([name], count=1, where="a kind's name")[0], patterns) for name, patterns in rows]
+    for _, patterns in named:
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise SpaceError("a kind's patterns are texts", given=patterns, where="the recipe's text")
+    return tuple((name, tuple(patterns)) for name, patterns in named)
 
 
 def _setting(row: object) -> Setting:

@@ -6,7 +6,7 @@ weights is linear: a weight is the interpolation of at most two sampled numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -15,16 +15,16 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import Trial
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_tensors, kind_of, layer_count, layer_of
+from search_spaces.groups import KINDS, kind_of, layer_count, layer_of
+from search_spaces.kinds import Kinds, checked_kinds, kinds_for, place_tensors
 from search_spaces.parameters import MethodSpec, Parameter
-from search_spaces.profiles import Knot, Profile, fit_knots, knots_of, straight, weight_at
+from search_spaces.profiles import Knot, Profile, fit_knots, knots_of, live_knots, straight, weight_at
 from search_spaces.ranges import Range, read_range, require_range
 from search_spaces.recipe import Recipe, Setting, check_experts, method_spec
 from search_spaces.shape import Shape
 
 Params = Mapping[str, float | str]  # what Optuna sampled; the only word is the method, where a study has several
 
-MODULES = ("embed", "attn", "mlp", "head")
 ALPHAS = (0.25, 0.5, 0.75)
 SLOPES = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0))
 
@@ -45,12 +45,14 @@ class Space:
         method: a key of METHODS.
         base: source of the base checkpoint.
         experts: (name, source) of each expert.
-        groups: all layer groups of the checkpoint, as group_tensors names them.
+        groups: all layer groups of the checkpoint, and the places of the kinds, as place_tensors names them.
         shape: how weights run along the layers.
-        modules: kinds of groups (attn, mlp, embed, head) with weights of their own. Of those not listed, attn and mlp
-            share a profile along the layers; embed follows the first layer, head the last (the mean of attn and mlp).
+        modules: kinds of groups (attn, mlp, embed, head) and of `kinds` with weights of their own. Of those not listed,
+            attn and mlp share a profile along the layers; embed follows the first layer, head the last (the mean of
+            attn and mlp). What a kind has outside the layers follows its own first or last layer.
         ranges: (low, high) of each searched parameter; low = high fixes it. Weights run from the base's 0 to the
             expert's 1, so their range holds both; any other parameter's range holds its default.
+        kinds: kinds of modules whose tensors leave their groups: experts, router, shared_expert, or a study's own.
         start: a point of a person's own, scored with the anchors.
 
     Raises:
@@ -64,6 +66,7 @@ class Space:
     shape: Shape
     modules: tuple[str, ...]
     ranges: Mapping[str, Range]
+    kinds: Kinds = ()
     start: Anchor | None = None
 
     def __post_init__(self) -> None:
@@ -74,11 +77,12 @@ class Space:
         if self.shape.n > self._layers:
             rule = f"a shape has no more numbers than the model has layers, {self._layers}"
             raise SpaceError(rule, given=self.shape.n, where="shape")
-        kinds = {kind_of(group) for group in self.groups}
+        checked_kinds(self.kinds)
+        known = [*self._own_kinds, *(kind for kind in KINDS if kind in self._layers_of or kind in self.groups)]
         for module in self.modules:
-            if module not in MODULES or module not in kinds or self.modules.count(module) > 1:
-                known = ", ".join(kind for kind in MODULES if kind in kinds)
-                raise SpaceError(f"modules are different ones of {known}", given=repr(module), where="space.modules")
+            if module not in known or self.modules.count(module) > 1:
+                rule = f"modules are different ones of {', '.join(known)}"
+                raise SpaceError(rule, given=repr(module), where="space.modules")
         if self.spec.scale not in self.ranges:
             raise SpaceError(f"{self.method} searches {self.spec.scale}", given=", ".join(self.ranges) or "no range")
         for name, given in self.ranges.items():
@@ -95,12 +99,15 @@ class Space:
         shape: Shape | str | Mapping[str, int],
         modules: Iterable[str],
         ranges: Mapping[str, Iterable[float]],
+        patterns: Mapping[str, Sequence[str]] | None = None,
     ) -> Space:
         """Build a space from plain values, as a study file and a checkpoint's header give them.
 
         Args:
             experts: name -> source.
             tensors: the base checkpoint's tensor names.
+            modules: kinds with weights of their own; where two fit a tensor, the first counts.
+            patterns: parts of tensor names, for each of the modules that is a kind of the study's own.
             ranges: overrides; what the method searches by itself and is not named here gets its own range.
         """
         own = {
@@ -109,14 +116,17 @@ class Space:
             if parameter.is_searched(len(experts))
         }
         given = {name: read_range(name, span) for name, span in ranges.items()}
+        names, modules = tuple(tensors), tuple(modules)
+        kinds = kinds_for(modules, patterns or {}, names)
         return cls(
             method,
             base,
             tuple(experts.items()),
-            tuple(group_tensors(tensors)),
+            tuple(place_tensors(names, kinds)),
             shape if isinstance(shape, Shape) else Shape.read(shape),
-            tuple(modules),
+            modules,
             {**own, **given},
+            kinds,
         )
 
     @property
@@ -181,7 +191,7 @@ class Space:
             value = numbers[name] if self._varies(parameter) else self.ranges[parameter.name][0]
             settings.append(Setting(parameter.name, expert, "", value))
         settings += [Setting(name, "", "", value) for name, value in self.spec.fixed_in_search]
-        return Recipe(self.method, self.base, self.experts, tuple(settings))
+        return Recipe(self.method, self.base, self.experts, tuple(settings), kinds=self.kinds)
 
     def params_of(self, recipe: Recipe) -> dict[str, float] | None:
         """Give the parameters of a recipe of this method and these experts; None where the space does not hold it.
@@ -190,10 +200,9 @@ class Space:
         """
         params = dict.fromkeys(self.scale_names, 0.0)
         for expert in self._names:
-            for kind in ("embed", "head"):
-                if kind in self.modules:
-                    value = recipe.value(self.spec.scale, expert=self._owner(expert), group=kind)
-                    params[self._name(expert, module=kind, suffix="")] = value
+            for place in self._outer:
+                value = recipe.value(self.spec.scale, expert=self._owner(expert), group=place)
+                params[self._name(expert, module=place, suffix="")] = value
             for profile in self._profiles:
                 params |= self._knots_of(recipe, expert, profile)
         for name, parameter in self._others():
@@ -213,13 +222,15 @@ class Space:
         return params if all(abs(gap) < 1e-9 for gap in gaps) else None
 
     def _knots_of(self, recipe: Recipe, expert: str, profile: str) -> dict[str, float]:
-        names = [self._name(expert, module=profile, suffix=knot.suffix) for knot in self._knots]
-        kind = profile or next(kind for kind in ("attn", "mlp") if f"layer.00.{kind}" in self.groups)
+        kinds = [profile] if profile else [kind for kind in ("mlp", "attn") if kind in self._layers_of]
         owner = self._owner(expert)
-        weights = [
-            recipe.value(self.spec.scale, expert=owner, group=f"layer.{i:02d}.{kind}") for i in range(self._layers)
-        ]
-        return dict(zip(names, fit_knots(self.shape, weights), strict=True))
+        weights = {
+            i: recipe.value(self.spec.scale, expert=owner, group=f"layer.{i:02d}.{kind}")
+            for kind in kinds
+            for i in self._layers_of[kind]
+        }
+        found = fit_knots(self.shape, weights, self._layers)
+        return {self._name(expert, module=profile, suffix=self._knots[k].suffix): found[k] for k in self._live(profile)}
 
     def profile_params(self, profile: Profile | Mapping[str, Profile]) -> dict[str, float]:
         """Give the parameters whose weights follow a function of depth; all others stay at what changes nothing.
@@ -281,9 +292,36 @@ class Space:
 
     @cached_property
     def _profiles(self) -> list[str]:
-        """Kinds that have a profile along the layers of their own; "" is one that all layers share."""
-        own = [kind for kind in ("attn", "mlp") if any(kind_of(group) == kind for group in self.groups)]
-        return own if set(own) & set(self.modules) else [""]
+        """Kinds that have a profile along the layers of their own; "" is one that attention and feed-forward share."""
+        own = [kind for kind in ("attn", "mlp") if kind in self._layers_of]
+        shared = own if set(own) & set(self.modules) else [""] if own else []
+        return [*shared, *(kind for kind in self._own_kinds if kind in self._layers_of)]
+
+    @cached_property
+    def _own_kinds(self) -> list[str]:
+        return [name for name, _ in self.kinds]
+
+    @cached_property
+    def _layers_of(self) -> dict[str, list[int]]:
+        """The layers that each kind is in."""
+        found: dict[str, list[int]] = {}
+        for group in self.groups:
+            if (layer := layer_of(group)) is not None:
+                found.setdefault(kind_of(group), []).append(layer)
+        return found
+
+    @cached_property
+    def _outer(self) -> list[str]:
+        """Places outside the layers with a weight of their own: embeddings and head, and kinds that no layer has."""
+        lone = [kind for kind in self._own_kinds if kind not in self._layers_of]
+        return [group for group in self.groups if layer_of(group) is None
+                and (group in self.modules or kind_of(group) in lone)]  # fmt: skip
+
+    def _live(self, profile: str) -> list[int]:
+        """Give the numbers of a profile's knots; a kind that some layers lack has none there."""
+        if profile not in self._own_kinds:
+            return list(range(len(self._knots)))
+        return live_knots(self.shape, self._layers_of[profile], self._layers)
 
     @cached_property
     def _knots(self) -> list[Knot]:
@@ -302,24 +340,32 @@ class Space:
 
     def _scale_depths(self, expert: str) -> dict[str, float]:
         """Name an expert's weights and the depth each stands for."""
-        inner = [(profile, knot.suffix, knot.depth) for profile in self._profiles for knot in self._knots]
-        outer = [(kind, "", depth) for kind, depth in (("embed", 0.0), ("head", 1.0)) if kind in self.modules]
+        knots = [(profile, self._knots[number]) for profile in self._profiles for number in self._live(profile)]
+        inner = [(profile, knot.suffix, knot.depth) for profile, knot in knots]
+        outer = [(place, "", 0.0 if place.startswith("embed") else 1.0) for place in self._outer]
         return {self._name(expert, module=module, suffix=suffix): depth for module, suffix, depth in inner + outer}
 
     def _scale_value(self, expert: str, group: str, params: Mapping[str, float]) -> float:
         kind, layer = kind_of(group), layer_of(group)
         if layer is not None:
             return self._at(expert, kind if kind in self._profiles else "", layer, params)
-        if kind in self.modules:
-            return params[self._name(expert, module=kind, suffix="")]
-        edge = 0 if kind == "embed" else self._layers - 1
-        return fmean(self._at(expert, profile, edge, params) for profile in self._profiles)
+        if group in self._outer:
+            return params[self._name(expert, module=group, suffix="")]
+        first = group.startswith("embed")
+        if kind in self._profiles:  # what a kind has outside the layers
+            return self._at(expert, kind, self._layers_of[kind][0 if first else -1], params)
+        shared = [profile for profile in self._profiles if profile not in self._own_kinds] or self._profiles
+        return fmean(self._at_edge(expert, profile, first, params) for profile in shared)
+
+    def _at_edge(self, expert: str, profile: str, first: bool, params: Mapping[str, float]) -> float:
+        layers = self._layers_of[profile] if profile in self._own_kinds else range(self._layers)
+        return self._at(expert, profile, layers[0 if first else -1], params)
 
     def _at(self, expert: str, profile: str, layer: int, params: Mapping[str, float]) -> float:
         """Return the value of a profile at a layer: its block's, or on the line between two knots."""
 
-        def value(knot: int) -> float:
-            return params[self._name(expert, module=profile, suffix=self._knots[knot].suffix)]
+        def value(knot: int) -> float:  # one that is not sampled has no part in this layer
+            return params.get(self._name(expert, module=profile, suffix=self._knots[knot].suffix), 0.0)
 
         return weight_at(self.shape, layer, self._layers, value)
 

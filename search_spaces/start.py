@@ -7,14 +7,16 @@ that holds the numbers exactly: one weight, a slope, a curve of few points, or a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import group_tensors, kind_of, layer_count
+from search_spaces.groups import kind_of, layer_count
+from search_spaces.kinds import Kinds, checked_kinds, place_tensors
 from search_spaces.parameters import Parameter
 from search_spaces.ranges import Range
-from search_spaces.recipe import Recipe, method_spec
+from search_spaces.recipe import Recipe, Setting, method_spec
 from search_spaces.shape import Shape
 from search_spaces.space import Anchor, Space
 
@@ -43,14 +45,14 @@ def space_around(
         SpaceError: the recipe has numbers no space can hold, or not the one that was chosen.
     """
     names = tuple(tensors)
-    groups = tuple(group_tensors(names))
+    groups = tuple(place_tensors(names, recipe.kinds))
     recipe.require_places(names)
     _require_plain(recipe)
     bounds = _ranges(recipe, groups) | dict(ranges)
     curves = [Shape("curve", n) for n in POINTS if n < layer_count(groups)]
     for tried in [shape] if shape else [Shape("uniform"), Shape("slope"), *curves, Shape("layers")]:
-        for kinds in _module_choices(groups) if modules is None else [modules]:
-            space = Space(recipe.method, recipe.base, recipe.experts, groups, tried, kinds, bounds)
+        for chosen in _module_choices(groups, recipe) if modules is None else [modules]:
+            space = Space(recipe.method, recipe.base, recipe.experts, groups, tried, chosen, bounds, recipe.kinds)
             params = space.params_of(recipe)
             if params is not None:
                 return replace(space, start=Anchor(name, params))
@@ -62,10 +64,29 @@ def space_around(
     )
 
 
-def _module_choices(groups: Iterable[str]) -> list[tuple[str, ...]]:
-    """Give the sets of modules with weights of their own that are tried, of those the model has."""
-    present = {kind_of(group) for group in groups}
-    return list(dict.fromkeys(tuple(kind for kind in kinds if kind in present) for kinds in MODULES))
+def regrouped(recipe: Recipe, kinds: Kinds, tensors: Iterable[str]) -> Recipe:
+    """Write a recipe by the places of other kinds; a tensor whose number differs from its place's keeps its own."""
+    names, settings = place_tensors(tensors, kinds), []
+    for parameter in method_spec(recipe.method).parameters:
+        for expert in ["", *(name for name, _ in recipe.experts)] if parameter.scope == "expert" else [""]:
+            own = [s for s in recipe.settings if (s.parameter, s.expert) == (parameter.name, expert)]
+            settings += [setting for setting in own if not setting.group]
+            if all(not setting.group for setting in own):
+                continue
+            for place, inside in names.items():
+                values = {name: recipe.value(parameter.name, expert=expert, group=name) for name in inside}
+                usual = Counter(values.values()).most_common(1)[0][0]
+                settings.append(Setting(parameter.name, expert, place, usual))
+                settings += [Setting(parameter.name, expert, n, v) for n, v in values.items() if v != usual]
+    return Recipe(
+        recipe.method, recipe.base, recipe.experts, tuple(settings), recipe.dtype, recipe.seed, checked_kinds(kinds)
+    )
+
+
+def _module_choices(groups: Iterable[str], recipe: Recipe) -> list[tuple[str, ...]]:
+    """Give the sets of modules with weights of their own that are tried, of those the model has: always its kinds."""
+    present, own = {kind_of(group) for group in groups}, tuple(name for name, _ in recipe.kinds)
+    return list(dict.fromkeys((*own, *(kind for kind in kinds if kind in present)) for kinds in MODULES))
 
 
 def _require_plain(recipe: Recipe) -> None:

@@ -10,7 +10,8 @@ from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.opening import HUB_ID
 from optimizer.merging.merge import Sources
 from optimizer.strict_yaml import dump_yaml
-from search_spaces import METHODS, Recipe, group_tensors
+from search_spaces import METHODS, Recipe
+from search_spaces.kinds import place_tensors
 from search_spaces.mergekit.stack import Stack
 
 
@@ -89,7 +90,7 @@ def public_name(checkpoint: Checkpoint) -> str:
 
 def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
     """Write a row per layer group (or tensor with numbers of its own), a column per number that differs."""
-    groups = [*group_tensors(names), *sorted(recipe.tensors)]
+    groups = [*place_tensors(names, recipe.kinds), *sorted(recipe.tensors)]
     columns: dict[str, list[float]] = {}
     for parameter in METHODS[recipe.method].parameters:
         for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:

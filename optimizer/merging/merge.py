@@ -36,8 +36,9 @@ from optimizer.merging.methods import (
 from optimizer.merging.methods.directions import DirectionWalk, directions
 from optimizer.merging.methods.task_vectors import AgreeingSum
 from search_spaces import METHODS as SPECS
-from search_spaces import Recipe, SpaceError, group_of
+from search_spaces import Recipe, SpaceError
 from search_spaces.groups import PASSED
+from search_spaces.kinds import place_of
 
 DEVICE_ROOM = 4 << 30  # bytes left free on a device for activations and scratch
 HOST_ROOM = 16 << 30  # bytes of the machine's memory left free by pinned copies
@@ -246,7 +247,7 @@ class Merger:
     def directions(self, name: str, device: torch.device) -> tuple[Tensors, DirectionWalk]:
         """Return base and all experts of a tensor, and which way each expert's weight moves it."""
         experts = tuple(sorted(expert for expert, _ in self._recipe.experts))
-        values = self._values_of(name if name in self._own_numbers else group_of(name), experts)
+        values = self._values_of(name if name in self._own_numbers else self._place_of(name), experts)
         if self._random:
             values = replace(values, seeds=tuple(_seed(self._seed, name, expert) for expert in experts))
         tensors, method = self._tensors(name, experts, device), METHODS[self._recipe.method]
@@ -265,12 +266,15 @@ class Merger:
                 f"a merge must be finite: recipe {self._recipe.digest} gives {bad} NaN or infinite values in {name}"
             )
 
+    def _place_of(self, name: str) -> str:
+        return place_of(name, self._recipe.kinds)
+
     @property
     def _random(self) -> bool:
         return SPECS[self._recipe.method].random
 
     def _numbers_at(self, name: str) -> tuple[tuple[str, ...], Values | None]:
-        place = name if name in self._own_numbers else group_of(name)
+        place = name if name in self._own_numbers else self._place_of(name)
         if place == PASSED:
             return (), None
         if place not in self._numbers:

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from evals.outcomes import SEARCH
 from optimizer.errors import RunError
 from optimizer.runs.recorded import RecordedRun
+from search_spaces.groups import KINDS, kind_of
 from search_spaces.recipe import Recipe, Setting
 
 
@@ -61,15 +62,23 @@ def blend(left: Recipe, right: Recipe, share: float) -> Recipe:
         {s.group for recipe in (left, right) for s in recipe.settings if s.group and s.parameter == "weight"}
     )
     tensors = left.tensors | right.tensors
+    kinds = left.kinds if left.kinds == right.kinds else ()
     if tensors:  # a number of a whole group would stand beside its tensors' own
         places = [place for place in places if place in tensors]
+    elif (
+        left.kinds != right.kinds
+    ):  # what was learned by groups knows no kinds; base and expert are the same everywhere
+        places = [place for place in places if kind_of(place) in KINDS]
 
     def weight(recipe: Recipe, expert: str, place: str) -> float:
-        return recipe.value("weight", expert=expert, group=place) if expert in dict(recipe.experts) else 0.0
+        if expert not in dict(recipe.experts):
+            return 0.0
+        values = {s.value for s in recipe.settings if s.parameter == "weight" and s.expert in ("", expert)}
+        return values.pop() if len(values) == 1 else recipe.value("weight", expert=expert, group=place)
 
     settings = tuple(
         Setting("weight", name, place, (1 - share) * weight(left, name, place) + share * weight(right, name, place))
         for name, _ in experts
         for place in places
     )
-    return Recipe("task_arithmetic", right.base, experts, settings)
+    return Recipe("task_arithmetic", right.base, experts, settings, kinds=kinds)

@@ -27,7 +27,7 @@ from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes
 from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities, sensitivity_file
 from optimizer.runs.trial import BASE, STOPPED, Role, TrialKind
 from search_spaces.errors import SpaceError
-from search_spaces.groups import flow_order, group_at, kind_of, layer_of
+from search_spaces.groups import flow_order, kind_of, layer_of
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe
 
@@ -136,13 +136,15 @@ class RecordedRun:
         spec = METHODS[recipe.method]
         parameter = spec.parameter(spec.scale)
         assert parameter is not None, "the scale is one of the method's parameters"
-        places = _places(recipe) or {group: [group] for group in _places(self._any_recipe or recipe)}
+        own = _places(recipe)
+        places = own or {group: [] for group in _places(self._any_recipe or recipe)}
         rows = []
         for name, _ in recipe.experts:
             for group in sorted(places, key=flow_order):
                 layer = layer_of(group)
                 owner = name if parameter.scope == "expert" else ""
-                weight = fmean(recipe.value(parameter.name, expert=owner, group=place) for place in places[group])
+                inside = places[group] if own else [""]
+                weight = fmean(recipe.value(parameter.name, expert=owner, group=place) for place in inside)
                 rows.append((group, kind_of(group), -1 if layer is None else layer, name, weight))
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
 
@@ -244,5 +246,5 @@ def _places(recipe: Recipe) -> dict[str, list[str]]:
     """Give the groups that a recipe has numbers for, and of each what has them: the group itself, or its tensors."""
     places: dict[str, list[str]] = {}
     for place in sorted({setting.group for setting in recipe.settings if setting.group}):
-        places.setdefault(group_at(place), []).append(place)
+        places.setdefault(recipe.place_of(place), []).append(place)
     return places

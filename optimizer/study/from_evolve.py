@@ -16,6 +16,7 @@ from optimizer.strict_yaml import dump_scalar, dump_yaml, read_yaml, shown
 from optimizer.study.new_study import GENERAL, expert_name, run_name, source_from
 from optimizer.study.section import MOST_ITEMS
 from optimizer.study.task_entry import MOST_SHOTS
+from search_spaces.kinds import kind_name
 
 KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",
@@ -149,14 +150,16 @@ class _Conversion:
             ) from None
         return count
 
-    def _modules(self) -> list[str]:
+    def _modules(self) -> list[str] | dict[str, list[str] | None]:
+        """Return whole kinds as words; where a filter is finer, each as a kind of its own in evolve's order."""
         filters = self.genome.get("filters") or []
         if not isinstance(filters, list):
             self._refuse("genome.filters", "must be a list of words", filters)
         for i, word in enumerate(filters):
-            if not isinstance(word, str) or word not in MODULES:
-                mend = f"weights go by kinds of modules: {', '.join(MODULES)}"
-                self._refuse(f"genome.filters.{i}", "has no counterpart", word, mend)
+            if not isinstance(word, str) or not word or filters.index(word) < i:
+                self._refuse(f"genome.filters.{i}", "must be a part of tensor names, and there once", word)
+        if any(word not in MODULES for word in filters):
+            return {kind_name(word): [word] for word in filters}
         kinds = {MODULES[word] for word in filters}
         if kinds & {"attn", "mlp"}:
             kinds |= {"attn", "mlp"}  # what no filter names has a weight of its own too

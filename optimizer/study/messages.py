@@ -14,6 +14,7 @@ from typing import get_args
 from evals.outcomes import KINDS, TASK
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
+from optimizer.study.forms import TAGS
 from optimizer.study.schema import Finding, ShapeEntry, SpaceSection, Study
 from optimizer.study.section import Section
 from optimizer.study.task_entry import TaskEntry
@@ -52,7 +53,7 @@ def _without_consequences(found: Sequence[Finding]) -> list[Finding]:
 
 def _problem(entry: Finding) -> Problem:
     """Say one finding: the rule, what was given and the mend."""
-    path = [part for part in entry["loc"] if part != "[key]"]
+    path = [part for part in entry["loc"] if part not in ("[key]", *TAGS)]
     key = ".".join(str(part) for part in path)
     given = shown(entry["input"])
     if entry["type"] == "extra_forbidden":

@@ -6,7 +6,6 @@ It and the two modules whose parts it is made of, `section` and `task_entry`, ar
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     WithJsonSchema,
     field_serializer,
     model_serializer,
 )
 
+from optimizer.study.forms import (
+    METHODS_SCHEMA,
+    MODULES,
+    MODULES_SCHEMA,
+    MOST_POINTS,
+    SHAPE_SCHEMA,
+    SHAPES,
+    TAGS,
+    form_of_modules,
+    read_kinds,
+    read_methods,
+)
 from optimizer.study.section import MOST_ITEMS, Certify, Holdout, Section, count_or
 from optimizer.study.task_entry import Tasks
 from optimizer.workers.orders import STEPS, By, Form, Loss
-from search_spaces.parameters import METHODS
 from search_spaces.shape import LEAST, WORDS, Kind
 
 MOST_WORKERS, MOST_MINUTES = 1024, 1e7  # beyond any machine
@@ -33,7 +45,6 @@ SCHEMA_FILE = Path(__file__).with_name("study.schema.json")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # becomes a folder
 EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"  # becomes part of a parameter's name, which is split at dots
 MOST_LEARNED, MOST_STEPS = 100, 10_000
-MOST_POINTS = 64  # of a curve, blocks of a shape
 Range = tuple[float, float]
 Finding = dict[str, Any]  # of pydantic
 
@@ -49,25 +60,6 @@ class Models(Section):
     experts: dict[Annotated[str, Field(pattern=EXPERT_NAME)], Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="Name of each expert and its checkpoint, or a LoRA adapter on the base."
     )
-
-
-SHAPES = "uniform, slope, layers, {curve: points} or {blocks: count}"
-_SHAPE_SCHEMA = {
-    "anyOf": [
-        {"enum": list(WORDS)},
-        *(
-            {
-                "type": "object",
-                "properties": {word: {"type": "integer", "minimum": least, "maximum": MOST_POINTS}},
-                "required": [word],
-                "additionalProperties": False,
-            }
-            for word, least in LEAST.items()
-        ),
-    ],
-    "default": {"curve": 4},
-    "description": "How the weight may vary with depth: " + SHAPES + ".",
-}
 
 
 class ShapeEntry(Section):
@@ -95,28 +87,13 @@ def _read_shape(value: object) -> object:
     raise ValueError(f"must be {SHAPES}")
 
 
-_METHODS_SCHEMA = {
-    "anyOf": [
-        {"enum": list(METHODS)},
-        {"type": "array", "items": {"enum": list(METHODS)}, "minItems": 1, "uniqueItems": True},
-    ],
-    "default": "task_arithmetic",
-    "description": "The merge method, or a list from which each trial chooses; the first of it gives the anchors.",
-}
-
-
-def _read_methods(value: object) -> object:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names:
-        raise ValueError("must be a merge method or a list of them")
-    for name in names:
-        if name not in METHODS:
-            close = difflib.get_close_matches(str(name), METHODS, n=1)
-            mend = f'did you mean "{close[0]}"?' if close else f"they are {', '.join(METHODS)}"
-            raise ValueError(f"there is no merge method {name!r}; {mend}")
-    if len(set(names)) < len(names):
-        raise ValueError("must not name a method twice")
-    return tuple(names) if isinstance(value, list) else value
+Word = Annotated[str, Field(min_length=1)]
+Modules = Annotated[
+    Annotated[tuple[Literal[MODULES], ...], Tag(TAGS[0])]  # type: ignore[valid-type]
+    | Annotated[dict[str, tuple[Word, ...] | None], BeforeValidator(read_kinds), Tag(TAGS[1])],
+    Discriminator(form_of_modules),
+    WithJsonSchema(MODULES_SCHEMA),
+]
 
 
 class SpaceSection(Section):
@@ -129,15 +106,13 @@ class SpaceSection(Section):
         description="A recipe.json or mergekit YAML file to start from: it is scored first, and what is not given here "
         "(method, shape, modules, ranges) is what its numbers need.",
     )
-    method: Annotated[str | tuple[str, ...], BeforeValidator(_read_methods), WithJsonSchema(_METHODS_SCHEMA)] = (
+    method: Annotated[str | tuple[str, ...], BeforeValidator(read_methods), WithJsonSchema(METHODS_SCHEMA)] = (
         "task_arithmetic"
     )
-    shape: Annotated[ShapeEntry, BeforeValidator(_read_shape), WithJsonSchema(_SHAPE_SCHEMA)] = ShapeEntry(
+    shape: Annotated[ShapeEntry, BeforeValidator(_read_shape), WithJsonSchema(SHAPE_SCHEMA)] = ShapeEntry(
         kind="curve", n=4
     )
-    modules: tuple[Literal["attn", "mlp", "embed", "head"], ...] = Field(
-        default=("attn", "mlp"), description="Module kinds with weights of their own; the others follow the layers."
-    )
+    modules: Modules = ("attn", "mlp")
     weight: Range | None = Field(
         default=None, description="Range of the weights; holds 0 (base) and 1 (expert). Default: the method's own."
     )

@@ -12,7 +12,8 @@ from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limi
 from optimizer.search.cost import Cost, cost_of, count_numbers
 from optimizer.views.tables import table
 from optimizer.words import count, percent, printable
-from search_spaces.groups import PASSED, group_of, is_placed, split_name
+from search_spaces.groups import PASSED, group_of, is_placed, kind_of, layer_of, split_name
+from search_spaces.kinds import place_tensors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         )
     if plan.space is not None:
         names = plan.base.names if plan.base is not None else ()
-        console.print(table("Search space", ["", ""], [*_space_rows(plan.space), *_odd_rows(names)]))
+        rows = [*_space_rows(plan.space), *_kind_rows(plan.space, names), *_odd_rows(names)]
+        console.print(table("Search space", ["", ""], rows))
     if plan.harness is not None:
         numbers = ["chance", "shots", "search items", "holdout items"]
         columns = ["task", "role", "metric", *numbers]
@@ -128,6 +130,18 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
         text = f"about as much as {cost.prepared:.0f} trials"
         yield "learned, derived", text + (f", and {_size(cost.disk_bytes)} of disk" if cost.disk_bytes else "")
     yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
+
+
+def _kind_rows(space: Space | Choice, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what each kind of modules that is finer than a group covers."""
+    places = place_tensors(names, space.kinds) if names and space.kinds else {}
+    for kind, patterns in space.kinds:
+        inside = [place for place in places if kind_of(place) == kind]
+        layers = sum(layer_of(place) is not None for place in inside)
+        where = [count(layers, "layer")] if layers else []
+        where += sorted({place.split(".")[0] for place in inside if layer_of(place) is None})
+        tensors = count(sum(len(places[place]) for place in inside), "tensor")
+        yield f"kind {kind}", f"{', '.join(patterns)}: {tensors} in {', '.join(where)}"
 
 
 def _odd_rows(names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from optimizer.words import percent, task_labels
 
 MODULES = {"attn": ("attention", BLUE, "circle"), "mlp": ("feed-forward", ORANGE, "square")}
 BOTH = ("attention and feed-forward", BLUE, "circle")
+MARKS = ((OCHRE, "diamond"), (GREEN, "triangle-down"), (PURPLE, "x"), (GREY, "cross"))  # kinds of a study's own
 ENDS = {"embed": ("embeddings", GREEN, "diamond"), "head": ("head", PURPLE, "triangle-up")}
 
 
@@ -177,15 +178,18 @@ def _module_traces(rows: pd.DataFrame, *, legend: bool) -> list[go.Scatter]:
     step = math.ceil((last + 1) / 12)  # embeddings and head stand one tick before and after the layers
     attn, mlp = (rows.loc[rows["kind"] == kind, "weight"].tolist() for kind in MODULES)
     series = {**ENDS, "attn": BOTH} if attn == mlp else {**ENDS, **MODULES}
+    own = [kind for kind in dict.fromkeys(rows["kind"]) if kind not in (*ENDS, *MODULES)]
+    series |= {kind: (canvas.escaped(kind.replace("_", " ")), *MARKS[i % len(MARKS)]) for i, kind in enumerate(own)}
     traces = []
     for kind, (name, color, symbol) in series.items():
         part = rows[rows["kind"] == kind]
         if part.empty:
             continue
-        in_layers = kind in MODULES
+        in_layers = kind not in ENDS
         traces.append(
             go.Scatter(
-                x=part["layer"] if in_layers else [-step if kind == "embed" else last + step], y=part["weight"],
+                x=part["layer"].where(part["layer"] >= 0, part["group"].map(
+                    lambda group: -step if group.startswith("embed") else last + step)), y=part["weight"],
                 name=name, legendgroup=name, showlegend=legend, mode="lines+markers" if in_layers else "markers",
                 line={"color": color, "width": 2.5},
                 marker={"symbol": symbol, "color": color, "size": 8 if in_layers else 13, "line": {"width": 0}},

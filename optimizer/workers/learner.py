@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,8 +60,16 @@ class Places:
         return cls(tuple(experts), tuple(dict.fromkeys(where.values())), where)
 
     def weights(self, recipe: Recipe) -> Array:
-        """Read a recipe's weights: (experts, places)."""
-        return np.array([[recipe.value("weight", expert=e, group=n) for n in self.names] for e in self.experts])
+        """Read a recipe's weights, a group's the mean of its tensors': (experts, places)."""
+        inside: dict[str, list[str]] = {name: [] for name in self.names}
+        for tensor, place in self.group_of_tensor.items():
+            inside[place].append(tensor)
+
+        def weight(expert: str, tensors: list[str]) -> float:
+            values = [recipe.value("weight", expert=expert, group=tensor) for tensor in tensors]
+            return values[0] if len(set(values)) == 1 else fmean(values)
+
+        return np.array([[weight(expert, tensors) for tensors in inside.values()] for expert in self.experts])
 
     def gradient(self, found: Mapping[tuple[str, str], float]) -> Array:
         """Sum a gradient by tensor over the places that the tensors belong to: (experts, places)."""
@@ -76,7 +85,7 @@ class Places:
         rows = zip(self.experts, weights.tolist(), strict=True)
         mine = [Setting("weight", e, n, w) for e, row in rows for n, w in zip(self.names, row, strict=True)]
         seed = start.mask_seed if METHODS[start.method].random else start.seed
-        return replace(start, settings=(*kept, *mine), seed=seed)
+        return replace(start, settings=(*kept, *mine), seed=seed, kinds=())
 
 
 class Descent:

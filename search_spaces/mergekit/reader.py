@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from search_spaces.dtypes import stored_dtype
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_tensors, layer_count, split_name
+from search_spaces.kinds import Kinds, checked_kinds, place_tensors
 from search_spaces.mergekit.settings import (
     OWN_KEY,
     Document,
@@ -62,9 +63,11 @@ def from_mergekit(
     Raises:
         SpaceError: the document asks for something a recipe cannot hold.
     """
-    groups = group_tensors(tensor_names)
-    dtype = stored_dtype(document, base_dtype)
-    return replace(_Reader(flattened(document, groups), groups, expert_names or {}).recipe(), dtype=dtype)
+    names = tuple(tensor_names)
+    kinds = _own_kinds(document)
+    flat = flattened(document, group_tensors(names))
+    recipe = _Reader(flat, place_tensors(names, kinds), expert_names or {}, kinds).recipe()
+    return replace(recipe, dtype=stored_dtype(document, base_dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,10 @@ class _Reader:
         document: Mapping[str, object],
         groups: Mapping[str, tuple[str, ...]],
         expert_names: Mapping[str, str],
+        kinds: Kinds,
     ) -> None:
         _only_of_recipe(present_mapping(document, "the document"), _TOP_KEYS, "the document")
-        self.document, self.groups, self.expert_names = document, groups, expert_names
+        self.document, self.groups, self.expert_names, self.kinds = document, groups, expert_names, kinds
         self.layers = layer_count(groups)
         self.spec = _known_method(document.get("merge_method"))
         self.baseless = document.get("base_model") is None and self.spec.name in _BASELESS
@@ -111,14 +115,13 @@ class _Reader:
                 if needed or any(parameter.name in scope for scope in scopes):
                     settings += self._compact(parameter, name, self._values(parameter, model))
         sources = tuple((name, model.source) for name, model in experts.items())
-        recipe = Recipe(self.spec.name, self.base, sources, tuple(settings))
+        recipe = Recipe(self.spec.name, self.base, sources, tuple(settings), kinds=self.kinds)
         seed = self._seed()
         return recipe if seed in ("", recipe.mask_seed) else replace(recipe, seed=seed)
 
     def _seed(self) -> str:
-        own = present_mapping(self.document.get(OWN_KEY, {}), OWN_KEY)
-        _only_of_recipe(own, ("seed",), OWN_KEY)
-        return text(own["seed"], f"{OWN_KEY}.seed") if own else ""
+        own = _own(self.document)
+        return text(own["seed"], f"{OWN_KEY}.seed") if "seed" in own else ""
 
     def _read_models(self, entries: object) -> list[_Model]:
         if not isinstance(entries, list) or not entries:
@@ -275,6 +278,38 @@ class _Reader:
             rule = f"{parameter.name} has one value for all groups"
             raise SpaceError(rule, given=self.shared[parameter.name], where=f"parameters.{parameter.name}")
         return [Setting(parameter.name, expert, group, value) for group, value in values.items()]
+
+
+def _own(document: Document) -> Document:
+    """Return what only we read of a document."""
+    own = present_mapping(document.get(OWN_KEY, {}), OWN_KEY)
+    _only_of_recipe(own, ("seed", "kinds"), OWN_KEY)
+    return own
+
+
+def _own_kinds(document: Document) -> Kinds:
+    where = f"{OWN_KEY}.kinds"
+    listed = mapping(_own(document).get("kinds"), where).items()
+    for name, patterns in listed:
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise SpaceError("a kind is a list of parts of tensor names", given=patterns, where=f"{where}.{name}")
+    return checked_kinds((text(name, where), patterns) for name, patterns in listed)  # type: ignore[misc]
+
+
+def filters_of(document: Document) -> list[str]:
+    """List the filters of a document's parameters, in the order they stand, each once."""
+    found: dict[str, None] = {}
+    waiting: list[object] = [document]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            word = part.get("filter")
+            if isinstance(word, str) and word not in ("", "*"):
+                found[word] = None
+            waiting += reversed(list(part.values()))
+        elif isinstance(part, list):
+            waiting += reversed(part)
+    return list(found)
 
 
 def _only_of_recipe(value: Document, known: Collection[str], where: str, *, method: str = "") -> None:

@@ -7,10 +7,11 @@ the same bytes here: experts' names and the seed of random masks stand under key
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from search_spaces.errors import SpaceError
-from search_spaces.groups import PASSED, group_of, group_tensors, kind_of, layer_count, layer_of, split_name
+from search_spaces.groups import PASSED, group_of, kind_of, layer_count, layer_of, split_name
+from search_spaces.kinds import Kinds, place_tensors
 from search_spaces.mergekit.settings import OWN_KEY, folder_name
 from search_spaces.parameters import Parameter
 from search_spaces.recipe import Recipe, method_spec
@@ -39,12 +40,12 @@ def to_mergekit(
     names = list(tensor_names)
     if passed := [name for name in names if group_of(name) == PASSED]:
         raise SpaceError("mergekit has no words for tensors that stay the base's", given=f"{len(passed)}: {passed[0]}")
-    groups = group_tensors(names)
+    groups = place_tensors(names, recipe.kinds)
     shared: dict[str, object] = {}
     for parameter in _parameters_written(recipe):
         if parameter.scope == "group":
             shared[parameter.name] = _written(
-                {p: recipe.value(parameter.name, group=p) for p in _places(recipe, groups)}, groups
+                {p: recipe.value(parameter.name, group=p) for p in _places(recipe, groups)}, groups, recipe.kinds
             )
         elif parameter.scope == "recipe":
             value = recipe.value(parameter.name)
@@ -64,7 +65,9 @@ def to_mergekit(
     document["models"] = models
     document |= {"parameters": shared} if shared else {}
     document |= {"dtype": "float32", "out_dtype": out_dtype} if out_dtype else {}
-    return document | ({OWN_KEY: {"seed": recipe.mask_seed}} if method_spec(recipe.method).random else {})
+    own: dict[str, object] = {"seed": recipe.mask_seed} if method_spec(recipe.method).random else {}
+    own |= {"kinds": {name: list(patterns) for name, patterns in recipe.kinds}} if recipe.kinds else {}
+    return document | ({OWN_KEY: own} if own else {})
 
 
 def _parameters_written(recipe: Recipe) -> list[Parameter]:
@@ -108,7 +111,7 @@ def _base_is_a_model(recipe: Recipe) -> bool:
 def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
     names, places = [name for name, _ in recipe.experts], _places(recipe, groups)
     left = {place: 1.0 - math.fsum(recipe.value("weight", expert=e, group=place) for e in names) for place in places}
-    return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups)}}
+    return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups, recipe.kinds)}}
 
 
 def _model_written(
@@ -117,7 +120,9 @@ def _model_written(
     reference = {"model": {"path": recipe.base}, "lora": {"path": source}} if adapter else _reference(source)
     parameters = {
         parameter.name: _written(
-            {p: recipe.value(parameter.name, expert=name, group=p) for p in _places(recipe, groups)}, groups
+            {p: recipe.value(parameter.name, expert=name, group=p) for p in _places(recipe, groups)},
+            groups,
+            recipe.kinds,
         )
         for parameter in _parameters_written(recipe)
         if parameter.scope == "expert"
@@ -136,12 +141,17 @@ def _reference(source: str) -> object:
     return {"model": {"path": source}} if "@" in source or "+" in source else source
 
 
-def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> object:
-    """Write values as a number, or as filters (tensors, outer groups, attention) with a gradient over the layers."""
+def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]], kinds: Kinds) -> object:
+    """Write values as a number, or as filters (tensors, kinds, outer groups, attention) with gradients over layers.
+
+    The first filter that fits a tensor holds, in mergekit as among kinds.
+    """
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     rules: list[dict[str, object]] = [{"filter": name, "value": values[name]} for name in values if name not in groups]
     values = {group: value for group, value in values.items() if group in groups}
+    for name, patterns in kinds:
+        rules += _kind_written(name, patterns, values, groups)
     for group in ("embed", "head"):
         others = [name for other, names in groups.items() if other != group for name in names]
         for word in sorted({_outer_filter(name, others) for name in groups.get(group, ())}):
@@ -149,7 +159,25 @@ def _written(values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]])
     attn, mlp = _gradient(values, "attn"), _gradient(values, "mlp")
     if attn is not None and mlp is not None and attn != mlp:
         rules += [{"filter": word, "value": attn} for word in _attn_filters(groups)]
-    return [*rules, {"value": attn if mlp is None else mlp}]
+    rest = attn if mlp is None else mlp
+    return [*rules, *([] if rest is None else [{"value": rest}])]
+
+
+def _kind_written(
+    kind: str, patterns: Sequence[str], values: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]
+) -> list[dict[str, object]]:
+    """Write a kind's values as its patterns; what it has outside the layers would read a gradient's first number."""
+    gradient = _gradient(values, kind)
+    outer = [group for group in groups if layer_of(group) is None and kind_of(group) == kind]
+    if gradient is None and len({values[group] for group in outer}) == 1:
+        gradient = values[outer[0]]
+    first = gradient[0] if isinstance(gradient, list) else gradient
+    rules: list[dict[str, object]] = [
+        {"filter": name, "value": values[group]} for group in outer if values[group] != first for name in groups[group]
+    ]
+    if gradient is not None:
+        rules += [{"filter": pattern, "value": gradient} for pattern in patterns]
+    return rules
 
 
 def _gradient(values: Mapping[str, float], kind: str) -> float | list[float] | None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from search_spaces import Recipe, Setting, group_of, group_tensors
 from search_spaces.mergekit.writer import to_mergekit
+from search_spaces.space import Space
 from tests.pico import pico_expert, pico_llama
 
 Tensors = dict[str, torch.Tensor]
@@ -131,4 +132,18 @@ def test_mergekit_agrees_with_arithmetic_by_hand(
     recipe = recipe_of(method.__name__, models, names, **extra)
     found, given = merged(models, tmp_path / "out", recipe)
     for name, expected in by_hand(method, recipe, given).items():
+        torch.testing.assert_close(found[name], expected, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_mergekit_reads_kinds_as_we_do(models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = tuple(load_file(models["base"] / "model.safetensors"))
+    space = Space.build(
+        "task_arithmetic", str(models["base"]), experts={"law": str(models["law"])}, tensors=tensors, shape="layers",
+        modules=("qk", "norms", "attn", "mlp"), ranges={}, patterns={"qk": ("q_proj", "k_proj"), "norms": ("norm",)},
+    )  # fmt: skip
+    recipe = space.recipe({name: (1 + i) / 20 for i, name in enumerate(space.distributions())})
+    found, given = merged(models, tmp_path / "out", recipe)
+    for name in tensors:
+        weight = recipe.value("weight", expert="law", group=name)
+        expected = given["base"][name] + weight * (given["law"][name] - given["base"][name])
         torch.testing.assert_close(found[name], expected, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

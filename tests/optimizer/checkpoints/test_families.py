@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
 from optimizer.merging.gradients import weight_gradients
 from optimizer.merging.merge import MergeCache, Sources, merge_into
+from optimizer.strict_yaml import read_yaml
 from search_spaces import Recipe, Setting, group_of, group_tensors
-from search_spaces.groups import PASSED
+from search_spaces.groups import PASSED, kind_of
+from search_spaces.space import Space
 from tests.optimizer.checkpoints.edits import edit_tensors
 from tests.pico import byte_tokenizer
 
@@ -216,3 +219,30 @@ def test_tied_heads_are_one_tensor(tmp_path: Path) -> None:
     edit_tensors(base, lambda tensors: tensors.pop("lm_head.weight", None))
     with pytest.raises(CheckpointError, match="no tensor is the head"):
         open_checkpoint(base)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_kinds_of_a_mixture_have_weights_of_their_own(family: str, tmp_path: Path) -> None:
+    base, law = base_and_expert(family, tmp_path)
+    sources = Sources.open(base, {"law": str(law)})
+    modules = ("attn", "mlp", "experts", "router", *(["shared_expert"] if family == "qwen2_moe" else []))
+    space = Space.build(
+        "task_arithmetic", str(base), experts={"law": str(law)}, tensors=sources.base.names, shape="uniform",
+        modules=modules, ranges={},
+    )  # fmt: skip
+    recipe = space.recipe({name: (1 + i) / 10 for i, name in enumerate(space.distributions())})
+    weights = {kind: recipe.value("weight", expert="law", group=f"layer.02.{kind}") for kind in modules}
+    assert len(set(weights.values())) == len(modules)
+    resident = resident_model(sources.base, dtype="auto", device="cpu")
+    merge_into(merge_target(tensor_places(resident, sources.base), sources.base), sources, recipe)
+    out = export_model(recipe, sources, tmp_path / "out")
+    assert torch.equal(resident(TOKENS).logits, loaded(out, family)(TOKENS).logits)
+    merged, ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, base, law))
+    for name in merged:
+        kind = "experts" if ".experts." in name else "router" if ".gate." in name or ".router." in name else ""
+        kind = kind or ("shared_expert" if "shared_expert" in name else kind_of(group_of(name)))
+        expected = torch.lerp(ours[name], theirs[name], weights.get(kind, fmean([weights["attn"], weights["mlp"]])))
+        torch.testing.assert_close(merged[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+    filters = [rule.get("filter") for rule in read_yaml(out / "mergekit.yaml")["models"][0]["parameters"]["weight"]]
+    assert filters[:2] == [".experts.", ".gate." if family == "qwen2_moe" else ".router."]
+    assert "layer.02.router" in (out / "README.md").read_text()

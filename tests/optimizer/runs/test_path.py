@@ -59,6 +59,23 @@ def test_recipes_of_different_experts_are_blended_over_both() -> None:
     assert found == {("a", one): 0.75 * 0.8, ("a", other): 0.75 * 0.5, ("b", one): 0.125, ("b", other): 0.2}
 
 
+def test_ends_with_kinds_are_blended_with_weights_learned_by_groups() -> None:
+    places, kinds = ("embed", "layer.00.attn", "layer.00.qk", "head"), (("qk", ("q_proj",)),)
+
+    def whole(value: float) -> Recipe:
+        settings = tuple(Setting("weight", "a", place, value) for place in places)
+        return Recipe("task_arithmetic", "/base", (("a", "/a"),), settings, kinds=kinds)
+
+    learned = tuple(Setting("weight", "a", group, 0.6) for group in ("embed", "layer.00.attn", "layer.00.mlp", "head"))
+    blended = blend(whole(0.0), Recipe("task_arithmetic", "/base", (("a", "/a"),), learned), 0.5)
+    assert blended.kinds == ()
+    assert {setting.group: setting.value for setting in blended.settings} == {s.group: 0.3 for s in learned}
+    between = blend(whole(0.0), whole(1.0), 0.25)
+    assert between.kinds == kinds
+    assert {setting.value for setting in between.settings} == {0.25}
+    assert len(between.settings) == len(places)
+
+
 @pytest.mark.parametrize("knob", [-0.1, 1.5])
 def test_a_knob_outside_its_range_is_refused(folder: Path, knob: float) -> None:
     with pytest.raises(RunError, match=r"between 0, the base, and 1, the expert; given"):

@@ -13,8 +13,10 @@ from optimizer.errors import RunError, StudyFileError
 from optimizer.run_study import fingerprint
 from optimizer.search.plan import Plan, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import read_study
-from optimizer.views.plan import _odd_rows, print_plan
+from optimizer.views.plan import _kind_rows, _odd_rows, print_plan
+from search_spaces.space import Space
 from tests.optimizer.small_study import write_study
+from tests.search_spaces.names import llama
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,18 @@ def test_what_a_search_would_die_of_is_a_problem_that_names_its_file(
     assert len(problems) == 1
     assert words in problems[0]
     assert str(path.parent) in problems[0]
+
+
+def test_what_each_kind_of_modules_covers_is_listed() -> None:
+    tensors = [*llama(3, tied=False)]
+    space = Space.build(
+        "linear", "b", experts={"law": "l"}, tensors=tensors, shape="uniform", modules=("qk", "ends"), ranges={},
+        patterns={"qk": ["q_proj", "k_proj"], "ends": ["embed_tokens", "lm_head"]},
+    )  # fmt: skip
+    assert list(_kind_rows(space, tensors)) == [
+        ("kind qk", "q_proj, k_proj: 6 tensors in 3 layers"),
+        ("kind ends", "embed_tokens, lm_head: 2 tensors in embed, head"),
+    ]
 
 
 def test_towers_and_parts_that_no_rule_places_are_listed() -> None:

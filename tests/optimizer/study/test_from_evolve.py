@@ -73,6 +73,15 @@ def test_a_genome_becomes_a_study(folder: Path) -> None:
     ]
 
 
+def test_finer_filters_become_kinds_in_their_order(folder: Path) -> None:
+    study = converted(folder, GENOME, ("[self_attn, mlp, lm_head]", "[q_proj, self_attn, mlp.up]"))
+    assert study.space.modules == {"q_proj": ("q_proj",), "self_attn": ("self_attn",), "mlp_up": ("mlp.up",)}
+    space = space_of(study, llama(4, tied=False))
+    assert [name for name in space.distributions() if name.endswith("block.1") and name.startswith("law.")] == [
+        f"law.weight.{kind}block.1" for kind in ("", "q_proj.", "self_attn.", "mlp_up.")
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "shape"),
     [
@@ -108,7 +117,7 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
             "merge_method: dare_ties\n  normalize: true",
             "genome.normalize: has no counterpart",
         ),
-        ("filters: [self_attn, mlp", "filters: [q_proj, mlp", "genome.filters.0: has no counterpart; given 'q_proj'"),
+        ("filters: [self_attn, mlp", "filters: [mlp, mlp", "genome.filters.1: must be a part .* once; given 'mlp'"),
         ("layer_granularity: 2", "layer_granularity: 3", "genome.layer_granularity: must divide the base's 4 layers"),
         ("base_model: ./base", "base_model: org/base", "the base's layers must be counted.*space.shape"),
         ("layer_granularity: 2", "tokenizer_source: union", "genome.tokenizer_source: must be the base's"),
@@ -116,7 +125,7 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
         ("weight: 1.0", "weights: 1.0", "tasks.0.weights: is not known"),
         ("limit: 70", "shuffle: true", "shuffle: has no counterpart"),
         ("limit: 70", "random_init: true", "random_init: has no counterpart"),
-        ("self_attn, mlp", "[self_attn], mlp", "genome.filters.0: has no counterpart"),
+        ("self_attn, mlp", "[self_attn], mlp", "genome.filters.0: must be a part of tensor names"),
         ("limit: 70", "limit: 0.5", "limit: must be a whole number, 1 or more; given 0.5"),
         ("limit: 70", "limit: [70]", "limit: must be a whole number, 1 or more"),
         ("num_fewshot: 3", "num_fewshot: three", "num_fewshot: must be a whole number from 0 to 64; given 'three'"),

@@ -18,6 +18,7 @@ from optimizer.study.study_file import dump_study, read_study, stored_storage
 from optimizer.study.tasks import task_specs
 from search_spaces import SpaceError
 from search_spaces.parameters import METHODS
+from tests.search_spaces.names import llama
 
 TENSORS = [f"model.layers.{i}.{part}.weight" for i in range(6) for part in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -154,6 +155,19 @@ def test_a_list_of_methods_makes_a_choice_and_a_list_of_one_does_not(tmp_path: P
     )
 
 
+def test_kinds_of_a_studys_own_have_weights_of_their_own(tmp_path: Path, good: str) -> None:
+    study = read_study(written(tmp_path, good.replace("modules: [attn, mlp]", "modules: {qk: [q_proj], attn, mlp}")))
+    assert study.space.modules == {"qk": ("q_proj",), "attn": None, "mlp": None}
+    assert read_study(written(tmp_path, dump_study(study))) == study
+    tensors = [*TENSORS, *(name.replace("q_proj", "o_proj") for name in TENSORS)]
+    space = space_of(study, tensors)
+    assert "clinical.weight.qk.curve.0" in space.distributions()
+    assert space.size == 12
+    plain = space_of(read_study(written(tmp_path, good)), tensors)
+    assert space.recipe(space.anchors()[1].params).kinds == (("qk", ("q_proj",)),)
+    assert plain.recipe(plain.anchors()[1].params).kinds == ()
+
+
 RECIPE = """
 merge_method: ties
 base_model: {folder}/base
@@ -186,6 +200,39 @@ def test_a_study_starts_from_a_recipe(tmp_path: Path, good: str) -> None:
     ours = from_recipe(tmp_path, good, space="{from: recipe.json, shape: layers}")
     assert space_of(ours, TENSORS).anchors()[-1].name == "from recipe.json"
     assert space_of(ours, TENSORS).shape.kind == "layers"
+
+
+SLERP = """
+slices: [{{sources: [{{model: {folder}/base, layer_range: [0, 6]}}, {{model: {folder}/expert, layer_range: [0, 6]}}]}}]
+merge_method: slerp
+base_model: {folder}/base
+parameters:
+  t:
+    - {{filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}}
+    - {{filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}}
+    - {{value: 0.5}}
+dtype: bfloat16
+"""
+
+
+def test_the_usual_pattern_of_slerp_is_a_start(tmp_path: Path, good: str) -> None:
+    study = from_recipe(tmp_path, good, SLERP)
+    tensors = [*llama(6, tied=False)]
+    space = space_of(study, tensors)
+    assert (space.methods, space.shape.kind, space.shape.n) == (("slerp",), "curve", 5)
+    assert space.modules == ("self_attn", "mlp_only")
+    assert space.size == 15
+    start = space.recipe(space.anchors()[-1].params)
+    given = [start.value("t", group=f"model.layers.5.{name}.weight") for name in ("self_attn.q_proj", "mlp.up_proj")]
+    assert given == pytest.approx([1, 0])
+    norms = ("model.layers.5.input_layernorm.weight", "model.embed_tokens.weight", "lm_head.weight")
+    assert [start.value("t", group=name) for name in norms] == pytest.approx([0.5] * 3)
+    own = space_of(
+        from_recipe(tmp_path, good, SLERP, "{from: recipe.yaml, modules: {a: [self_attn], m: [mlp]}}"), tensors
+    )
+    assert own.size == 15
+    with pytest.raises(SpaceError, match="has numbers for single ones"):
+        space_of(from_recipe(tmp_path, good, SLERP, "{from: recipe.yaml, modules: [attn, mlp]}"), tensors)
 
 
 def test_a_recipe_may_be_a_point_of_one_of_several_methods(tmp_path: Path, good: str) -> None:
@@ -252,6 +299,12 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
         ("{curve: 4}", "{curve: 1}", "space.shape: curve must be a whole number from 2 to 64; given"),
         ("{curve: 4}", "wavy", "space.shape: must be uniform, slope, layers, .*; given 'wavy'"),
         ("[attn, mlp]", "[attn, attn]", "space.modules: must not name a module twice"),
+        ("[attn, mlp]", "[attn, qk]", "space.modules.1: must be 'embed', 'attn'.*; given 'qk'"),
+        ("[attn, mlp]", "{qk: }", "space.modules: the kind 'qk' must have parts of tensor names, {qk: "),
+        ("[attn, mlp]", "{mlp: [up_proj]}", "space.modules: a kind must have a name of its own, .*this one is 'mlp'"),
+        ("[attn, mlp]", "{qk: [q, q]}", "space.modules: the kind 'qk' must have different parts"),
+        ("[attn, mlp]", "{qk: ['']}", "space.modules.qk.0: .*at least 1 char"),
+        ("[attn, mlp]", "{qk: q_proj}", "space.modules.qk: must be a valid (array|list|tuple)"),
         ("weight: [0, 1]", "density: [0.1, 1]", "space.density: task_arithmetic has no density"),
         ("task_arithmetic ", "ties\n  density: [0.1, 0.9]", "space.density: must hold 1; given"),
         ("task_arithmetic ", "slerp", "space.weight: slerp has no weight; .*; it has t"),

@@ -13,6 +13,7 @@ from optimizer.run import Run, open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.views import canvas, front_plot, plots
 from optimizer.views.pictures import picture
+from search_spaces.groups import kind_of, layer_of
 from tests.toy_run import toy_run
 
 pytestmark = pytest.mark.slow  # whole studies are run
@@ -110,6 +111,21 @@ def test_the_search_begins_at_its_first_trial_and_learned_ones_are_marked_on_the
 
 def test_a_run_without_search_has_no_beginning_of_it(tmp_path: Path) -> None:
     assert not open_run(toy_run(tmp_path / "toy", trials=0)).plot_hypervolume().layout.shapes
+
+
+def test_kinds_of_a_studys_own_have_lines_of_their_own() -> None:
+    places = {"embed": 0.1, "embed.qk": 0.2, "layer.00.attn": 0.3, "layer.00.qk": 0.4, "layer.01.attn": 0.5,
+              "layer.01.router": 0.6, "head": 0.7}  # fmt: skip
+    rows = [(g, kind_of(g), -1 if (n := layer_of(g)) is None else n, "law", w) for g, w in places.items()]
+    frame = pd.DataFrame(rows, columns=["group", "kind", "layer", "expert", "weight"])
+    figure = plots.weights(frame, title="t", subtitle="s")
+    lines = {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data}
+    assert lines["qk"] == ([-1, 0], [0.2, 0.4])
+    assert lines["router"] == ([1], [0.6])
+    assert lines["embeddings"] == ([-1], [0.1])
+    assert lines["head"] == ([2], [0.7])
+    symbols = [trace.marker.symbol for trace in figure.data]
+    assert len(set(zip(symbols, [trace.marker.color for trace in figure.data], strict=True))) == len(symbols)
 
 
 def test_weights_of_tensors_are_said_to_be_means(made: Run, run: Run) -> None:

@@ -17,12 +17,23 @@ from optimizer.errors import MergeError
 from optimizer.run_study import worker_spec
 from optimizer.study.study_file import Study
 from optimizer.workers.aims import Aims, size_of
-from optimizer.workers.learner import KEPT, Descent, minibatches, split_examples
+from optimizer.workers.learner import KEPT, Descent, Places, minibatches, split_examples
 from optimizer.workers.orders import PULLS, Learned, Lesson
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
 pytestmark = pytest.mark.slow  # weights are learned
+
+
+def test_a_group_starts_at_the_mean_of_its_tensors_and_what_is_learned_knows_no_kinds() -> None:
+    names = [f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    settings = (Setting("weight", "law", "layer.00.attn", 0.2), Setting("weight", "law", "layer.00.qk", 0.6))
+    start = Recipe("task_arithmetic", "b", (("law", "l"),), settings, kinds=(("qk", ("q_proj", "k_proj")),))
+    by_tensor, by_group = (Places.of(names, ["law"], by) for by in ("tensor", "group"))
+    assert by_tensor.weights(start).tolist() == [[0.6, 0.6, 0.2, 0.2]]
+    assert by_group.weights(start).tolist() == [[pytest.approx(0.4)]]
+    learned = by_group.recipe(start, np.array([[0.7]]))
+    assert (learned.kinds, [(s.group, s.value) for s in learned.settings]) == ((), [("layer.00.attn", 0.7)])
 
 
 def lesson(study: Study, **changes: object) -> Lesson:
