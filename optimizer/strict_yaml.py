@@ -1,7 +1,7 @@
 """Strict YAML: what a person types, read without surprises and written so that any reader gives it back unchanged.
 
-Plain values only, by YAML 1.2's rules; no anchors, no tags, no duplicate keys. The only module that imports PyYAML for
-files of ours (`evals.task_files` does for lm-eval's).
+Plain values only, by YAML 1.2's rules; no tags, no duplicate keys, no anchors but in mergekit's documents. The only
+module that imports PyYAML for files of ours (`evals.task_files` does for lm-eval's).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from optimizer.masking import redacted
 
 LARGEST_FILE = 1_000_000  # bytes; a study file is a page
 MOST_VALUES = 100_000  # of a YAML document, keys among them: seconds of reading
+MERGE_TAG = "tag:yaml.org,2002:merge"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -28,10 +29,11 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # PyYAML's own name
     depth = values = 0
+    takes_anchors = False
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
+        if getattr(event, "anchor", None) is not None and not self.takes_anchors:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             mend = "write the value out, or put it in quotes"
             raise _refused(event, f'anchors and aliases are refused; given "{sign}{shortened(event.anchor)}"; {mend}')
@@ -71,6 +73,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise _refused(key_node, f"a key must be a word; given {shown(key)}; put it in quotes")
@@ -107,10 +111,48 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_real)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of one YAML document: safe types, no duplicate keys, no anchors; `where` names it in errors."""
+class _AnchoredLoader(_Loader):
+    """Reads anchors and merge keys too, as long as the document is of bounded size with every alias written out."""
+
+    takes_anchors = True
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _require_bounded(node, {})
+        return node
+
+
+def _require_bounded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count the values of a node with aliases written out; a few lines of aliases of aliases may stand for any number.
+
+    Raises:
+        StudyFileError: there are too many, or an alias stands within what it stands for.
+    """
+    known = sizes.get(id(node))
+    if known == 0:
+        raise _refused(node, "an alias stands within what it stands for; write the value out")
+    if known is None:
+        sizes[id(node)] = 0
+        parts = node.value if isinstance(node.value, list) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        sizes[id(node)] = known = 1 + sum(_require_bounded(child, sizes) for child in children)
+    if known > MOST_VALUES:
+        raise _refused(node, f"with aliases written out, a document may hold {MOST_VALUES:,} keys and values")
+    return known
+
+
+_AnchoredLoader.add_implicit_resolver(MERGE_TAG, re.compile(r"^<<$"), ["<"])
+
+
+def parse_yaml(text: str, where: str, *, anchors: bool = False) -> Any:
+    """Return the value of one YAML document: safe types, no duplicate keys; `where` names it in errors.
+
+    Args:
+        anchors: read anchors, aliases and merge keys, which are refused otherwise.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)  # it is a SafeLoader
+        return yaml.load(text, Loader=_AnchoredLoader if anchors else _Loader)  # both are SafeLoaders
     except StudyFileError as error:
         raise StudyFileError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -120,14 +162,14 @@ def parse_yaml(text: str, where: str) -> Any:
         raise StudyFileError(f"{where}: {line}not plain YAML: {problem}") from None
 
 
-def read_yaml(path: Path | str) -> dict[str, Any]:
-    """Read the mapping in a YAML file of ours or of mergekit.
+def read_yaml(path: Path | str, *, anchors: bool = False) -> dict[str, Any]:
+    """Read the mapping in a YAML file of ours or of mergekit, whose documents may have anchors.
 
     Raises:
         StudyFileError: the file is missing, no regular file, too large, not UTF-8, not plain YAML, or not a mapping.
     """
     text = read_text(path, limit=LARGEST_FILE, error=StudyFileError)
-    document = parse_yaml(text, str(path))
+    document = parse_yaml(text, str(path), anchors=anchors)
     if not isinstance(document, dict):
         raise StudyFileError(f"{path}: must hold keys and values; given {shown(document)}")
     return document

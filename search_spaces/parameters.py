@@ -114,6 +114,9 @@ def _normalize(default: float, among: str) -> Parameter:
 
 _SHARE = _weight("share of an expert; the base has what is left of 1")
 _EQUAL_SHARE = replace(_SHARE, required=False, ours=True)
+_SUM = Parameter(
+    "sum", 1.0, 0.0, 1.0, "group", "what the shares of base and experts add up to", searched=False, ours=True
+)
 _WEIGHT = _weight("scale of an expert's delta")
 _OWN_WEIGHT = _weight("scale of an expert's delta in the merge; what the method measures is the whole delta", ours=True)
 _T = Parameter("t", 1.0, 0.0, 1.0, "group", "place on the arc from base (0) to expert (1)", "unit", required=True)
@@ -150,7 +153,7 @@ _ALL, _AGREEING = "all experts", "the experts that agree"
 _PLAIN = (("normalize", 0.0),)
 
 _SPECS = (
-    MethodSpec("linear", (_SHARE,), "Model soups, arXiv 2203.05482; WiSE-FT, arXiv 2109.01903"),
+    MethodSpec("linear", (_SHARE, _SUM), "Model soups, arXiv 2203.05482; WiSE-FT, arXiv 2109.01903"),
     MethodSpec("slerp", (_T,), "Shoemake, SIGGRAPH 1985", max_experts=1, scale="t"),
     MethodSpec(
         "nuslerp",

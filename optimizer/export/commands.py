@@ -92,7 +92,7 @@ def merge_recipe(path: Path, out: Path) -> Path:
         if isinstance(written, dict) and "layers" in written:
             return _write_stack(Stack.from_document(written), out)
         return _write_merge(Recipe.from_document(written), out)
-    document = read_yaml(path)
+    document = read_yaml(path, anchors=True)
     if is_stack(document):
         models = {source: open_checkpoint(source) for source in dict.fromkeys(stack_sources(document))}
         first, names = next(iter(models.values())), {source: model.names for source, model in models.items()}

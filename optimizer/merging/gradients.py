@@ -80,6 +80,8 @@ def weight_gradients(
     """
     if recipe.method not in LEARNABLE or (METHODS[recipe.method].parameter("normalize") and recipe.value("normalize")):
         raise MergeError(f"weights are learned for {', '.join(LEARNABLE)} without normalize; given {recipe.method}")
+    if any(setting.parameter == "sum" and setting.value != 1 for setting in recipe.settings):
+        raise MergeError("weights are learned where base and experts add up to 1; given linear with another sum")
     merger = Merger(sources, recipe, cache)
     found: Gradient = {(e, n): 0.0 for e, _ in recipe.experts for n in places if places[n].is_floating_point()}
     with taking_gradients(model, places, lambda name, gradient: _add_products(found, name, gradient, merger)):

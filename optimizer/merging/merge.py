@@ -291,7 +291,7 @@ class Merger:
 
         names = sorted(name for name, _ in self._recipe.experts)  # sums have one order, whatever the recipe's
         active = tuple(name for name in names if value("weight", name) != 0)
-        if (names and not active) or value("t") == 0 or value("lambda") == 0:
+        if ((names and not active) or value("t") == 0 or value("lambda") == 0) and value("sum") == 1:
             return (), None
         largest = max((abs(value("weight", name) * value("lambda")) for name in active), default=0.0)
         if largest > torch.finfo(torch.float32).max:

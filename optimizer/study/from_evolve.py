@@ -17,6 +17,7 @@ from optimizer.study.new_study import GENERAL, expert_name, run_name, source_fro
 from optimizer.study.section import MOST_ITEMS
 from optimizer.study.task_entry import MOST_SHOTS
 from search_spaces.kinds import kind_name
+from search_spaces.mergekit.settings import SWITCHES
 
 KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template", "fewshot_as_multiturn",
@@ -50,7 +51,7 @@ def study_from_evolve(path: Path, out: Path, general: Sequence[str] = ()) -> str
 class _Conversion:
     def __init__(self, path: Path, out: Path, general: Sequence[str]) -> None:
         self.path, self.out, self.general = path, out, general
-        self.document = read_yaml(path)
+        self.document = read_yaml(path, anchors=True)
         self._only(self.document, KEYS, "")
         self.genome = self._mapping("genome", self.document.get("genome"))
         self._only(self.genome, GENOME_KEYS, "genome.")
@@ -207,6 +208,7 @@ class _Conversion:
         """Return what stands under a key that is true or false, of the document or of its genome."""
         section = self.genome if key.startswith("genome.") else self.document
         given = section.get(key.removeprefix("genome."))
+        given = SWITCHES.get(given.lower(), given) if isinstance(given, str) else given
         if given is not None and not isinstance(given, bool):
             self._refuse(key, "must be true or false", given)
         return default if given is None else given

@@ -101,7 +101,7 @@ def _by_filters(recipe: Recipe, path: Path, tensors: Sequence[str]) -> Recipe:
         return recipe
     kinds: list[tuple[str, tuple[str, ...]]] = []
     free = [name for names in group_tensors(tensors).values() for name in names]
-    for word in filters_of(read_yaml(path)):
+    for word in filters_of(read_yaml(path, anchors=True)):
         taken = [name for name in free if word in name]
         name = kind_name(word)
         if taken and name not in dict(kinds):
@@ -117,7 +117,7 @@ def _recipe_in(path: Path, study: Study, tensors: Sequence[str]) -> Recipe:
 
     if path.suffix == ".json":
         return Recipe.from_json(read_text(path, limit=LARGEST_FILE, error=StudyFileError))
-    document = read_yaml(path)
+    document = read_yaml(path, anchors=True)
     names = {source: name for name, source in study.models.experts.items()}
     names |= {os.path.relpath(source): name for source, name in names.items() if os.path.isabs(source)}
     names |= {os.path.relpath(source, path.parent): name for source, name in names.items() if os.path.isabs(source)}

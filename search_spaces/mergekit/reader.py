@@ -17,6 +17,7 @@ from search_spaces.groups import group_tensors, layer_count, split_name
 from search_spaces.kinds import Kinds, checked_kinds, place_tensors
 from search_spaces.mergekit.settings import (
     OWN_KEY,
+    SWITCHES,
     Document,
     folder_name,
     interpolate,
@@ -25,6 +26,7 @@ from search_spaces.mergekit.settings import (
     only,
     present_mapping,
     text,
+    without_remarks,
 )
 from search_spaces.mergekit.slices import flattened
 from search_spaces.parameters import MethodSpec, Parameter, to_float
@@ -39,7 +41,7 @@ _BASELESS = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
 _MASKED = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
            "breadcrumbs_ties", "sce")  # fmt: skip
 _TOP_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-             OWN_KEY)  # fmt: skip
+             "tokenizer", OWN_KEY)  # fmt: skip
 _ROUNDING = 1e-12  # how far weights that sum to 1 may miss it in float64
 
 
@@ -90,7 +92,8 @@ class _Reader:
         expert_names: Mapping[str, str],
         kinds: Kinds,
     ) -> None:
-        _only_of_recipe(present_mapping(document, "the document"), _TOP_KEYS, "the document")
+        document = without_remarks(present_mapping(document, "the document"))
+        _only_of_recipe(document, _TOP_KEYS, "the document")
         self.document, self.groups, self.expert_names, self.kinds = document, groups, expert_names, kinds
         self.layers = layer_count(groups)
         self.spec = _known_method(document.get("merge_method"))
@@ -111,9 +114,11 @@ class _Reader:
         for parameter in self.spec.parameters:
             for name, model in experts.items() if parameter.scope == "expert" else [("", None)]:
                 scopes = (self.shared, model.parameters) if model else (self.shared,)
-                needed = parameter.required or parameter.name == self.spec.scale
+                needed = parameter.required or parameter.name in (self.spec.scale, "sum")
                 if needed or any(parameter.name in scope for scope in scopes):
-                    settings += self._compact(parameter, name, self._values(parameter, model))
+                    values = self._values(parameter, model)
+                    if parameter.name != "sum" or set(values.values()) != {parameter.default}:
+                        settings += self._compact(parameter, name, values)
         sources = tuple((name, model.source) for name, model in experts.items())
         recipe = Recipe(self.spec.name, self.base, sources, tuple(settings), kinds=self.kinds)
         seed = self._seed()
@@ -164,15 +169,18 @@ class _Reader:
                     mend = "write a name of its own beside each model"
                     raise SpaceError("experts have different names", given=name, where=model.where, mend=mend)
                 named[name] = model
-            elif model.name:
-                raise SpaceError("only an expert has a name", given=model.name, where=f"{model.where}.name")
         return named
 
     def _check_surroundings(self) -> None:
         """Refuse what would change the model and has no place in a recipe."""
-        if self.document.get("tokenizer_source") not in (None, "base", self.document.get("base_model", self.base)):
-            given = self.document["tokenizer_source"]
-            raise SpaceError("a merge keeps the base's tokenizer", given=given, where="tokenizer_source")
+        tokenizer = mapping(self.document.get("tokenizer"), "tokenizer")
+        only(tokenizer, ("source",), "tokenizer", rule="a merge keeps the base's tokenizer as it is")
+        for where, given in (
+            ("tokenizer_source", self.document.get("tokenizer_source")), ("tokenizer.source", tokenizer.get("source"))
+        ):  # fmt: skip
+            if given not in (None, "base", self.document.get("base_model", self.base)):
+                mend = "experts with other tokens are matched to the base's by token; a union of tokens is not made"
+                raise SpaceError("a merge keeps the base's tokenizer", given=given, where=where, mend=mend)
         others = sum(model.source != self.base for model in self.models)
         exact = {"nuslerp": 1 if self.baseless else 2, "passthrough": 0}.get(self.spec.name, others)
         if others != exact:
@@ -187,8 +195,6 @@ class _Reader:
         _only_of_recipe(self.shared, (*scopes, *extras, *masks), "parameters", method=self.spec.name)
         for model in self.models:
             own = [name for name, scope in scopes.items() if scope == "expert" or name == "scale"]
-            if model.source == self.base and self.spec.name != "linear" and not self.baseless:
-                own = []  # mergekit reads no parameter of the base
             _only_of_recipe(model.parameters, own, f"{model.where}.parameters", method=self.spec.name)
         for name, value in _FIXED.get(self.spec.name, {}).items():
             fixed = Parameter(name, value, value, value, "recipe", "", "switch")
@@ -203,6 +209,8 @@ class _Reader:
             return self._by_group(lambda tensor: self._share(model, tensor))
         if parameter.name == "scale":
             model = self.models[0]
+        if parameter.name == "sum":
+            return self._by_group(self._sum)
         return self._by_group(lambda tensor: self._one(parameter, model, tensor))
 
     def _by_group(self, value_of: Callable[[str], float]) -> dict[str, float]:
@@ -213,6 +221,13 @@ class _Reader:
             found[group] = Counter(values.values()).most_common(1)[0][0]
             found |= {tensor: value for tensor, value in values.items() if value != found[group]}
         return found
+
+    def _sum(self, tensor: str) -> float:
+        """Return what a linear merge's weights add up to: 1 where they are divided by their sum."""
+        if self._one(_switch("normalize"), None, tensor) == 1.0:
+            return 1.0
+        total = math.fsum(self._one(self.spec.parameters[0], listed, tensor) for listed in self.models)
+        return 1.0 if abs(total - 1.0) <= 1e-6 else total
 
     def _share(self, model: _Model | None, tensor: str) -> float:
         """Return the weight of a model in a merge in which base and experts make 1."""
@@ -226,7 +241,7 @@ class _Reader:
         own = weights[model.source] if model else 0.0
         if method == "nuslerp" and abs(total) < 1e-6:
             return 0.5
-        if (total == 0.0) if divide else abs(total - 1.0) > 1e-6:
+        if total == 0.0 if divide else abs(total - 1.0) > 1e-6 and method != "linear":
             rule = f"the weights of a {method} merge, the base's included, sum to 1"
             raise SpaceError(rule, given=total, where=tensor, mend=f"{switch}: true divides by their sum")
         is_whole = abs(total - 1.0) < _ROUNDING  # then a division would only move the last bit
@@ -335,6 +350,8 @@ def _number(value: object, parameter: Parameter, where: str) -> float:
     """Read a number; YAML leaves `1e-3` a string, and mergekit reads it as a number too."""
     if isinstance(value, bool) and parameter.domain != "switch":
         raise SpaceError(f"{parameter.name} is a number", given=value, where=where)
+    if parameter.domain == "switch" and isinstance(value, str) and value.lower() in SWITCHES:
+        value = SWITCHES[value.lower()]
     try:
         number = to_float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:

@@ -13,6 +13,9 @@ from search_spaces.errors import SpaceError
 from search_spaces.parameters import to_float
 
 Document = Mapping[str, object]
+# mergekit's YAML is of version 1.1, where these words are true and false
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+REMARKS = ("name", "description", "metadata")
 OWN_KEY = "mergefront"  # of a document: what only we read
 
 
@@ -61,6 +64,11 @@ def only(value: Document, known: Collection[str], where: str, *, rule: str = "th
         if key not in known:
             mend = f"only {', '.join(known)} are read here" if known else "nothing is read here"
             raise SpaceError(rule, given=repr(key), where=where, mend=mend)
+
+
+def without_remarks(document: Document) -> Document:
+    """Leave out what a document says to people, and what it holds for its anchors: `name`, `metadata`, `x-...`."""
+    return {key: value for key, value in document.items() if key not in REMARKS and not str(key).startswith("x-")}
 
 
 def mapping(value: object, where: str) -> Document:

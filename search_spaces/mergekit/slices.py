@@ -14,7 +14,7 @@ from search_spaces.errors import SpaceError
 from search_spaces.groups import group_of, layer_count, split_name
 from search_spaces.mergekit.settings import Document, mapping, only, present_mapping, value_at
 
-_SLICE_KEYS, _SOURCE_KEYS = ("sources", "parameters"), ("model", "layer_range", "parameters")
+_SLICE_KEYS, _SOURCE_KEYS = ("sources", "parameters"), ("model", "layer_range", "parameters", "name")
 
 
 @dataclass(frozen=True, slots=True)

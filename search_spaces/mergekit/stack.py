@@ -18,7 +18,7 @@ from typing import Any
 from search_spaces.dtypes import STORED_DTYPES, stored_dtype
 from search_spaces.errors import SpaceError
 from search_spaces.groups import group_of, split_name
-from search_spaces.mergekit.settings import Document, mapping, only, value_at
+from search_spaces.mergekit.settings import Document, mapping, only, value_at, without_remarks
 from search_spaces.mergekit.slices import Slice, read_slices
 from search_spaces.parameters import to_float
 from search_spaces.recipe import EXPERT_NAME
@@ -196,6 +196,7 @@ def stack_of(document: Document, names: Mapping[str, Iterable[str]], *, base_dty
     Raises:
         SpaceError: the document asks for something a stack cannot hold.
     """
+    document = without_remarks(document)
     only(document, _TOP_KEYS, "the document")
     slices = read_slices(document)
     sources = stack_sources(document)

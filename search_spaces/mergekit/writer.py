@@ -16,7 +16,8 @@ from search_spaces.mergekit.settings import OWN_KEY, folder_name
 from search_spaces.parameters import Parameter
 from search_spaces.recipe import Recipe, method_spec
 
-_DELTAS = ("multislerp", "deltas")  # mergekit says it by the presence of base_model
+# What mergekit says in its own way: by the presence of base_model, and by the base's weight.
+_SAID = (("multislerp", "deltas"), ("linear", "sum"))
 
 
 def to_mergekit(
@@ -89,7 +90,7 @@ def _require_words(recipe: Recipe, groups: Iterable[str]) -> None:
                     if abs(value - equal) > 1e-9:
                         rule = f"mergekit's karcher gives base and experts equal shares, here {equal:g}"
                         raise SpaceError(rule, given=value, where=where)
-                elif parameter.ours and value != parameter.default and (recipe.method, parameter.name) != _DELTAS:
+                elif parameter.ours and value != parameter.default and (recipe.method, parameter.name) not in _SAID:
                     rule = f"mergekit's {recipe.method} has no {parameter.name}, which is {parameter.default:g} there"
                     raise SpaceError(rule, given=value, where=where, mend="export the model, not its mergekit document")
                 if parameter.name == "epsilon" and parameter.scope == "expert":
@@ -110,7 +111,10 @@ def _base_is_a_model(recipe: Recipe) -> bool:
 
 def _base_written(recipe: Recipe, groups: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
     names, places = [name for name, _ in recipe.experts], _places(recipe, groups)
-    left = {place: 1.0 - math.fsum(recipe.value("weight", expert=e, group=place) for e in names) for place in places}
+    left = {}
+    for place in places:
+        total = recipe.value("sum", group=place) if recipe.method == "linear" else 1.0
+        left[place] = total - math.fsum(recipe.value("weight", expert=e, group=place) for e in names)
     return {"model": _reference(recipe.base), "parameters": {"weight": _written(left, groups, recipe.kinds)}}
 
 

@@ -584,7 +584,7 @@ def _dated(folder: Path) -> str:
     [
         ("recipe.json", "{}", "a recipe has the keys"),
         ("recipe.yaml", "merge_method: linear", "base_model: must name the base's folder; given None"),
-        ("recipe.yaml", "a: &x 1", "anchors and aliases are refused"),
+        ("recipe.yaml", "a: &x [*x]", "an alias stands within what it stands for"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -20,6 +20,33 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def test_anchors_of_mergekits_documents_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    text = "x-all: &all {weight: [0, 1], density: 0.5}\nmodels: [{<<: *all, density: 1}, *all]\nname: &n yes"
+    assert read_yaml(written(tmp_path, text), anchors=True) == {
+        "x-all": {"weight": [0, 1], "density": 0.5},
+        "models": [{"weight": [0, 1], "density": 1}, {"weight": [0, 1], "density": 0.5}],
+        "name": "yes",
+    }
+    with pytest.raises(StudyFileError, match="line 1: anchors and aliases are refused"):
+        read_yaml(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, *a]", "line 1: an alias stands within what it stands for"),
+        ("\n".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]" for i in range(9)),
+         "with aliases written out, a document may hold 100,000"),
+        ("a: &x {b: 1}\na: 2", "line 2: the key 'a' stands twice"),
+        ("a: {<<: [1]}", "expected a mapping"),
+        ("a: *x", "found undefined alias"),
+    ],
+)  # fmt: skip
+def test_anchors_that_cannot_be_written_out_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match=message):
+        read_yaml(written(tmp_path, text), anchors=True)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -147,3 +147,12 @@ def test_mergekit_reads_kinds_as_we_do(models: dict[str, Path], tmp_path: Path) 
         weight = recipe.value("weight", expert="law", group=name)
         expected = given["base"][name] + weight * (given["law"][name] - given["base"][name])
         torch.testing.assert_close(found[name], expected, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_mergekit_adds_linear_weights_of_another_sum_as_we_do(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("linear", models, ["law"], sum=1.25)
+    found, given = merged(models, tmp_path / "out", recipe)
+    for name in given["base"]:
+        weight = weights(recipe, name)["law"]
+        expected = (1.25 - weight) * given["base"][name] + weight * given["law"][name]
+        torch.testing.assert_close(found[name], expected, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

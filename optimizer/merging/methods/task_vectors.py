@@ -5,6 +5,7 @@ base + lambda * sum of w_e * pruned(x_e - base). What prunes: nothing, magnitude
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging.methods.blocks import BLOCK, Arrays, Blend, Deltas, Line, Tensors, Values, Walk
+from optimizer.merging.methods.blocks import BLOCK, Arrays, Blend, Deltas, Line, Mixture, Tensors, Values, Walk
 from optimizer.merging.methods.compiled import Array, kernels
 from optimizer.merging.methods.pruning import (
     Prune,
@@ -34,8 +35,12 @@ def task_arithmetic(tensors: Tensors, values: Values) -> Blend:
 def linear(tensors: Tensors, values: Values) -> Blend:
     """Average with weights of which the base has what the experts leave of 1; equals task arithmetic with lambda 1.
 
+    Where they are to add up to another sum, the base has what is left of that.
+
     Source: arXiv 2203.05482 and, for one expert, arXiv 2109.01903.
     """
+    if (total := values.shared["sum"]) != 1.0:
+        return Mixture(total - math.fsum(values.weights), values.weights)
     return _sum_of_all(tensors, values, keep_whole)
 
 

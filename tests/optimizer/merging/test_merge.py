@@ -141,6 +141,17 @@ def test_linear_is_task_arithmetic_with_the_base_taking_the_rest(sources: Source
     assert torch.allclose(merged_tensor(name, sources, one).double(), wanted, rtol=step, atol=1e-7)
 
 
+@pytest.mark.parametrize("weights", [(0.2, 0.5), (0.4, 0.0), (0.0, 0.0)])
+def test_shares_of_a_linear_merge_may_add_up_to_another_sum(weights: tuple[float, float], sources: Sources) -> None:
+    given = [("weight", name, weight) for name, weight in zip(NAMES, weights, strict=True)]
+    scaled = recipe("linear", *given, ("sum", "", 1.25), experts=NAMES)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        experts = [w * sources.experts[n].tensor(name).double() for n, w in zip(NAMES, weights, strict=True)]
+        wanted = (1.25 - sum(weights)) * sources.base.tensor(name).double() + sum(experts)
+        step = 2**-8 if sources.base.dtype(name) == torch.bfloat16 else 2**-22
+        assert torch.allclose(merged_tensor(name, sources, scaled).double(), wanted, rtol=step, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_in_place_equals_out_of_place_and_keeps_the_tie(method: str, sources: Sources) -> None:
     model, parameters = resident(sources.base)

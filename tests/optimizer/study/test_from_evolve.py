@@ -130,7 +130,7 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
         ("limit: 70", "limit: [70]", "limit: must be a whole number, 1 or more"),
         ("num_fewshot: 3", "num_fewshot: three", "num_fewshot: must be a whole number from 0 to 64; given 'three'"),
         ("num_fewshot: 3", "num_fewshot: -1", "num_fewshot: must be a whole number from 0 to 64; given -1"),
-        ("limit: 70", "apply_chat_template: 'no'", "apply_chat_template: must be true or false; given 'no'"),
+        ("limit: 70", "apply_chat_template: nay", "apply_chat_template: must be true or false; given 'nay'"),
         ("limit: 70", "fewshot_as_multiturn: 0", "fewshot_as_multiturn: must be true or false; given 0"),
         ("limit: 70", "shuffle: 1", "shuffle: must be true or false; given 1"),
         ("allow_negative_weights: true", "allow_negative_weights: 1", "genome.allow_negative_weights: must be true"),

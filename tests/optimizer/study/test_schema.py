@@ -48,4 +48,5 @@ def test_the_schema_refuses_what_the_reader_refuses() -> None:
 
 def test_a_range_can_be_given_for_each_number_that_may_vary_from_place_to_place() -> None:
     spaces = [spec for spec in METHODS.values() if not spec.unsearchable]
-    assert set(RANGES) == {number.name for spec in spaces for number in spec.parameters if number.scope != "recipe"}
+    varying = {number.name for spec in spaces for number in spec.parameters if number.scope != "recipe"}
+    assert set(RANGES) == varying - {"sum"}  # read from a mergekit document, not searched
