@@ -1,0 +1,112 @@
+"""How much memory and time a lesson and a derived expert take on a generated model, as multiples of the model.
+
+    python benchmarks/learn_memory.py [--gb 2.2] [--steps 1] [--folder /tmp]
+
+Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the same size, and two small tasks. Then
+`mergefront learn` and `mergefront derive` run on it, each in a process of its own. Printed is the most anonymous memory
+(`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are mapped, their
+pages belong to the system's cache, and all workers of a machine share them. The aim: 1.3 models beside activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from benchmarks.merge_memory import write_model
+from optimizer.demo.models import byte_tokenizer
+from optimizer.demo.tasks import write_choice_task, write_text_task
+from optimizer.strict_yaml import dump_yaml
+
+WORDS = "the merge of a base and its expert has most of both where the weights are right layer by layer".split()
+POLL = 0.05  # seconds
+LAUNCH = "import sys\nfrom optimizer.cli import app\nsys.argv[0] = 'mergefront'\napp()"
+
+
+def write_study(root: Path, size: int) -> int:
+    """Write models, tasks and a study file; return a model's bytes."""
+    for seed, name in enumerate(("base", "expert")):
+        model_bytes = write_model(root / name, shards=4, shard_bytes=size // 4, seed=seed)
+        byte_tokenizer().save_pretrained(root / name)
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(draw.choices(WORDS, k=count))
+
+    texts = [words(40) for _ in range(12)]
+    asked = [{"text": words(8), "choices": draw.sample(sorted(set(WORDS)), 4), "gold": 0} for _ in range(24)]
+    write_text_task(root / "domain", texts)
+    write_choice_task(root / "general", asked)
+    study = {
+        "name": "memory",
+        "models": {"base": str(root / "base"), "experts": {"expert": str(root / "expert")}},
+        "evals": {
+            "domain": [{"task": str(root / "domain"), "items": 6, "holdout_items": 2}],
+            "general": [{"task": str(root / "general"), "items": 12, "holdout_items": 4}],
+            "dtype": "bf16",
+        },
+        "workers": {"count": 0},
+    }
+    (root / "study.yaml").write_text(dump_yaml(study), encoding="utf-8")
+    return model_bytes
+
+
+def run(*words: str) -> tuple[float, float, float]:
+    """Run a command line; return its most anonymous bytes, its most resident bytes, and its seconds."""
+    begun = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    peaks = {"RssAnon": 0, "VmHWM": 0}
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+            except OSError:
+                return
+            told = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
+            for key in peaks:
+                peaks[key] = max(peaks[key], 1024 * int(told.get(key, 0)))
+            time.sleep(POLL)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    said, _ = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(said.decode())
+    return peaks["RssAnon"], peaks["VmHWM"], time.perf_counter() - begun
+
+
+def main() -> None:
+    """Write the models, run each command, print a table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--gb", type=float, default=2.2, help="bytes of a model, in 10^9")
+    options.add_argument("--steps", type=int, default=1)
+    options.add_argument("--folder", help="where there is room; default: the system's temporary folder")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        root = Path(folder)
+        size = write_study(root, int(given.gb * 1e9))
+        config = json.loads((root / "base" / "config.json").read_text())
+        print(f"base and expert: {size / 1e9:.2f} GB each, bf16, {config['num_hidden_layers']} layers\n")
+        print("| command | anonymous GB | models | resident GB, mapped pages too | s |\n|---|---:|---:|---:|---:|")
+        study = str(root / "study.yaml")
+        commands = {
+            f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
+            "derive --form regmean": ("derive", study, str(root / "derived"), "--form", "regmean"),
+            "derive --form fisher": ("derive", study, str(root / "derived"), "--form", "fisher"),
+        }
+        for name, words in commands.items():
+            own, whole, seconds = run(*words)
+            print(f"| {name} | {own / 1e9:.2f} | {own / size:.2f} | {whole / 1e9:.2f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
