@@ -71,11 +71,13 @@ class AskedItem:
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """A request's answer as lm-eval takes it, the number of tokens, and whether the limit of tokens broke it off."""
+    """A request's answer as lm-eval takes it, the number of tokens, whether the limit of tokens broke it off, and the
+    text, where one was written."""
 
     response: object
     length: int
     broken_off: bool = False
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +319,7 @@ def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
         if isinstance(request.encoded, Text):
             return _Answered(next(of_texts), request.length)
         made = next(written)
-        return _Answered(made.text, made.tokens, broken_off=not made.ended)
+        return _Answered(made.text, made.tokens, broken_off=not made.ended, text=made.text)
 
     return [answer(request) for request in suite.requests]
 
@@ -342,6 +344,7 @@ def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_le
         loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
     if not math.isfinite(value):
         raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
+    written = [answer.text for answer in answered if answer.text is not None]
     return Outcome(
         task.info.name,
         suite,
@@ -353,6 +356,7 @@ def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_le
         lengths=tuple(answer.length for answer in answered),
         broken_off=any(answer.broken_off for answer in answered),
         right=asked.right,
+        answer="\n".join(written) if written else None,
     )
 
 

@@ -22,7 +22,7 @@ SPARE_SHARE = 0.2
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
 OUTCOME_COLUMNS = (
     *("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off"),
-    *("right", "inclusion"),
+    *("right", "inclusion", "answer"),
 )
 
 
@@ -96,6 +96,7 @@ class Outcome:
         broken_off: the answer was still being written when it reached the task's limit of tokens.
         right: which choices are right, by their place; empty where there are no choices.
         inclusion: probability with which the item was drawn from its task's bank; 1 where all were scored.
+        answer: what the model wrote, up to the first stop string; None where nothing is written.
     """
 
     task: str
@@ -109,3 +110,4 @@ class Outcome:
     broken_off: bool = False
     right: tuple[int, ...] = ()
     inclusion: float = 1.0
+    answer: str | None = None

@@ -184,20 +184,18 @@ def show(
     storage: Storage = None,
 ) -> None:
     """Print one trial: its weights, what it won and kept."""
+    from optimizer.views.guard_tables import print_guards
     from optimizer.views.tables import retention_table, trial_document, weights_table
 
     opened = _opened(run, storage)
     if lost:
-        from optimizer.lost import flipped_documents, flipped_lines
+        from optimizer.lost import flipped_document, flipped_lines  # may bring lm-eval
 
-        flipped, why = flipped_documents(opened, trial)
-        if as_json:
-            print_json({**trial_document(opened, trial), "flipped": flipped, "without_texts": why})
-        else:
-            say("\n".join([*flipped_lines(flipped), *([why] if why else [])]) or "no answer flipped")
-        return
+        if not as_json:
+            say("\n".join(flipped_lines(opened, trial)))
+            return
     if as_json:
-        print_json(trial_document(opened, trial))
+        print_json(trial_document(opened, trial) | (flipped_document(opened, trial) if lost else {}))
         return
     console = terminal()
     console.print(opened.recipe(trial).short(), highlight=False, markup=False)
@@ -205,6 +203,7 @@ def show(
     if trial in opened.points().index:
         console.print(opened.describe(trial), highlight=False, markup=False)
         console.print(retention_table(opened, trial, width=console.width))
+        print_guards(opened, trial, console)
     else:
         about = opened.trials().loc[trial]
         say(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
@@ -284,6 +283,19 @@ def certify(
         say(f"{certificate['sentence']}\n{spent_sentence(certificate)}")
     if certificate["trial"] is None:
         raise typer.Exit(NOT_NOW)
+
+
+@app.command()
+def accept(
+    run: RunPath,
+    trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
+    storage: Storage = None,
+) -> None:
+    """Take a merge as it is, although a guard flags its written answers."""
+    from optimizer.accept import accept_trial
+
+    for line in accept_trial(_opened(run, storage).path, trial, storage=storage):
+        say(line)
 
 
 @app.command()

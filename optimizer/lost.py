@@ -42,8 +42,15 @@ def flipped_documents(run: Run, trial: int) -> tuple[list[dict[str, Any]], str]:
     return rows, why
 
 
-def flipped_lines(documents: list[dict[str, Any]]) -> list[str]:
-    """Write flipped items for a terminal, a few lines each; names and texts are inert."""
+def flipped_document(run: Run, trial: int) -> dict[str, Any]:
+    """Return a trial's flipped items as JSON values, and why texts are missing."""
+    flipped, why = flipped_documents(run, trial)
+    return {"flipped": flipped, "without_texts": why}
+
+
+def flipped_lines(run: Run, trial: int) -> list[str]:
+    """Write a trial's flipped items for a terminal, a few lines each; names and texts are inert."""
+    documents, why = flipped_documents(run, trial)
     lines = []
     for row in documents:
         lines.append(f"{row['change']}  {one_line(row['task'])}  {row['item']}")
@@ -52,7 +59,7 @@ def flipped_lines(documents: list[dict[str, Any]]) -> list[str]:
             right = one_line(" | ".join(row["right"]))
             answers = (f"; {name} {one_line(row[name])}" for name in ("base", "merge") if row[name])
             lines.append(f"    right {right}{''.join(answers)}")
-    return lines
+    return [*lines, *([why] if why else [])] or ["no answer flipped"]
 
 
 def _texts(run: Run, suite: str, wanted: dict[str, list[str]]) -> tuple[dict[tuple[str, str], ItemText], str]:

@@ -14,7 +14,7 @@ PACKAGES = ("optimizer", "search_spaces", "evals")
 # A room of optimizer may import those after it, and what stands beside the rooms at the top only from the last line.
 ROOMS = ("demo", "views", "search", "study", "workers", "export", "merging", "checkpoints", "runs", "database")
 # These import all rooms; of them only demo does so.
-PROGRAMS = ("cli", "commands", "certify", "lost", "run_study", "learn", "run")
+PROGRAMS = ("accept", "cli", "commands", "certify", "lost", "run_study", "learn", "run")
 GROUND = ("errors", "exit_codes", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
     "lm_eval": {"evals.lm_harness", "evals.lm_metric", "evals.lm_split", "evals.lm_tasks"},

@@ -15,6 +15,7 @@ from optimizer.export.model_folder import export_model, float_dtype
 from optimizer.merging.merge import Sources
 from optimizer.runs.certificates import certified
 from optimizer.runs.frames import rows_of
+from optimizer.runs.guard_words import guard_sentence
 from optimizer.runs.manifest import read_manifest
 from optimizer.runs.path import path_of, recipe_at
 from optimizer.runs.scored import ScoredRun
@@ -41,7 +42,8 @@ def export_trial(run: ScoredRun, trial: int, out: Path | None = None, *, describ
     _require_as_scored(run, sources)
     scored = trial in run.points().index
     card = f"{describe(trial)} Intervals hold 95 %." if scored else f"Trial {trial} was not scored."
-    card = "\n\n".join([card, *(f"Certified: {plain(said)}" for said in certified(run.path, recipe.digest))])
+    guarded = [plain(said)] if scored and (said := guard_sentence(run, trial)) else []
+    card = "\n\n".join([card, *guarded, *(f"Certified: {plain(said)}" for said in certified(run.path, recipe.digest))])
     return export_model(
         recipe, sources, out or run.path / "exports" / f"trial-{trial}", scores=_scores(run, trial, scored), card=card
     )

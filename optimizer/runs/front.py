@@ -5,6 +5,8 @@ Shapes: n points of m objectives, all to be minimised (`losses` negates what is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -42,6 +44,27 @@ def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
         dominated = (front <= points[i]).all(axis=1) & (front < points[i]).any(axis=1)
         mask[i] = not dominated.any()
     return mask
+
+
+def front_without(values: ArrayLike, is_kept_off: Callable[[int], bool]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Mark the points that no other beats, without those that are kept off; only who would be on the front is asked.
+
+    Args:
+        values: (n, m), minimised, finite.
+        is_kept_off: tells it of a position.
+
+    Returns:
+        (n,) True on the front; (n,) True for those that would be, but for being kept off.
+    """
+    points = _points(values)
+    off = np.zeros(len(points), dtype=bool)
+    while True:
+        mask = np.zeros(len(points), dtype=bool)
+        mask[~off] = non_dominated(points[~off])
+        found = [int(place) for place in np.flatnonzero(mask) if is_kept_off(int(place))]
+        if not found:
+            return mask, off
+        off[found] = True
 
 
 def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
@@ -137,18 +160,19 @@ def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) 
     return int(np.lexsort((loss, -height))[0])
 
 
-def knee_of(losses: ArrayLike, is_expert: ArrayLike) -> int:
+def knee_of(losses: ArrayLike, is_expert: ArrayLike, is_on: ArrayLike | None = None) -> int:
     """Find the knee of a study's points, experts among them: the one a search tells of and a run recommends.
 
     Args:
         losses: (n, m) the negated domain gain of each expert, then forgetting.
         is_expert: (n,) which points are experts; before one is there, the largest domain gain is the knee.
+        is_on: (n,) which points are on the front; None: those that no other beats.
 
     Returns:
         The position of the point among the n.
     """
     points, experts = _points(losses), np.asarray(is_expert, dtype=bool)
-    front = np.flatnonzero(non_dominated(points))
+    front = np.flatnonzero(non_dominated(points) if is_on is None else is_on)
     gain, loss = -points[front, :-1].mean(axis=1), points[front, -1]
     return int(front[knee(gain, loss, expert_forgetting=points[experts, -1].max(initial=0.0))])
 

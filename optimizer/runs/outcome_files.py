@@ -34,11 +34,14 @@ SCHEMA = pa.schema(
         "broken_off": pa.bool_(),
         "right": pa.list_(pa.int64()),
         "inclusion": pa.float64(),
+        "answer": pa.string(),
     }
 )
-LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion")  # unknown to earlier versions
+LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer")  # unknown to earlier versions
 TEXT_COLUMNS = ("task", "suite", "item")
+ANSWER = "answer"  # a text of any length
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
+MOST_ANSWERED = 250_000_000  # bytes of all that was written
 LARGEST = 1e30  # of a value or a weight: sums, squares and ratios of such numbers are finite
 FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
@@ -80,6 +83,7 @@ def read_outcomes(path: Path) -> pd.DataFrame:
 def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
     """Return one trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
     frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
+    frame[ANSWER] = frame[ANSWER].astype(object).where(frame[ANSWER].notna(), None)
     frame.insert(0, "trial", trial)
     return frame
 
@@ -155,7 +159,7 @@ def _outcomes_table(path: Path) -> pa.Table:
         about = pq.read_metadata(path)
         _require_small(path, about)
         # as a dictionary, a long text of many rows is held once
-        texts = [name for name in TEXT_COLUMNS if name in about.schema.names]
+        texts = [name for name in (*TEXT_COLUMNS, ANSWER) if name in about.schema.names]
         with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
             table = file.read()
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -188,9 +192,13 @@ def _require_small(path: Path, about: pq.FileMetaData) -> None:
 def _with_plain_texts(path: Path, table: pa.Table) -> pa.Table:
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
-            chunks = [chunk.dictionary for chunk in table[i].chunks]
-            longest = max((pc.max(pc.binary_length(chunk)).as_py() or 0 for chunk in chunks), default=0)
-            if longest > LONGEST_TEXT:
+            sizes = [pc.binary_length(chunk.dictionary).cast(pa.int64()) for chunk in table[i].chunks]
+            if field.name == ANSWER:
+                used = zip(sizes, table[i].chunks, strict=True)
+                written = sum(pc.sum(size.take(chunk.indices)).as_py() or 0 for size, chunk in used)
+                if written > MOST_ANSWERED:
+                    raise RunError(f"{path} may hold answers of {MOST_ANSWERED:,} bytes; it holds {written:,}")
+            elif (longest := max((pc.max(size).as_py() or 0 for size in sizes), default=0)) > LONGEST_TEXT:
                 raise RunError(f"{path} may hold texts of {LONGEST_TEXT:,} bytes; it holds one of {longest:,}")
             table = table.set_column(i, field.with_type(pa.string()), table[i].cast(pa.string()))
     return table

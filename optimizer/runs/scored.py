@@ -14,16 +14,25 @@ from numpy.typing import NDArray
 
 from evals.errors import TaskError
 from evals.flips import flipped_items, flips
-from evals.objectives import Draws, Scale, draw_objectives, objectives, sentinel_changes, task_retention
+from evals.objectives import objectives, sentinel_changes, task_retention
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import COLUMNS as PAY_COLUMNS
 from optimizer.runs.comparison import FOUND, compare_at_limits
 from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
 from optimizer.runs.frames import prefix_of
-from optimizer.runs.front import LIMITS, SURE, best_under, growth, hypervolume, knee_of, losses, non_dominated
+from optimizer.runs.front import (
+    LIMITS,
+    SURE,
+    best_under,
+    growth,
+    hypervolume,
+    knee_of,
+    losses,
+    non_dominated,
+)
+from optimizer.runs.measured import MeasuredRun, losses_of
 from optimizer.runs.posterior import BELOW, front_chances, knee_by_samples
-from optimizer.runs.recorded import RecordedRun
 from optimizer.runs.trial import Role, roles_of
 from optimizer.words import listed, percent
 
@@ -31,7 +40,7 @@ NO_TRIAL_YET = "No finished trial yet"
 ENDS = ("", "_low", "_high")  # of a figure's column: its value, and the bounds of its 95 % interval
 
 
-class ScoredRun(RecordedRun):
+class ScoredRun(MeasuredRun):
     """A recorded run and the figures of its points."""
 
     # --- points --------------------------------------------------------------------------------------------------
@@ -156,6 +165,14 @@ class ScoredRun(RecordedRun):
         self.require_scored(trial)
         return flipped_items(self.scale(suite or self.suite_of(trial)), trial)
 
+    @property
+    def flagged(self) -> list[int]:
+        """The trials that a guard flags, of the front, the anchors, and those that it keeps off the front."""
+        if self._points.empty:
+            return []
+        shown = {*self._points.index[self._points["front"] | (self._roles != Role.SEARCHED)], *self.kept_off}
+        return [int(trial) for trial in sorted(shown) if self.is_flagged(int(trial))]
+
     # --- picking a point -----------------------------------------------------------------------------------------
 
     def knee(self) -> int:
@@ -166,8 +183,8 @@ class ScoredRun(RecordedRun):
             front = np.flatnonzero(points["front"])
             is_expert = (self._roles == Role.EXPERT).to_numpy()
             return int(points.index[front[knee_by_samples(self._samples_of_losses, front, is_expert)]])
-        rivals = self._losses(SEARCH)
-        return int(rivals.index[knee_of(rivals, self._roles[rivals.index] == Role.EXPERT)])
+        rivals = losses_of(points, self.objectives)
+        return int(rivals.index[knee_of(rivals, self._roles == Role.EXPERT, points["front"])])
 
     def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
         """Find the front's point with the most domain gain that forgets at most so much, by the search items.
@@ -263,10 +280,11 @@ class ScoredRun(RecordedRun):
         if self._points.empty or not self._roles.isin(FOUND).any():
             return pd.DataFrame(columns=list(PAY_COLUMNS))
         suite, most = self.judging_suite, self.reference()["forgetting"]
+        judged = self.points(suite)
         return compare_at_limits(
             self.points(SEARCH),
             self._roles,
-            self.points(suite),
+            judged.drop(index=[trial for trial in judged.index[judged["domain"].notna()] if self.is_kept_off(trial)]),
             self._draws(suite),
             suite=suite,
             limits=[limit for limit in LIMITS if limit < most],
@@ -302,13 +320,15 @@ class ScoredRun(RecordedRun):
                 empty.insert(0, column, pd.Series(dtype=str))
             return empty.assign(front=pd.Series(dtype=bool), front_chance=np.nan).rename_axis("trial")
         frame = objectives(self._draws(SEARCH))
-        rivals = _losses(frame, self.objectives).drop(index=[*self.stopped], errors="ignore")
+        rivals = losses_of(frame, self.objectives).drop(index=self._off_front, errors="ignore")
         on_front = frame.index.isin(rivals.index[non_dominated(rivals.to_numpy())])
         frame = frame.join(self._holdout[0].add_prefix(prefix_of(HOLDOUT)))
         frame.insert(0, "kind", [self.kinds[number].stored for number in frame.index])
         frame.insert(1, "method", [self.method(number) for number in frame.index])
         frame["front"] = on_front
-        frame["front_chance"] = front_chances(self._samples_of_losses)
+        is_rival = ~frame.index.isin([*self.kept_off])
+        frame["front_chance"] = 0.0
+        frame.loc[is_rival, "front_chance"] = front_chances(self._samples_of_losses[:, is_rival])
         return frame
 
     @cached_property
@@ -348,26 +368,8 @@ class ScoredRun(RecordedRun):
         return [*names, *(f"{name}_{end}" for name in names for end in ("low", "high", "stderr"))]
 
     def _losses(self, suite: str) -> pd.DataFrame:
-        """Return what points are compared by, all minimised; without those that a race stopped."""
-        return _losses(self.points(suite), self.objectives).drop(index=[*self.stopped], errors="ignore")
-
-    @property
-    def _measured_from(self) -> tuple[int, dict[str, int]]:
-        assert self.references is not None, "base and experts are scored"
-        return self.references
-
-    def scale(self, suite: str) -> Scale:
-        """Return a suite's outcomes, and the base and experts that they are measured by."""
-        return Scale(self.outcomes(suite), self.tasks, suite, *self._measured_from)
-
-    def _draws(self, suite: str) -> Draws:
-        if suite not in self._drawn:
-            self._drawn[suite] = draw_objectives(self.scale(suite))
-        return self._drawn[suite]
-
-    @cached_property
-    def _drawn(self) -> dict[str, Draws]:
-        return {}
+        """Return what points are compared by, all minimised; without those that a race stopped or a guard keeps off."""
+        return losses_of(self.points(suite), self.objectives).drop(index=self._off_front, errors="ignore")
 
     def _retention(self, suite: str) -> pd.DataFrame:
         if suite not in self._retentions:
@@ -393,8 +395,3 @@ class ScoredRun(RecordedRun):
     def _corner(self) -> list[float]:
         reference = self.reference()
         return [float(loss) for loss in losses([reference[name] for name in self.objectives])]
-
-
-def _losses(points: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
-    """Return the objectives, those to be maximised negated: (n, m), all minimised, forgetting last."""
-    return pd.DataFrame(losses(points[list(names)]), index=points.index, columns=list(names))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from evals.outcomes import HOLDOUT
 from optimizer.errors import SearchError
-from optimizer.runs.front import losses, non_dominated
+from optimizer.runs.front import front_without, losses
 from optimizer.runs.trial import TrialKind
 from optimizer.search.crew import Crew
 from optimizer.search.events import Reporter
@@ -15,6 +15,8 @@ from optimizer.search.fault_point import fault
 from optimizer.search.ledger import Ledger
 from optimizer.search.scale import values_now
 from optimizer.workers.pool import Result
+
+Values = Mapping[int, tuple[float, ...]]  # objectives by trial
 
 
 def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
@@ -27,29 +29,42 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
         KeyboardInterrupt: a person asked to stop.
     """
     values = {n: value for n, value in values_now(ledger).items() if n not in ledger.stopped}
-    front = front_of(values)
-    numbers = sorted({*front, *front_without_prepared(values, ledger.kinds), *ledger.finished_anchors()})
-    faults = {number: why for number in numbers if (why := ledger.outcomes_fault(number, HOLDOUT))}
-    reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
-    done = len(numbers) - len(faults)
-    for result, _ in crew.work_off([ledger.job(number, HOLDOUT) for number in faults]):
-        error = _take_in(result, ledger)
-        done += not error
-        kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
-        reporter.judged(kind, result.job.trial, text, done=done, total=len(numbers))
+    tried: set[int] = set()
+    while True:  # where a guard finds a judged trial's answers wanting, what it beat is on the front, and judged too
+        front = front_of(values, ledger.is_kept_off)
+        others = front_without_prepared(values, ledger.kinds, ledger.is_kept_off)
+        numbers = sorted({*front, *others, *ledger.finished_anchors()})
+        faults = {n: why for n in numbers if n not in tried and (why := ledger.outcomes_fault(n, HOLDOUT))}
+        if not faults:
+            break
+        tried |= faults.keys()
+        reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
+        _judge([*faults], ledger, crew, reporter, total=len(numbers))
     reporter.say("done", f"{ledger.finished} trials finished, {len(front)} on the front")
 
 
-def front_of(values: Mapping[int, tuple[float, ...]]) -> list[int]:
-    """Give the trials that no other beats."""
+def _judge(numbers: Sequence[int], ledger: Ledger, crew: Crew, reporter: Reporter, *, total: int) -> None:
+    done = total - len(numbers)
+    for result, _ in crew.work_off([ledger.job(number, HOLDOUT) for number in numbers]):
+        error = _take_in(result, ledger)
+        done += not error
+        kind, text = ("failed", f"holdout suite: {error}") if error else ("holdout", "")
+        reporter.judged(kind, result.job.trial, text, done=done, total=total)
+
+
+def front_of(values: Values, is_kept_off: Callable[[int], bool]) -> list[int]:
+    """Give the trials that no other beats, without those that are kept off."""
     numbers = list(values)
-    mask = non_dominated(losses([values[number] for number in numbers]))
+    points = losses([values[number] for number in numbers])
+    mask, _ = front_without(points, lambda place: is_kept_off(numbers[place]))
     return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 
 
-def front_without_prepared(values: Mapping[int, tuple[float, ...]], kinds: Mapping[int, TrialKind]) -> list[int]:
+def front_without_prepared(
+    values: Values, kinds: Mapping[int, TrialKind], is_kept_off: Callable[[int], bool]
+) -> list[int]:
     """Give the finished trials that no other beats, were there no derived and no learned ones."""
-    return front_of({number: value for number, value in values.items() if not kinds[number].is_prepared})
+    return front_of({n: value for n, value in values.items() if not kinds[n].is_prepared}, is_kept_off)
 
 
 def _take_in(result: Result, ledger: Ledger) -> str:

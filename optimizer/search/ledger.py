@@ -16,10 +16,11 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.outcomes import SEARCH, Outcome, TaskInfo
-from optimizer.runs.front import losses, non_dominated
+from optimizer.runs.front import front_without, losses
 from optimizer.runs.outcome_files import outcomes_of
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, STOPPED, TrialKind
+from optimizer.search.answer_watch import AnswerWatch
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
 from optimizer.search.samplers import SampledStudy
@@ -58,6 +59,7 @@ class Ledger:
         self._draws: dict[int, Draw] = {}  # by the number of blocks
         self.longer: dict[int, float] = {}  # trials that get another block of items, and the seconds they took so far
         self.stopped: set[int] = set()  # trials that a race stopped: never on the front
+        self._watch = AnswerWatch(run, tasks)
         self.study = SampledStudy(study.study_name, storage)
         self.study_id = storage.get_study_id_from_name(study.study_name)
         self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
@@ -158,10 +160,15 @@ class Ledger:
         return self.run.outcomes_fault(number, suite, digest=self.digests[number], tasks=self.tasks)
 
     def front(self) -> set[int]:
-        """Give the finished trials that no other beats."""
+        """Give the finished trials that no other beats, without those that a guard keeps off."""
         numbers = [number for number in self.values if number not in self.stopped]
-        mask = non_dominated(losses([self.values[number] for number in numbers]))
+        points = losses([self.values[number] for number in numbers])
+        mask, _ = front_without(points, lambda place: self.is_kept_off(numbers[place]))
         return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
+
+    def is_kept_off(self, number: int) -> bool:
+        """Tell whether a guard of written answers keeps a trial off the front."""
+        return self._watch.is_kept_off(number, self.digests.get(number, ""), base=self.references.get(BASE))
 
     def finished_anchors(self) -> set[int]:
         """Give the anchors that are finished."""

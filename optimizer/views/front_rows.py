@@ -20,6 +20,7 @@ class FrontRow:
     """One point of the front, or an anchor beside it.
 
     Args:
+        is_flagged: a guard of written answers flags it.
         chance: the share of resamplings of the search items in which no other point beats it.
         figures: by suite, then by objective: `domain` (the mean where there are several experts), that of each expert,
             `forgetting`.
@@ -30,6 +31,7 @@ class FrontRow:
     method: str
     on_front: bool
     is_knee: bool
+    is_flagged: bool
     chance: float
     figures: Mapping[str, Mapping[str, Interval]]
 
@@ -38,7 +40,7 @@ def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
     """Return the front from least to most forgetting by the search items.
 
     Args:
-        anchors: with the anchors among them.
+        anchors: with the anchors among them, and what a guard of written answers keeps off.
     """
     front = set(run.front().index)
     if not front:
@@ -46,6 +48,7 @@ def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
     knee, names = run.knee(), dict.fromkeys(["domain", *run.objectives])
     figures = {suite: rows_of(run.points(suite)) for suite in SUITES}
     chances = run.points()["front_chance"]
+    flagged, others = {*run.flagged}, {*run.anchors().index, *run.kept_off} if anchors else set()
     return [
         FrontRow(
             trial=trial,
@@ -53,12 +56,13 @@ def front_rows(run: ScoredRun, *, anchors: bool = False) -> list[FrontRow]:
             method=run.method(trial),
             on_front=trial in front,
             is_knee=trial == knee,
+            is_flagged=trial in flagged,
             chance=float(chances[trial]),
             figures={
                 suite: {name: Interval.of(rows[trial], name) for name in names} for suite, rows in figures.items()
             },
         )
-        for trial in _by_forgetting(run.points(), front | set(run.anchors().index) if anchors else front)
+        for trial in _by_forgetting(run.points(), front | others)
     ]
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limit
 from optimizer.search.cost import Cost, cost_of, count_numbers
-from optimizer.views.tables import table
+from optimizer.views.plain_table import table
 from optimizer.words import count, percent, printable
 from search_spaces.groups import PASSED, group_of, is_placed, kind_of, layer_of, split_name
 from search_spaces.kinds import place_tensors

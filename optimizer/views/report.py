@@ -18,6 +18,7 @@ from pathlib import Path
 from string import Template
 
 from evals.documents import read_text
+from evals.guards import LEVEL
 from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import RunError
 from optimizer.masking import redacted
@@ -29,6 +30,7 @@ from optimizer.runs.trial import TrialKind
 from optimizer.views import figures, sentences
 from optimizer.views.canvas import DARK, library_script
 from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
+from optimizer.views.guard_tables import TITLES, guard_rows
 from optimizer.views.sensitivity_plot import heat_map
 from optimizer.words import Change, Interval, count, one_line, percent
 
@@ -68,7 +70,7 @@ def report_html(run: ScoredRun) -> str:
         cards=_cards(run) + _limits(run) if scored else "",
         findings=_findings(run),
         figures=_figures(run) if scored else "",
-        table=_table(run) + _sentinels(run) if scored else "",
+        table=_table(run) + _guards(run) + _sentinels(run) if scored else "",
         words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
         study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
@@ -275,6 +277,22 @@ def _table(run: ScoredRun) -> str:
     return (
         f"<section><h2>The front, from least to most forgetting</h2>{grid}"
         f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
+    )
+
+
+def _guards(run: ScoredRun) -> str:
+    """Write what guards of written answers found of the trials that they flag; nothing where they flag none."""
+    rows = guard_rows(run, run.flagged)
+    if not rows:
+        return ""
+    about = (
+        "Each guard marks answers of a merge and of the base to the same items. A trial is flagged where the merge has "
+        f"more marks than noise explains: an exact sign test of the items that one of the two has alone, at "
+        f"{percent(LEVEL)} for all guards of a trial together. It stays off the front until a person accepts it: "
+        f"mergefront accept {run.path.name} TRIAL"
+    )
+    return (
+        f'<section><h2>Guards of written answers</h2><p class="soft">{_text(about)}</p>{_grid(TITLES, rows)}</section>'
     )
 
 

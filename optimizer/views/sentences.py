@@ -13,6 +13,7 @@ from optimizer.runs.certificates import answers
 from optimizer.runs.comparison import NOBODY
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.guard_words import guard_sentence
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
 from optimizer.views.front_rows import change_of
@@ -182,6 +183,28 @@ def cut_short(run: ScoredRun) -> list[str]:
     return cut_short_tasks(pd.concat([run.outcomes(suite) for suite in (SEARCH, HOLDOUT)], ignore_index=True))
 
 
+def guarded(run: ScoredRun) -> list[str]:
+    """Say of which trials a guard flags the written answers, and which of them it keeps off the front; for the knee,
+    what is wrong."""
+    flagged = run.flagged
+    if not flagged:
+        return []
+    off = [trial for trial in flagged if trial in run.kept_off]
+    said = [f"Guards of written answers flag {_trials(flagged)}"]
+    if off:
+        said.append(
+            f"and keep {_trials(off)} off the front, until a person accepts one as it is: "
+            f"mergefront accept {one_line(run.path.name)} {off[0]}"
+        )
+    knee = [guard_sentence(run, run.knee())] if run.knee() in flagged else []
+    return [", ".join(said) + ("" if off else "."), *knee]
+
+
+def _trials(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+    return f"trial{'' if len(numbers) == 1 else 's'} {shown}"
+
+
 def lost(run: ScoredRun) -> list[str]:
     """Name finished trials whose stored outcomes are missing or damaged and that every figure leaves out: a sentence
     for each suite, naming the files."""
@@ -201,7 +224,7 @@ def findings(run: ScoredRun) -> list[str]:
         notes.append(run.why_empty)
     else:
         notes += weak_tasks(run.scale(SEARCH))
-    notes += cut_short(run)
+    notes += guarded(run) + cut_short(run)
     notes += [f"The holdout scores cannot be used: {fault}"] if (fault := run.holdout_fault) else []
     trials = run.trials()
     failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_COUNTED)]

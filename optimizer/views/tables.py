@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from evals.outcomes import SUITES
 from optimizer.runs.frames import rows_of
@@ -19,8 +17,10 @@ from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import sentences
 from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, sentinel_rows, sentinel_titles, share_of
+from optimizer.views.guard_tables import MARK, MEANING, print_flagged
+from optimizer.views.plain_table import table
 from optimizer.views.terminal import Terminal
-from optimizer.words import Interval, percent, printable, task_labels
+from optimizer.words import Interval, percent, task_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,36 +30,6 @@ WIDE = 10_000  # characters: no table is broken
 
 SENTINELS = "Sentinel tasks"
 CHANCE = "search\non front in"  # the share of resamplings
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
-    """Make a plain table; cells are shown as they stand, without markup, and no narrow terminal breaks a word.
-
-    Args:
-        right: columns of numbers, set flush right; what is said on one line of a cell stays on it.
-    """
-    made = Table(
-        title=Text(printable(title), style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        show_header=any(columns),
-    )
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
-    for column, *below in zip(map(printable, columns), *cells, strict=True):
-        side: Literal["left", "right"] = "right" if column in right else "left"
-        made.add_column(
-            Text(column), justify=side, overflow="fold", no_wrap=column in right or not _breaks([column, *below])
-        )
-    for row in cells:
-        made.add_row(*map(Text, row))
-    return made
-
-
-def _breaks(texts: Iterable[str]) -> bool:
-    """Tell whether lines of these texts can be broken between words, or are paths."""
-    return any(" " in text or "/" in text for text in texts)
 
 
 # --- the front -------------------------------------------------------------------------------------------------------
@@ -73,16 +43,18 @@ def print_front(run: ScoredRun, console: Console) -> None:
         return
     knee = run.knee()
     console.print(front_table(run, width=console.width))
-    if known := sentences.meanings(row.kind for row in front_rows(run, anchors=True)):
+    known = sentences.meanings(row.kind for row in front_rows(run, anchors=True))
+    if known := [*known, *([MEANING] if run.flagged else [])]:
         console.print("\n".join(known), end="\n\n", highlight=False, markup=False)
+    print_flagged(run, console)
     if answers := limit_rows(run):
         console.print(limits_table(answers, width=console.width))
     console.print(retention_table(run, knee, width=console.width))
     if titles := sentinel_titles(run):
         console.print(sentinels_table(run, titles, width=console.width))
     said = (sentences.describe(run, knee), *sentences.sentinels(run, knee), *sentences.verdict(run))
-    words = (*said, *sentences.certificates(run), *sentences.cut_short(run), *sentences.lost(run))
-    for line in words:
+    words = (*said, *sentences.certificates(run), *sentences.guarded(run), *sentences.cut_short(run))
+    for line in (*words, *sentences.lost(run)):
         console.print(line, highlight=False, markup=False)
 
 
@@ -98,7 +70,7 @@ def front_table(run: ScoredRun, *, width: int) -> Table:
 
     def cells(seam: str) -> Iterator[tuple[object, ...]]:
         for row in rows:
-            mark = "*" if row.is_knee else "+" if row.on_front else ""
+            mark = "*" if row.is_knee else "+" if row.on_front else MARK if row.is_flagged else ""
             method = [row.method] if several else []
             shares = (row.figures[suite][name].text(seam) for suite, name in figures)
             yield mark, row.trial, row.kind.label, *method, *shares, percent(row.chance)
@@ -194,6 +166,10 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
         "what_pays": _records(run.what_pays()),
         "lessons": _records(run.lessons().reset_index()),
         "sentinels": _records(run.sentinels()),
+        "flagged": [
+            {"trial": trial, "accepted": run.accepted.get(trial, ""), "guards": _records(run.guards(trial))}
+            for trial in run.flagged
+        ],
         "findings": sentences.findings(run),
     }
 
@@ -270,6 +246,8 @@ def trial_document(run: ScoredRun, trial: int) -> dict[str, Any]:
         "weights": _records(run.weights(trial)),
         "tasks": _records(run.retention(trial)) if scored else [],
         "flips": _records(run.flips(trial)) if scored else [],
+        "guards": _records(run.guards(trial)) if scored else [],
+        "kept_off": scored and run.is_kept_off(trial),
     }
 
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 
-from optimizer.runs.front import best_under, hypervolume, hypervolumes, knee, losses, non_dominated, widest_gaps
+from optimizer.runs.front import (
+    best_under,
+    front_without,
+    hypervolume,
+    hypervolumes,
+    knee,
+    losses,
+    non_dominated,
+    widest_gaps,
+)
 
 GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
 
@@ -89,3 +98,15 @@ def test_best_under_takes_the_most_gain_that_is_allowed() -> None:
 
 def test_losses_negate_every_gain_and_leave_forgetting() -> None:
     assert losses([[0.5, 0.25, 0.1], [-1.0, 0.0, -0.2]]).tolist() == [[-0.5, -0.25, 0.1], [1.0, 0.0, -0.2]]
+
+
+def test_who_is_kept_off_leaves_the_front_to_those_behind() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        points, off = rng.integers(0, 5, (12, 2)).astype(float), rng.random(12) < 0.5
+        mask, kept_off = front_without(points, off.tolist().__getitem__)
+        assert (mask[~off] == non_dominated(points[~off])).all()
+        assert not mask[off].any()
+        for place in np.flatnonzero(off):  # only those are named that would be on the front
+            rest = np.append(np.flatnonzero(~off), place)
+            assert kept_off[place] <= non_dominated(points[rest])[-1]

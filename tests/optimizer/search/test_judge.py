@@ -19,4 +19,4 @@ POINTS = {
 def test_what_only_learned_and_derived_points_beat_is_judged_too() -> None:
     values = {number: values for number, (_, values) in POINTS.items()}
     kinds = {number: TrialKind(kind) for number, (kind, _) in POINTS.items()}
-    assert front_without_prepared(values, kinds) == [0, 1, 3, 6]
+    assert front_without_prepared(values, kinds, lambda _: False) == [0, 1, 3, 6]

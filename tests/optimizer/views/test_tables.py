@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from optimizer.run import Run, open_run
-from optimizer.views.tables import front_document, print_front, table
+from optimizer.views.plain_table import table
+from optimizer.views.tables import front_document, print_front
 from optimizer.views.terminal import Terminal
 from tests.toy_run import toy_run
 

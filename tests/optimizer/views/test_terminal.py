@@ -19,8 +19,8 @@ from optimizer.export.card import model_card
 from optimizer.merging.merge import Sources
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.events import Event
+from optimizer.views.plain_table import table
 from optimizer.views.progress import Progress
-from optimizer.views.tables import table
 from optimizer.views.terminal import Terminal
 from optimizer.words import printable
 from search_spaces import Recipe
