@@ -184,29 +184,20 @@ def show(
     storage: Storage = None,
 ) -> None:
     """Print one trial: its weights, what it won and kept."""
-    from optimizer.views.guard_tables import print_guards
-    from optimizer.views.tables import retention_table, trial_document, weights_table
+    from optimizer.views.tables import print_trial, trial_document
 
     opened = _opened(run, storage)
     if lost:
-        from optimizer.lost import flipped_document, flipped_lines  # may bring lm-eval
+        from optimizer.lost import flipped_lines, with_flipped
 
-        if not as_json:
+        if as_json:
+            print_json(with_flipped(trial_document(opened, trial), opened, trial))
+        else:
             say("\n".join(flipped_lines(opened, trial)))
-            return
-    if as_json:
-        print_json(trial_document(opened, trial) | (flipped_document(opened, trial) if lost else {}))
-        return
-    console = terminal()
-    console.print(opened.recipe(trial).short(), highlight=False, markup=False)
-    console.print(weights_table(opened, trial))
-    if trial in opened.points().index:
-        console.print(opened.describe(trial), highlight=False, markup=False)
-        console.print(retention_table(opened, trial, width=console.width))
-        print_guards(opened, trial, console)
+    elif as_json:
+        print_json(trial_document(opened, trial))
     else:
-        about = opened.trials().loc[trial]
-        say(f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip())
+        print_trial(opened, trial, terminal())
 
 
 @app.command()

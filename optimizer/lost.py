@@ -16,63 +16,72 @@ if TYPE_CHECKING:
     from optimizer.run import Run
 
 
-def flipped_documents(run: Run, trial: int) -> tuple[list[dict[str, Any]], str]:
-    """List the flipped items of a trial: task, item, change, question, choices, right, base and merge (what each took).
+def flipped_document(run: Run, trial: int) -> dict[str, Any]:
+    """Return a trial's flipped items as JSON values, those lost first: trial, items, without_texts.
 
-    Returns:
-        The items, those lost first; and why texts are missing, empty where none is.
+    An item is task, item, change, question, right, base and merge (what each answered), and choices; texts are empty,
+    and without_texts says why, where they cannot be read.
     """
     suite, frame = run.suite_of(trial), run.flipped_items(trial)
     assert run.references is not None, "a trial that is scored has a base"
-    texts, why = _texts(
-        run, suite, {task: [*frame.loc[frame["task"] == task, "item"]] for task in frame["task"].unique()}
-    )
+    wanted = {task: [*frame.loc[frame["task"] == task, "item"]] for task in frame["task"].unique()}
+    texts, why = _texts(run, suite, wanted) if len(frame) else ({}, "")
     outcomes = run.outcomes(suite)
     said = {
-        name: outcomes[outcomes["trial"] == number].set_index(["task", "item"])["loglikelihoods"]
+        name: rows_of(outcomes[outcomes["trial"] == number].set_index(["task", "item"])[["loglikelihoods", "answer"]])
         for name, number in (("base", run.references[0]), ("merge", trial))
     }
     rows = []
     for row in sorted(rows_of(frame).values(), key=lambda row: (row["change"], row["task"])):
         key = (row["task"], row["item"])
+        row = row | {"choices": []}
         text = texts.get(key)
-        told = {} if text is None else {name: text.answer(list(found[key])) for name, found in said.items()}
-        about = {} if text is None else {"question": text.question, "choices": text.choices, "right": text.right}
-        rows.append({**row, **about, **told})
-    return rows, why
+        if text is not None:
+            row |= {"question": text.question, "choices": [*text.choices], "right": " | ".join(text.right)}
+        for name, found in said.items():
+            row[name] = _answer(text, found[key]) or row[name]
+        rows.append(row)
+    is_whole = all(row["question"] for row in rows)  # what an earlier report told stands for task files that are gone
+    return {"trial": trial, "items": rows, "without_texts": "" if is_whole else why}
 
 
-def flipped_document(run: Run, trial: int) -> dict[str, Any]:
-    """Return a trial's flipped items as JSON values, and why texts are missing."""
-    flipped, why = flipped_documents(run, trial)
-    return {"flipped": flipped, "without_texts": why}
+def _answer(text: ItemText | None, outcome: dict[str, Any]) -> str:
+    """Return what a model answered: what it wrote, or the choice it took; empty where neither is known."""
+    if isinstance(outcome["answer"], str):
+        return outcome["answer"]
+    return text.answer(list(outcome["loglikelihoods"])) if text is not None else ""
+
+
+def with_flipped(document: dict[str, Any], run: Run, trial: int) -> dict[str, Any]:
+    """Add the items of `flipped_document` to a trial's document."""
+    found = flipped_document(run, trial)
+    return document | {"flipped": found["items"], "without_texts": found["without_texts"]}
 
 
 def flipped_lines(run: Run, trial: int) -> list[str]:
     """Write a trial's flipped items for a terminal, a few lines each; names and texts are inert."""
-    documents, why = flipped_documents(run, trial)
+    document = flipped_document(run, trial)
     lines = []
-    for row in documents:
+    for row in document["items"]:
         lines.append(f"{row['change']}  {one_line(row['task'])}  {row['item']}")
-        if "question" in row:
-            lines.append(f"    {one_line(row['question'])}")
-            right = one_line(" | ".join(row["right"]))
-            answers = (f"; {name} {one_line(row[name])}" for name in ("base", "merge") if row[name])
-            lines.append(f"    right {right}{''.join(answers)}")
-    return [*lines, *([why] if why else [])] or ["no answer flipped"]
+        lines += [f"    {one_line(row['question'])}"] if row["question"] else []
+        answers = (f"{name} {one_line(row[name])}" for name in ("right", "base", "merge") if row[name])
+        lines += [f"    {told}"] if (told := "; ".join(answers)) else []
+    return [*lines, *filter(None, [document["without_texts"]])] or ["no answer flipped"]
 
 
 def _texts(run: Run, suite: str, wanted: dict[str, list[str]]) -> tuple[dict[tuple[str, str], ItemText], str]:
     """Read the items' texts from the study's task files; nothing, and why, where these cannot be read."""
-    from evals.lm_tasks import load_tasks  # brings lm-eval, which no reader of a run needs otherwise
-    from evals.lm_texts import item_texts
-
     try:
         study = read_study(run.path / "study.yaml")
+
+        from evals.lm_tasks import load_tasks  # brings lm-eval, which no reader of a run needs otherwise
+        from evals.lm_texts import item_texts
+
         # Whoever reads a run consents to nothing that its study file says: no code of a task runs here.
         harness = load_tasks(task_specs(study), seed=study.evals.seed, chat_template=False, allow_task_code=False)
-    except (MergefrontError, TaskError) as error:
+        texts = item_texts(harness, suite, wanted)
+    except (MergefrontError, TaskError, ImportError) as error:
         return {}, f"texts cannot be read: {error}"
-    texts = item_texts(harness, suite, wanted)
     missing = sum(map(len, wanted.values())) - len(texts)
     return texts, f"{missing} of the texts are not in the task files any more" if missing else ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evals.outcomes import SUITES
 from evals.packing import PLAN
 from optimizer.database.study_home import require_usable
+from optimizer.lost import flipped_document
 from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
@@ -134,8 +135,11 @@ def finish(run: Run) -> None:
     """Write front.json and report.html from what the run folder holds."""
     from optimizer.views.report import write_report
 
-    write_atomically(run.path / "front.json", (json.dumps(front_document(run), indent=1) + "\n").encode())
-    write_report(run)
+    document = front_document(run)
+    if not run.points().empty:
+        document["flipped"] = flipped_document(run, run.knee())
+    write_atomically(run.path / "front.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_report(run)  # whose texts of items are those of front.json
 
 
 def make_pool(study: Study) -> SerialPool | RayPool:

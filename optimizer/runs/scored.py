@@ -20,6 +20,7 @@ from optimizer.errors import NoPointError, RunError
 from optimizer.runs.comparison import COLUMNS as PAY_COLUMNS
 from optimizer.runs.comparison import FOUND, compare_at_limits
 from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
+from optimizer.runs.flipped import with_texts
 from optimizer.runs.frames import prefix_of
 from optimizer.runs.front import (
     LIMITS,
@@ -161,9 +162,10 @@ class ScoredRun(MeasuredRun):
         return flips(self.scale(suite or self.suite_of(trial)), trial)
 
     def flipped_items(self, trial: int, suite: str | None = None) -> pd.DataFrame:
-        """List the items that a trial lost or won against the base: task, item (its hash), change."""
+        """List the items that a trial lost or won against the base: task, item (its hash), change, and for the
+        recommended merge what was asked and answered (`optimizer.runs.flipped.TEXTS`), where a report told it."""
         self.require_scored(trial)
-        return flipped_items(self.scale(suite or self.suite_of(trial)), trial)
+        return with_texts(flipped_items(self.scale(suite or self.suite_of(trial)), trial), self.path, trial)
 
     @property
     def flagged(self) -> list[int]:

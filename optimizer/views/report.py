@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -23,16 +21,18 @@ from evals.outcomes import HOLDOUT, SEARCH, SENTINEL
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import figures, sentences
 from optimizer.views.canvas import DARK, library_script
+from optimizer.views.flips_page import flips_section
 from optimizer.views.front_rows import FrontRow, front_rows, limit_rows, sentinel_rows, sentinel_titles
 from optimizer.views.guard_tables import TITLES, guard_rows
+from optimizer.views.markup import grid, inert
 from optimizer.views.sensitivity_plot import heat_map
-from optimizer.words import Change, Interval, count, one_line, percent
+from optimizer.words import Interval, count, percent
 
 WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
@@ -63,16 +63,16 @@ def report_html(run: ScoredRun) -> str:
     study = run.path / "study.yaml"
     return page.substitute(
         script_hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (library, script)),
-        title=_text(f"{run.name} - merge front"),
-        heading=_text(f"Merge front of {run.name}"),
-        subheading=_text(_what_was_merged(run)),
-        lead="".join(f"<p>{_text(line)}</p>" for line in _lead(run)),
+        title=inert(f"{run.name} - merge front"),
+        heading=inert(f"Merge front of {run.name}"),
+        subheading=inert(_what_was_merged(run)),
+        lead="".join(f"<p>{inert(line)}</p>" for line in _lead(run)),
         cards=_cards(run) + _limits(run) if scored else "",
         findings=_findings(run),
         figures=_figures(run) if scored else "",
         table=_table(run) + _guards(run) + _sentinels(run) if scored else "",
-        words="".join(f"<li><b>{_text(word)}</b>: {_text(meaning)}</li>" for word, meaning in WORDS.items()),
-        study=_text(redacted(read_text(study, error=RunError))) if study.exists() else "",
+        words="".join(f"<li><b>{inert(word)}</b>: {inert(meaning)}</li>" for word, meaning in WORDS.items()),
+        study=inert(redacted(read_text(study, error=RunError))) if study.exists() else "",
         data=_figure_data(run) if scored else "{}",
         plotly=library,
         script=script,
@@ -128,19 +128,19 @@ def _cards(run: ScoredRun) -> str:
 
 
 def _card(value: str, interval: str, of: str) -> str:
-    small = f"<small>{_text(interval)}</small>" if interval else ""
-    return f'<div class="card"><b>{_text(value)} {small}</b><span class="soft">{_text(of)}</span></div>'
+    small = f"<small>{inert(interval)}</small>" if interval else ""
+    return f'<div class="card"><b>{inert(value)} {small}</b><span class="soft">{inert(of)}</span></div>'
 
 
 def _findings(run: ScoredRun) -> str:
     findings = sentences.findings(run)
-    items = "".join(f"<li>{_text(finding)}</li>" for finding in findings)
+    items = "".join(f"<li>{inert(finding)}</li>" for finding in findings)
     return f"<section><h2>Read with care</h2><ul>{items}</ul></section>" if findings else ""
 
 
 def _figures(run: ScoredRun) -> str:
     options = "".join(
-        f'<option value="{row.trial}"{" selected" if row.is_knee else ""}>{_text(_named(run, row))}</option>'
+        f'<option value="{row.trial}"{" selected" if row.is_knee else ""}>{inert(_named(run, row))}</option>'
         for row in front_rows(run)
     )
     choice = (
@@ -150,34 +150,8 @@ def _figures(run: ScoredRun) -> str:
     return (
         f"<section>{_figure('front')}{hint}{_meanings(run.kinds[trial] for trial in run.points().index)}</section>"
         f"<section>{choice}{_figure('weights')}{_figure('retention')}</section>"
-        f"{_flips(run)}<section>{_figure('hypervolume')}</section>{_lessons(run)}{_sensitivities(run)}"
+        f"{flips_section(run)}<section>{_figure('hypervolume')}</section>{_lessons(run)}{_sensitivities(run)}"
     )
-
-
-def _flips(run: ScoredRun) -> str:
-    """Write how many answers the knee lost and won against the base; nothing without a task of right and wrong."""
-    knee = run.knee()
-    rows = [
-        (one_line(row["task"]), row["role"], row["items"], row["lost"], row["won"], *_flip_figures(row))
-        for row in rows_of(run.flips(knee)).values()
-    ]
-    if not rows:
-        return ""
-    titles = ("task", "role", "items", "lost", "won", "flipped", "knowledge lost", "p")
-    about = (
-        "Lost answers were right for the base and are wrong now; won ones the other way round: equal accuracy can hide "
-        "many of both. Knowledge lost is lost less won, with the chance of a guess taken off. p is how often chance "
-        f"alone splits flips so unevenly (McNemar's exact test). They are listed by: "
-        f"mergefront show {run.path.name} {knee} --lost"
-    )
-    return (
-        f"<section><h2>Answers that trial {knee} lost and won against the base</h2>"
-        f'<p class="soft">{_text(about)}</p>{_grid(titles, rows)}</section>'
-    )
-
-
-def _flip_figures(row: Row) -> tuple[str, str, str]:
-    return percent(row["flip_rate"]), percent(row["lost_knowledge"]), f"{row['p']:.2g}"
 
 
 def _lessons(run: ScoredRun) -> str:
@@ -202,9 +176,7 @@ def _lessons(run: ScoredRun) -> str:
         "lies between base and expert; where only that on items learned from falls, the weights know items by heart. "
         "A candidate is one reading of all search items."
     )
-    return (
-        f'<section><h2>What was learned, and its price</h2><p class="soft">{about}</p>{_grid(titles, rows)}</section>'
-    )
+    return f'<section><h2>What was learned, and its price</h2><p class="soft">{about}</p>{grid(titles, rows)}</section>'
 
 
 def _sensitivities(run: ScoredRun) -> str:
@@ -218,7 +190,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def _meanings(kinds: Iterable[TrialKind]) -> str:
-    return "".join(f'<p class="soft">{_text(line)}</p>' for line in sentences.meanings(kinds))
+    return "".join(f'<p class="soft">{inert(line)}</p>' for line in sentences.meanings(kinds))
 
 
 def _figure(name: str) -> str:
@@ -250,8 +222,8 @@ def _limits(run: ScoredRun) -> str:
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
         f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'
-        f"{_grid(titles, rows)}{_meanings(row.kind for row in answers)}"
-        f"<p>Write one as a model: <code>{_text(export)}</code></p></section>"
+        f"{grid(titles, rows)}{_meanings(row.kind for row in answers)}"
+        f"<p>Write one as a model: <code>{inert(export)}</code></p></section>"
     )
 
 
@@ -272,11 +244,11 @@ def _table(run: ScoredRun) -> str:
         )
         for row in front
     ]
-    grid = _grid(columns, rows, marked=next(place for place, row in enumerate(front) if row.is_knee))
+    table = grid(columns, rows, marked=next(place for place, row in enumerate(front) if row.is_knee))
     export = f"mergefront export {run.path.name} --trial {run.knee()}"
     return (
-        f"<section><h2>The front, from least to most forgetting</h2>{grid}"
-        f"<p>Write a point as a model: <code>{_text(export)}</code></p></section>"
+        f"<section><h2>The front, from least to most forgetting</h2>{table}"
+        f"<p>Write a point as a model: <code>{inert(export)}</code></p></section>"
     )
 
 
@@ -292,7 +264,7 @@ def _guards(run: ScoredRun) -> str:
         f"mergefront accept {run.path.name} TRIAL"
     )
     return (
-        f'<section><h2>Guards of written answers</h2><p class="soft">{_text(about)}</p>{_grid(TITLES, rows)}</section>'
+        f'<section><h2>Guards of written answers</h2><p class="soft">{inert(about)}</p>{grid(TITLES, rows)}</section>'
     )
 
 
@@ -303,43 +275,13 @@ def _sentinels(run: ScoredRun) -> str:
         return ""
     cells = [(row.trial, _what(row.kind), *(row.changes.get(task, "") for task in titles)) for row in rows]
     knee = next((place for place, row in enumerate(rows) if row.is_knee), None)
-    grid = _grid(("trial", "what", *titles.values()), cells, marked=knee)
+    table = grid(("trial", "what", *titles.values()), cells, marked=knee)
     return (
         "<section><h2>Sentinel tasks: ability kept, or a form learned</h2>"
         '<p class="soft">How far each merge is above or below the base on tasks of another form, which neither search '
         "nor learning has seen and which are in no other figure; higher is better.</p>"
-        f"{grid}</section>"
+        f"{table}</section>"
     )
-
-
-def _grid(titles: Sequence[str], rows: Sequence[Sequence[object]], *, marked: int | None = None) -> str:
-    """Write a table that scrolls where it is too wide; on a narrow screen each row is a list of titles and cells.
-
-    Args:
-        marked: the place of the knee's row.
-    """
-    head = "".join(f"<th>{_breakable(title).replace(', ', ',<br>')}</th>" for title in titles)
-    body = []
-    for place, row in enumerate(rows):
-        cells = "".join(
-            f'<td data-title="{_text(title)}">{_cell(value)}</td>' for title, value in zip(titles, row, strict=True)
-        )
-        body.append(f"<tr{' class=knee' if place == marked else ''}>{cells}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
-def _cell(value: object) -> str:
-    """Write a cell; a figure may be broken from its interval only."""
-    if isinstance(value, Interval | Change) and value.bounds:
-        return f"<div><span>{_text(value.figure)}</span> <span>{_text(value.bounds)}</span></div>"
-    text = value.text() if isinstance(value, Interval | Change) else str(value)
-    return f"<div>{_breakable(text)}</div>" if text else ""
-
-
-def _breakable(value: object) -> str:
-    """Write a name that may be broken after its bars and dashes."""
-    return re.sub("([-_])", r"\1<wbr>", _text(value))
 
 
 def _title(name: str) -> str:
@@ -378,8 +320,3 @@ def _plain(value: object) -> object:
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
-
-
-def _text(value: object) -> str:
-    """Write any value as inert text: escaped, control characters gone."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else " " for c in str(value)))

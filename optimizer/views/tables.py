@@ -17,7 +17,7 @@ from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
 from optimizer.views import sentences
 from optimizer.views.front_rows import LimitRow, front_rows, limit_rows, sentinel_rows, sentinel_titles, share_of
-from optimizer.views.guard_tables import MARK, MEANING, print_flagged
+from optimizer.views.guard_tables import MARK, MEANING, print_flagged, print_guards
 from optimizer.views.plain_table import table
 from optimizer.views.terminal import Terminal
 from optimizer.words import Interval, percent, task_labels
@@ -147,6 +147,7 @@ def _width(made: Table) -> int:
 def front_document(run: ScoredRun) -> dict[str, Any]:
     """Return the front as plain values: shares with 95 % intervals, null where a trial was not scored on a suite."""
     rows = front_rows(run)
+    knee = run.knee() if rows else None
     return {
         "run": run.name,
         "objectives": list(run.objectives),
@@ -170,6 +171,7 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
             {"trial": trial, "accepted": run.accepted.get(trial, ""), "guards": _records(run.guards(trial))}
             for trial in run.flagged
         ],
+        "flipped": None if knee is None else {"trial": knee, "items": _records(run.flipped_items(knee))},
         "findings": sentences.findings(run),
     }
 
@@ -188,6 +190,20 @@ def plain(value: Any) -> Any:
 
 
 # --- one trial -------------------------------------------------------------------------------------------------------
+
+
+def print_trial(run: ScoredRun, trial: int, console: Console) -> None:
+    """Print one trial: its weights, and where it is scored what it won and kept, and what guards say of its answers."""
+    console.print(run.recipe(trial).short(), highlight=False, markup=False)
+    console.print(weights_table(run, trial))
+    if trial in run.points().index:
+        console.print(sentences.describe(run, trial), highlight=False, markup=False)
+        console.print(retention_table(run, trial, width=console.width))
+        print_guards(run, trial, console)
+    else:
+        about = run.trials().loc[trial]
+        said = f"trial {trial} is not scored ({about['state']}) {about['reason']}".rstrip()
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def weights_table(run: ScoredRun, trial: int) -> Table:
