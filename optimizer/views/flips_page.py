@@ -53,7 +53,7 @@ def _of_task(task: str, rows: list[Row]) -> str:
         (row["change"], *(_short(row[name]) for name in ("question", "right", "base", "merge")))
         for row in rows[:MOST_SHOWN]
     ]
-    if not any(row["question"] for row in rows):
+    if not any(row["question"] or row["right"] for row in rows):
         return ""  # nothing but hashes
     more = f"<p>The first {MOST_SHOWN} of {len(rows)}.</p>" if len(rows) > MOST_SHOWN else ""
     summary = f"{one_line(task)}: {lost} lost, {len(rows) - lost} won"
