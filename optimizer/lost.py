@@ -41,7 +41,8 @@ def flipped_document(run: Run, trial: int) -> dict[str, Any]:
         for name, found in said.items():
             row[name] = _answer(text, found[key]) or row[name]
         rows.append(row)
-    is_whole = all(row["question"] or row["right"] for row in rows)  # what an earlier report told stands for task files that are gone
+    # what an earlier report told stands where task files are gone
+    is_whole = all(row["question"] or row["right"] for row in rows)
     return {"trial": trial, "items": rows, "without_texts": "" if is_whole else why}
 
 

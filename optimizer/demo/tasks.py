@@ -211,7 +211,7 @@ def write_choice_task(folder: Path, rows: Sequence[Mapping[str, object]]) -> Pat
 
 
 def write_task(folder: Path, rows: Sequence[Mapping[str, object]], config: Mapping[str, object]) -> Path:
-    """Write an lm-eval task, a YAML file beside its items as JSON lines; return the folder, whose name is the task's."""
+    """Write an lm-eval task, a YAML file beside its items as JSON lines; return the folder, which bears its name."""
     folder.mkdir(parents=True, exist_ok=True)
     name = folder.name
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
