@@ -188,10 +188,10 @@ def show(
 
     opened = _opened(run, storage)
     if lost:
-        from optimizer.lost import flipped_lines, with_flipped
+        from optimizer.lost import flipped_document, flipped_lines
 
         if as_json:
-            print_json(with_flipped(trial_document(opened, trial), opened, trial))
+            print_json(trial_document(opened, trial) | flipped_document(opened, trial))
         else:
             say("\n".join(flipped_lines(opened, trial)))
     elif as_json:

@@ -9,6 +9,7 @@ from optimizer.errors import MergefrontError
 from optimizer.runs.frames import rows_of
 from optimizer.study.study_file import read_study
 from optimizer.study.tasks import task_specs
+from optimizer.views.tables import flipped_records
 from optimizer.words import one_line
 
 if TYPE_CHECKING:
@@ -17,33 +18,41 @@ if TYPE_CHECKING:
 
 
 def flipped_document(run: Run, trial: int) -> dict[str, Any]:
-    """Return a trial's flipped items as JSON values, those lost first: trial, items, without_texts.
+    """Return a trial's flipped items as JSON values, those lost first: flipped, and why texts are missing.
 
     An item is task, item, change, question, right, base and merge (what each answered), and choices; texts are empty,
     and without_texts says why, where they cannot be read.
     """
-    suite, frame = run.suite_of(trial), run.flipped_items(trial)
+    rows = flipped_records(run, trial)
     assert run.references is not None, "a trial that is scored has a base"
-    wanted = {task: [*frame.loc[frame["task"] == task, "item"]] for task in frame["task"].unique()}
-    texts, why = _texts(run, suite, wanted) if len(frame) else ({}, "")
+    wanted: dict[str, list[str]] = {}
+    for row in rows:
+        wanted.setdefault(row["task"], []).append(row["item"])
+    suite = run.suite_of(trial)
+    texts, why = _texts(run, suite, wanted) if rows else ({}, "")
     outcomes = run.outcomes(suite)
     said = {
         name: rows_of(outcomes[outcomes["trial"] == number].set_index(["task", "item"])[["loglikelihoods", "answer"]])
         for name, number in (("base", run.references[0]), ("merge", trial))
     }
-    rows = []
-    for row in sorted(rows_of(frame).values(), key=lambda row: (row["change"], row["task"])):
+    for row in rows:
         key = (row["task"], row["item"])
-        row = row | {"choices": []}
         text = texts.get(key)
+        row["choices"] = [] if text is None else [*text.choices]
         if text is not None:
-            row |= {"question": text.question, "choices": [*text.choices], "right": " | ".join(text.right)}
-        for name, found in said.items():
-            row[name] = _answer(text, found[key]) or row[name]
-        rows.append(row)
+            row |= {"question": text.question, "right": " | ".join(text.right)}
+        row |= {name: _answer(text, found[key]) or row[name] for name, found in said.items()}
     # what an earlier report told stands where task files are gone
     is_whole = all(row["question"] or row["right"] for row in rows)
-    return {"trial": trial, "items": rows, "without_texts": "" if is_whole else why}
+    return {"flipped": rows, "without_texts": "" if is_whole else why}
+
+
+def flipped_with_texts(run: Run, trial: int) -> list[dict[str, Any]]:
+    """Return a trial's flipped items as front.json keeps them: `flipped_records` with their texts."""
+    return [
+        {name: value for name, value in row.items() if name != "choices"}
+        for row in flipped_document(run, trial)["flipped"]
+    ]
 
 
 def _answer(text: ItemText | None, outcome: dict[str, Any]) -> str:
@@ -53,17 +62,11 @@ def _answer(text: ItemText | None, outcome: dict[str, Any]) -> str:
     return text.answer(list(outcome["loglikelihoods"])) if text is not None else ""
 
 
-def with_flipped(document: dict[str, Any], run: Run, trial: int) -> dict[str, Any]:
-    """Add the items of `flipped_document` to a trial's document."""
-    found = flipped_document(run, trial)
-    return document | {"flipped": found["items"], "without_texts": found["without_texts"]}
-
-
 def flipped_lines(run: Run, trial: int) -> list[str]:
     """Write a trial's flipped items for a terminal, a few lines each; names and texts are inert."""
     document = flipped_document(run, trial)
     lines = []
-    for row in document["items"]:
+    for row in document["flipped"]:
         lines.append(f"{row['change']}  {one_line(row['task'])}  {row['item']}")
         lines += [f"    {one_line(row['question'])}"] if row["question"] else []
         answers = (f"{name} {one_line(row[name])}" for name in ("right", "base", "merge") if row[name])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evals.outcomes import SUITES
 from evals.packing import PLAN
 from optimizer.database.study_home import require_usable
-from optimizer.lost import flipped_document
+from optimizer.lost import flipped_with_texts
 from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
@@ -136,8 +136,8 @@ def finish(run: Run) -> None:
     from optimizer.views.report import write_report
 
     document = front_document(run)
-    if not run.points().empty:
-        document["flipped"] = flipped_document(run, run.knee())
+    if document["flipped"]:
+        document["flipped"]["items"] = flipped_with_texts(run, document["flipped"]["trial"])
     write_atomically(run.path / "front.json", (json.dumps(document, indent=1) + "\n").encode())
     write_report(run)  # whose texts of items are those of front.json
 

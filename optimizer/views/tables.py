@@ -171,9 +171,14 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
             {"trial": trial, "accepted": run.accepted.get(trial, ""), "guards": _records(run.guards(trial))}
             for trial in run.flagged
         ],
-        "flipped": None if knee is None else {"trial": knee, "items": _records(run.flipped_items(knee))},
+        "flipped": None if knee is None else {"trial": knee, "items": flipped_records(run, knee)},
         "findings": sentences.findings(run),
     }
+
+
+def flipped_records(run: ScoredRun, trial: int) -> list[dict[str, Any]]:
+    """Return the items that a trial lost and won, those lost first, with their texts as far as a report told them."""
+    return _records(run.flipped_items(trial).sort_values(["change", "task"], kind="stable"))
 
 
 def _plain_figures(figures: Mapping[str, Interval]) -> dict[str, float | None]:
