@@ -56,7 +56,16 @@ class Known:
         return [task for task in self.tasks if task.role == role]
 
     def values(self, task: TaskInfo) -> tuple[dict[str, Array], Array]:
-        """Return the known items' values by model, (n,) each, and their weights."""
+        """Return the known items' values by model, (n,) each, and their weights.
+
+        Raises:
+            TaskError: the task's score is no mean over items, on which bets are made.
+        """
+        if task.statistic:
+            raise TaskError(
+                f"a certificate is of scores that are means over items, task {task.name}'s {task.metric} is none; give "
+                "the task another metric, or leave it to the intervals of the front"
+            )
         trials = {"base": self.base, "candidate": self.candidate, **self.experts}
         table = table_of(self.rows[self.rows["trial"].isin(trials.values())], task.name)
         return {name: table.values[:, table.column(trial)] for name, trial in trials.items()}, table.weights

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evals.errors import TaskError
-from evals.lm_harness import AskedItem, Harness, bytes_of, windows_of
+from evals.lm_asked import AskedItem
+from evals.lm_harness import Harness, windows_of
+from evals.lm_outcomes import bytes_of
 from evals.lm_split import choice_index
 from evals.losses import Example
 from evals.tokens import Pair, Prompt, Text

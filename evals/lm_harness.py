@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evals.errors import ScoreError, TaskError, error_text
+from evals.errors import TaskError, error_text
+from evals.lm_asked import Answered, AskedItem, LoadedTask, Request
+from evals.lm_outcomes import as_one_score, measured_outcome
 from evals.lm_split import Item, content_hash, right_choices
 from evals.outcomes import CERTIFY, SUITES, Outcome, TaskInfo
 from evals.packing import build_trie
@@ -25,59 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from evals.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedTask:
-    """A task, or a group of tasks that count as one, with its items split."""
-
-    info: TaskInfo
-    members: tuple[ConfigurableTask, ...]
-    filter: str
-    shots: tuple[int, ...]  # of each member
-    shots_from: str  # study, task or "": nobody asks for any
-    items: Mapping[str, tuple[Item, ...]]  # by suite, and those kept for certificates
-    notes: tuple[str, ...] = ()  # what a person might not expect
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One of lm-eval's instances with its tokens; the type of `encoded` says what is asked.
-
-    Args:
-        instance: lm-eval's own, which takes the answer.
-        encoded: a pair or a text to be scored, or a prompt to be answered.
-        length: tokens that are predicted; of an answer not known before it is written.
-    """
-
-    instance: Instance
-    encoded: Pair | Text | Prompt
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskedItem:
-    """An item of a task and the requests that lm-eval makes of it.
-
-    Args:
-        right: which choices are right.
-    """
-
-    task: LoadedTask
-    item: Item
-    requests: tuple[Request, ...]
-    right: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """A request's answer as lm-eval takes it, the number of tokens, whether the limit of tokens broke it off, and the
-    text, where one was written."""
-
-    response: object
-    length: int
-    broken_off: bool = False
-    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +122,11 @@ class Harness:
             self.prepare(engine.tokenizer, suite)
         prepared = self._suites[suite] if only is None else self._part(suite, only)
         answers = iter(_answers(prepared, engine))
-        return [
-            _outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
+        measured = [
+            measured_outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
             for asked in prepared.items
         ]
+        return as_one_score([asked.task for asked in prepared.items], measured)
 
     def _part(self, suite: str, only: Mapping[str, Sequence[str]]) -> _Suite:
         """Give a part of a prepared suite, kept, since all candidates are scored on the same draw from a bank."""
@@ -304,7 +253,7 @@ def windows_of(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
     return tuple(Pair(tuple(context), tuple(tokens), asks_greedy=False) for context, tokens in pieces)
 
 
-def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
+def _answers(suite: _Suite, engine: Engine) -> list[Answered]:
     """Return the engine's answer to every request, in their order."""
     reading = suite.reading(engine.max_length)
     pairs, _, prompts = _by_kind(suite.requests)
@@ -313,70 +262,15 @@ def _answers(suite: _Suite, engine: Engine) -> list[_Answered]:
     of_texts = (math.fsum(score for score, _ in islice(of_windows, count)) for count in reading.windows)
     written = iter(engine.generate(prompts))
 
-    def answer(request: Request) -> _Answered:
+    def answer(request: Request) -> Answered:
         if isinstance(request.encoded, Pair):
-            return _Answered(next(of_pairs), request.length)
+            return Answered(next(of_pairs), request.length)
         if isinstance(request.encoded, Text):
-            return _Answered(next(of_texts), request.length)
+            return Answered(next(of_texts), request.length)
         made = next(written)
-        return _Answered(made.text, made.tokens, broken_off=not made.ended, text=made.text)
+        return Answered(made.text, made.tokens, broken_off=not made.ended, text=made.text)
 
     return [answer(request) for request in suite.requests]
-
-
-def _outcome(asked: AskedItem, answered: Sequence[_Answered], suite: str, max_length: int) -> Outcome:
-    task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
-    answers = _filtered(asked, answered)
-    try:
-        metrics = member.process_results(item.doc, answers)
-    except Exception as error:  # metrics and task code raise whatever they like
-        raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {error_text(error)}") from error
-    if task.info.output_type == "loglikelihood_rolling":
-        loglikelihood, size = bytes_of(member, item, metrics, answers[0])
-        value, weight = -loglikelihood / math.log(2), float(size)
-        loglikelihoods: tuple[float, ...] = (float(answers[0]),)
-    else:
-        if task.info.metric not in metrics:
-            raise TaskError(
-                f"task {task.info.name}, item {item.hash}: there is no {task.info.metric} among its metrics"
-            )
-        value, weight = float(metrics[task.info.metric]), 1.0
-        loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
-    if not math.isfinite(value):
-        raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
-    written = [answer.text for answer in answered if answer.text is not None]
-    return Outcome(
-        task.info.name,
-        suite,
-        item.hash,
-        value,
-        weight,
-        loglikelihoods,
-        truncated=not all(request.encoded.fits(max_length) for request in asked.requests),
-        lengths=tuple(answer.length for answer in answered),
-        broken_off=any(answer.broken_off for answer in answered),
-        right=asked.right,
-        answer="\n".join(written) if written else None,
-    )
-
-
-def _filtered(asked: AskedItem, answered: Sequence[_Answered]) -> list[Any]:
-    """Return an item's answers behind the task's filter, which reads them from lm-eval's instances."""
-    member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
-    for instance, answer in zip(instances, answered, strict=True):
-        instance.resps = [answer.response]
-    next(ensemble for ensemble in member._filters if ensemble.name == asked.task.filter).apply(instances)
-    return [instance.filtered_resps[asked.task.filter] for instance in instances]
-
-
-def bytes_of(
-    member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float
-) -> tuple[float, int]:
-    """Return a text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
-    for name in ("bits_per_byte", "byte_perplexity"):
-        if name in metrics:
-            return metrics[name]
-    return loglikelihood, member.count_bytes(member.doc_to_target(item.doc))
 
 
 def _chat(

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.api.metrics import mean
+import numpy as np
+from lm_eval.api.metrics import (
+    brier_score,
+    bypass_agg,
+    f1_score,
+    matthews_corrcoef,
+    mean,
+    median,
+    nanmean,
+    perplexity,
+    weighted_perplexity,
+)
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evals.errors import TaskError
 from evals.lm_split import Item
 from evals.outcomes import TaskSpec
+from evals.statistics import F1, MCC, MOST_CLASSES, OWN, PERPLEXITY, RATIO, parts_of_choice
+
+Parts = tuple[float, ...]
+AGGREGATIONS: dict[object, str] = {
+    f1_score: F1, matthews_corrcoef: MCC, perplexity: PERPLEXITY, weighted_perplexity: PERPLEXITY, nanmean: RATIO,
+}  # fmt: skip
+NO_SCORES = (bypass_agg, median)  # no score at all, and one that leaving out an item hardly ever changes
 
 ROLLING_METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 NOT_A_NUMBER = ("likelihood",)  # lm-eval averages it, but each item's is a pair
@@ -35,8 +55,25 @@ def require_usable(member: object, spec: TaskSpec, *, allow_task_code: bool) -> 
             raise TaskError(f"answers must be greedy, to be the same twice: task {spec.name} asks for {what}")
 
 
-def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -> tuple[str, str, bool]:
-    """Choose the metric that is measured, the filter before it, and whether higher is better."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is measured of a task.
+
+    Args:
+        metric: lm-eval's name.
+        filter: what reads answers before it.
+        higher_is_better: its direction.
+        statistic: what the score is where it is no mean over items: one of `evals.statistics`.
+    """
+
+    metric: str
+    filter: str
+    higher_is_better: bool
+    statistic: str = ""
+
+
+def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -> Measured:
+    """Choose the metric that is measured: the one asked for, else the first that is a mean over items."""
     first = members[0]
     if any(member.OUTPUT_TYPE != first.OUTPUT_TYPE for member in members):
         raise TaskError(f"group {name} mixes kinds of tasks; name its tasks one by one")
@@ -47,19 +84,76 @@ def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -
     chosen = chosen or filters[0]
     if first.OUTPUT_TYPE == "loglikelihood_rolling":
         if metric and metric not in ROLLING_METRICS:
-            raise TaskError(f"texts are scored in bits_per_byte: metric {metric!r} given for task {name}")
-        return "bits_per_byte", chosen, False
-    usable = [m for m, how in first.aggregation().items() if how is mean and m not in NOT_A_NUMBER]
+            known = " or ".join(ROLLING_METRICS)
+            raise TaskError(f"texts are scored in {known}: metric {metric!r} given for task {name}")
+        if metric in ("", "bits_per_byte"):
+            return Measured("bits_per_byte", chosen, False)
+        return Measured(metric, chosen, False, PERPLEXITY)
+    means = [m for m, how in first.aggregation().items() if how is mean and m not in NOT_A_NUMBER]
+    others = [m for m, how in first.aggregation().items() if how is not mean and how not in NO_SCORES]
+    usable = [*means, *others]
     if not usable or (metric and metric not in usable):
         found = ", ".join(first.aggregation())
         raise TaskError(
-            f"a metric must be a mean over items: task {name} has {found}, of which usable: "
+            f"a metric must give a score that can be resampled: task {name} has {found}, of which usable: "
             f"{', '.join(usable) or 'none'}{f'; {metric!r} given' if metric else ''}"
         )
     metric = metric or usable[0]
-    if any(member.aggregation().get(metric) is not mean for member in members):
+    how = first.aggregation()[metric]
+    if any(member.aggregation().get(metric) is not how for member in members):
         raise TaskError(f"group {name}: metric {metric} is not in all of its tasks")
-    return metric, chosen, bool(first.higher_is_better()[metric])
+    return Measured(metric, chosen, bool(first.higher_is_better()[metric]), "" if how is mean else statistic_of(how))
+
+
+def statistic_of(aggregate: object) -> str:
+    """Name what an aggregation of lm-eval is; Brier scores are a mean over items, what is not known a task's own."""
+    return "" if aggregate is brier_score else AGGREGATIONS.get(aggregate, OWN)
+
+
+def value_of(name: str, measured: Any, statistic: str, aggregate: object, classes: int) -> tuple[float, Parts]:
+    """Return an item's value, and what it adds to a score that is no mean.
+
+    Args:
+        name: of the metric.
+        measured: what the task's metric gives for the item.
+        classes: choices of the task's items, at most.
+
+    Raises:
+        TaskError: the metric gives something else.
+    """
+    if aggregate is brier_score:
+        right, shares = measured
+        if not isinstance(right, int | np.integer):
+            raise TaskError(f"{name} is of tasks with one right choice: {right!r} given")
+        wanted = np.eye(len(shares))[right]
+        return float(((np.asarray(shares, dtype=float) - wanted) ** 2).sum()), ()
+    if statistic in (F1, MCC):
+        parts = parts_of_choice(name, measured, classes)
+        return float(measured[0] == measured[1]), parts
+    if statistic == PERPLEXITY:
+        loglikelihood, size = measured if isinstance(measured, tuple | list) else (measured, 1.0)
+        return float(loglikelihood), (float(loglikelihood), float(size))
+    if statistic == RATIO:
+        number = float(measured)
+        return (0.0, (0.0, 0.0)) if math.isnan(number) else (number, (number, 1.0))
+    return (0.0 if statistic == OWN else float(measured)), ()
+
+
+def classes_of(name: str, statistic: str, members: Sequence[ConfigurableTask], items: Iterable[Item]) -> int:
+    """Count the choices of a task's items, at most, where its score needs them.
+
+    Raises:
+        TaskError: they are too many, or F1 is asked of more than two.
+    """
+    if statistic not in (F1, MCC):
+        return 0
+    choices = (members[item.member].doc_to_choice(item.doc) for item in items)
+    most = max((len(found) for found in choices if isinstance(found, list)), default=0)
+    if statistic == F1 and most != 2:
+        raise TaskError(f"f1 is of two choices, of which the second is looked for: an item of task {name} has {most}")
+    if not 2 <= most <= MOST_CLASSES:
+        raise TaskError(f"mcc is of 2 to {MOST_CLASSES} choices: an item of task {name} has {most}")
+    return most
 
 
 def require_measured(

@@ -27,8 +27,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.bank import LEAST_DRAWN
 from evals.errors import TaskError, error_text
-from evals.lm_harness import Harness, LoadedTask
-from evals.lm_metric import choose_metric, metric_notes, require_measured, require_pooled, require_usable
+from evals.lm_asked import LoadedTask
+from evals.lm_harness import Harness
+from evals.lm_metric import choose_metric, classes_of, metric_notes, require_measured, require_pooled, require_usable
 from evals.lm_split import asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
 from evals.outcomes import ACCURACIES, CERTIFY, HOLDOUT, REST, SEARCH, SENTINEL, SPARE, SUITES, TASK, TaskInfo, TaskSpec
 from evals.plain_text import read_pieces
@@ -89,13 +90,14 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     members = tuple(loaded["tasks"].values())
     for member in members:
         require_usable(member, spec, allow_task_code=allow_task_code)
-    metric, chosen_filter, higher = choose_metric(name, members, spec.metric)
+    measured = choose_metric(name, members, spec.metric)
+    metric = measured.metric
     if len(members) > 1:
         require_pooled(name, loaded.get("groups", {}).values())
     items, choices = read_items(name, members)
     require_measured(name, members, metric, items)
     shots = tuple(shots_of(member, spec) for member in members)
-    bank = spec.bank_items if spec.search_items >= LEAST_DRAWN else 0
+    bank = spec.bank_items if spec.search_items >= LEAST_DRAWN and not measured.statistic else 0
     suites = split_items(name, items, members, replace(spec, bank_items=bank), shots, seed)
     has_bank = bank > 0 and len(suites[SEARCH]) > spec.search_items
     chosen = [choices[item.member, item.hash] for suite in SUITES for item in suites[suite]]
@@ -106,21 +108,23 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
         expert=spec.expert,
         output_type=members[0].OUTPUT_TYPE,
         metric=metric,
-        higher_is_better=higher,
+        higher_is_better=measured.higher_is_better,
         chance=math.fsum(chosen) / len(chosen) if accuracy else 0.0,
         search_items=len(suites[SEARCH]),
         holdout_items=len(suites[HOLDOUT]),
         drawn_items=spec.search_items if has_bank else 0,
+        statistic=measured.statistic,
     )
+    classes = classes_of(name, measured.statistic, members, [item for found in items.values() for item in found])
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
     notes = metric_notes(name, members[0], metric, spec.metric)
     notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
     if spec.bank_items and not has_bank:
         notes += (
-            f"task {name} has no bank: a bank needs {LEAST_DRAWN} items for each candidate and more for the anchors; "
-            f"every candidate is scored on all {len(suites[SEARCH])}",
+            f"task {name} has no bank: a bank needs {LEAST_DRAWN} items for each candidate and more for the anchors, "
+            f"and a score that is a mean over items; every candidate is scored on all {len(suites[SEARCH])}",
         )
-    return LoadedTask(info, members, chosen_filter, shots, shots_from, suites, notes)
+    return LoadedTask(info, members, measured.filter, shots, shots_from, suites, notes, classes)
 
 
 def _certify_notes(name: str, spec: TaskSpec, found: int, contents: int) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evals.lm_asked import LoadedTask
 from evals.lm_examples import SIZES
-from evals.lm_harness import Harness, LoadedTask
+from evals.lm_harness import Harness
 from evals.lm_split import Item, right_choices
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from evals.errors import TaskError
 from evals.outcomes import SENTINEL, TaskInfo
 from evals.score_table import Table, table_of
+from evals.statistics import score_of
 
 Array = NDArray[np.float64]
 
@@ -292,6 +293,8 @@ def _resampled_scores(table: Table, replicates: int, seed: Sequence[int]) -> Arr
     n = len(table.weights)
     draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
     counts = np.bincount(draws.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+    if table.parts is not None:
+        return score_of(table.statistic, np.tensordot(counts, table.parts, axes=1))  # (B, T, k) -> (B, T)
     scores = np.asarray(counts @ table.values / (counts @ table.weights)[:, None])  # (B, T)
     if table.pulls is None:
         return scores

@@ -1,6 +1,7 @@
 """What crosses between tasks, workers, the run folder and the objectives: plain frozen values, one row per item.
 
-A task's score is a ratio of sums over its items, so that any score can be recomputed or resampled from the rows.
+A task's score is a ratio of sums over its items, or another function of such sums, so that any score can be recomputed
+or resampled from the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SPARE_SHARE = 0.2
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
 OUTCOME_COLUMNS = (
     *("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off"),
-    *("right", "inclusion", "answer"),
+    *("right", "inclusion", "answer", "statistic", "parts"),
 )
 
 
@@ -68,6 +69,7 @@ class TaskInfo:
         chance: the score of guessing, in the metric's unit; 0 where there is none.
         search_items, holdout_items: items in each suite.
         drawn_items: of the search's, that a candidate other than an anchor is scored on; 0: all of them.
+        statistic: what the score is, where it is no ratio of sums over items: see `evals.statistics`.
     """
 
     name: str
@@ -80,6 +82,7 @@ class TaskInfo:
     search_items: int
     holdout_items: int
     drawn_items: int = 0
+    statistic: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class Outcome:
         right: which choices are right, by their place; empty where there are no choices.
         inclusion: probability with which the item was drawn from its task's bank; 1 where all were scored.
         answer: what the model wrote, up to the first stop string; None where nothing is written.
+        statistic, parts: of a score that is no such ratio: its name, and what the item adds to it (`evals.statistics`).
     """
 
     task: str
@@ -111,3 +115,5 @@ class Outcome:
     right: tuple[int, ...] = ()
     inclusion: float = 1.0
     answer: str | None = None
+    statistic: str = ""
+    parts: tuple[float, ...] = ()

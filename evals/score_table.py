@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from evals.bank import Seen, estimate, margins
 from evals.errors import TaskError
+from evals.statistics import score_of
 
 Array = NDArray[np.float64]
 
+LARGEST = 1e30  # of what an item adds to a score: sums of such numbers are finite
 AGREEMENT = 0.9  # of the answers that margins must tell, to be what the regression is on
 
 
@@ -24,15 +26,20 @@ class Table:
         values: those of items that a trial was not scored on are estimated (`evals.bank`).
         pulls: of each such trial's drawn items on the error of its sum, as of `Estimate`, for items like the bank's;
             None where every trial was scored on all.
+        statistic, parts: of a score that is no ratio of values to weights: its name, and what items add to it.
     """
 
     trials: NDArray[np.int64]  # (T,)
     values: Array  # (n, T)
     weights: Array  # (n,)
     pulls: Array | None = None  # (n, T)
+    statistic: str = ""
+    parts: Array | None = None  # (n, T, k)
 
     @property
     def scores(self) -> Array:
+        if self.parts is not None:
+            return score_of(self.statistic, self.parts.sum(axis=0))
         return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
 
     def residuals(self) -> Array:
@@ -42,6 +49,9 @@ class Table:
             (n, T), or (2 n, T) where scores are estimated: what the items may be off by, then what the estimates may.
         """
         n = len(self.weights)
+        if self.parts is not None:  # the jackknife's, which for a mean are the same
+            without = score_of(self.statistic, self.parts.sum(axis=0) - self.parts)
+            return np.asarray((without.mean(axis=0) - without) * np.sqrt((n - 1) / n) if n > 1 else without * np.nan)
         pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
         sampled = np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)
         return sampled if self.pulls is None else np.vstack([sampled, self.pulls / self.weights.sum()])
@@ -90,6 +100,11 @@ def table_of(rows: pd.DataFrame, task: str) -> Table:
     if not (np.isfinite(values).all() and ((weights == known[:, None]) == filled).all() and (known > 0).all()):
         raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
     numbers = np.asarray(trials, dtype=np.int64)
+    if "statistic" in rows and (named := set(rows["statistic"].dropna()) - {""}):
+        parts = _parts(rows, task, filled, (item_codes, trial_codes))
+        if len(named) > 1 or not rows["statistic"].isin(named).all():
+            raise TaskError(f"outcomes of task {task} must be of one score; they are of {', '.join(sorted(named))}")
+        return Table(numbers, values, known, statistic=named.pop(), parts=parts)
     if not is_drawn.any():
         return Table(numbers, values, known)
     signals, chances = values, np.ones((n, t))
@@ -99,6 +114,19 @@ def table_of(rows: pd.DataFrame, task: str) -> Table:
         signals[item_codes, trial_codes] = found
     pulls = _estimate_into(values, signals, filled == 1, chances, is_drawn)
     return Table(numbers, values, known, pulls)
+
+
+def _parts(rows: pd.DataFrame, task: str, filled: NDArray[np.int64], at: tuple[NDArray[np.int64], ...]) -> Array:
+    """Arrange what items add to a score: (n, T, k)."""
+    given = rows["parts"].to_list() if "parts" in rows else []
+    sizes = {0 if part is None else len(part) for part in given}
+    if len(sizes) != 1 or 0 in sizes or (filled != 1).any():
+        raise TaskError(f"outcomes of task {task} must have parts of one length for each item")
+    parts = np.zeros((*filled.shape, sizes.pop()))
+    parts[at] = np.array([list(part) for part in given], dtype=np.float64)
+    if not (np.abs(parts) < LARGEST).all():
+        raise TaskError(f"outcomes of task {task} must be finite, and below {LARGEST:g}")
+    return parts
 
 
 def margins_of(rows: pd.DataFrame) -> Array | None:

@@ -35,10 +35,13 @@ SCHEMA = pa.schema(
         "right": pa.list_(pa.int64()),
         "inclusion": pa.float64(),
         "answer": pa.string(),
+        "statistic": pa.string(),
+        "parts": pa.list_(pa.float64()),
     }
 )
-LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer")  # unknown to earlier versions
-TEXT_COLUMNS = ("task", "suite", "item")
+# unknown to earlier versions
+LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer", "statistic", "parts")
+TEXT_COLUMNS = ("task", "suite", "item", "statistic")
 ANSWER = "answer"  # a text of any length
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
 MOST_ANSWERED = 250_000_000  # bytes of all that was written

@@ -156,7 +156,9 @@ def test_bad_task_files_are_named(tmp_path: Path) -> None:
     absent = "column cannot be read: item 1: doc_to_text: UndefinedError: 'absent' is undefined; .*column.jsonl, line 1"
     bad(absent, "column", doc_to_text="{{absent}}")
     bad("line .*: metric 'accc' is not one of lm-eval's", "metric", metric_list=[{"metric": "accc"}])
-    bad("has mcc, of which usable: none", "mean", metric_list=[{"metric": "mcc"}])
+    middle = [{"metric": "acc", "aggregation": "median", "higher_is_better": True}]
+    bad("has acc, of which usable: none", "median", metric_list=middle)
+    bad("f1 is of two choices, of which the second is looked for: .* has 4", "two", metric_list=[{"metric": "f1"}])
     refused("of which usable: acc, acc_norm; 'f1' given", write_task(tmp_path / "f1", questions()), metric="f1")
     broken = write_task(tmp_path / "broken", questions()) / "broken.yaml"
     broken.write_text("task: [broken")

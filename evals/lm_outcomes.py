@@ -1,0 +1,107 @@
+"""From a model's answers to outcomes: what the task's metric gives for each item, and what that adds to its score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from lm_eval.api.task import ConfigurableTask
+
+from evals.errors import ScoreError, TaskError, error_text
+from evals.lm_asked import Answered, AskedItem, LoadedTask
+from evals.lm_metric import value_of
+from evals.lm_split import Item
+from evals.outcomes import Outcome
+from evals.statistics import OWN, PERPLEXITY, pseudo_values
+
+LARGEST = 1e30  # of a score
+
+
+def measured_outcome(
+    asked: AskedItem, answered: Sequence[Answered], suite: str, max_length: int
+) -> tuple[Outcome, Any]:
+    """Return an item's outcome, and what the task's metric gives for it."""
+    task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
+    answers = _filtered(asked, answered)
+    try:
+        metrics = member.process_results(item.doc, answers)
+    except Exception as error:  # metrics and task code raise whatever they like
+        raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {error_text(error)}") from error
+    if task.info.output_type == "loglikelihood_rolling":
+        loglikelihood, size = bytes_of(member, item, metrics, answers[0])
+        value, weight = -loglikelihood / math.log(2), float(size)
+        loglikelihoods: tuple[float, ...] = (float(answers[0]),)
+        measured = metrics.get(task.info.metric)
+        parts = tuple(map(float, measured)) if task.info.statistic else ()
+    else:
+        if task.info.metric not in metrics:
+            raise TaskError(
+                f"task {task.info.name}, item {item.hash}: there is no {task.info.metric} among its metrics"
+            )
+        measured = metrics[task.info.metric]
+        value, parts = value_of(task.info.metric, measured, task.info.statistic, task.aggregate, task.classes)
+        weight = 1.0
+        loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
+    if not all(map(math.isfinite, (value, *parts))):
+        raise ScoreError(f"task {task.info.name}, item {item.hash}: {task.info.metric} is {value}")
+    written = [answer.text for answer in answered if answer.text is not None]
+    outcome = Outcome(
+        task.info.name,
+        suite,
+        item.hash,
+        value,
+        weight,
+        loglikelihoods,
+        truncated=not all(request.encoded.fits(max_length) for request in asked.requests),
+        lengths=tuple(answer.length for answer in answered),
+        broken_off=any(answer.broken_off for answer in answered),
+        right=asked.right,
+        answer="\n".join(written) if written else None,
+        statistic=task.info.statistic if parts else "",
+        parts=parts,
+    )
+    return outcome, measured
+
+
+def as_one_score(tasks: Sequence[LoadedTask], measured: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
+    """Give the items of a task with an aggregation of its own values whose mean is its score."""
+    outcomes = [outcome for outcome, _ in measured]
+    for task in {task.info.name: task for task in tasks}.values():
+        places = [i for i, other in enumerate(tasks) if other is task]
+        if task.info.statistic == PERPLEXITY:
+            sums = np.array([outcomes[i].parts for i in places]).sum(axis=0)
+            if -sums[0] / sums[1] > math.log(LARGEST):
+                raise ScoreError(f"task {task.info.name}: {task.info.metric} is above {LARGEST:g}")
+        if task.info.statistic != OWN:
+            continue
+        try:
+            values = pseudo_values(task.aggregate, [measured[i][1] for i in places])
+        except Exception as error:  # a task's code raises whatever it likes
+            raise TaskError(f"task {task.info.name}: aggregation of {task.info.metric}: {error_text(error)}") from error
+        if not all(map(math.isfinite, values)):
+            raise ScoreError(f"task {task.info.name}: {task.info.metric} is not finite where an item is left out")
+        for i, value in zip(places, values, strict=True):
+            outcomes[i] = replace(outcomes[i], value=value)
+    return outcomes
+
+
+def _filtered(asked: AskedItem, answered: Sequence[Answered]) -> list[Any]:
+    """Return an item's answers behind the task's filter, which reads them from lm-eval's instances."""
+    member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
+    for instance, answer in zip(instances, answered, strict=True):
+        instance.resps = [answer.response]
+    next(ensemble for ensemble in member._filters if ensemble.name == asked.task.filter).apply(instances)
+    return [instance.filtered_resps[asked.task.filter] for instance in instances]
+
+
+def bytes_of(
+    member: ConfigurableTask, item: Item, metrics: Mapping[str, Any], loglikelihood: float
+) -> tuple[float, int]:
+    """Return a text's log-likelihood in nats and its size in bytes, which a task may count in its own way."""
+    for name in ("bits_per_byte", "byte_perplexity"):
+        if name in metrics:
+            return metrics[name]
+    return loglikelihood, member.count_bytes(member.doc_to_target(item.doc))
