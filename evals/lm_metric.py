@@ -84,11 +84,8 @@ def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -
     chosen = chosen or filters[0]
     if first.OUTPUT_TYPE == "loglikelihood_rolling":
         if metric and metric not in ROLLING_METRICS:
-            known = " or ".join(ROLLING_METRICS)
-            raise TaskError(f"texts are scored in {known}: metric {metric!r} given for task {name}")
-        if metric in ("", "bits_per_byte"):
-            return Measured("bits_per_byte", chosen, False)
-        return Measured(metric, chosen, False, PERPLEXITY)
+            raise TaskError(f"texts are scored in bits_per_byte: metric {metric!r} given for task {name}")
+        return Measured("bits_per_byte", chosen, False)
     means = [m for m, how in first.aggregation().items() if how is mean and m not in NOT_A_NUMBER]
     others = [m for m, how in first.aggregation().items() if how is not mean and how not in NO_SCORES]
     usable = [*means, *others]

@@ -34,8 +34,7 @@ def measured_outcome(
         loglikelihood, size = bytes_of(member, item, metrics, answers[0])
         value, weight = -loglikelihood / math.log(2), float(size)
         loglikelihoods: tuple[float, ...] = (float(answers[0]),)
-        measured = metrics.get(task.info.metric)
-        parts = tuple(map(float, measured)) if task.info.statistic else ()
+        measured, parts = None, ()
     else:
         if task.info.metric not in metrics:
             raise TaskError(

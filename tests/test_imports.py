@@ -17,7 +17,10 @@ ROOMS = ("demo", "views", "search", "study", "workers", "export", "merging", "ch
 PROGRAMS = ("accept", "cli", "commands", "certify", "lost", "run_study", "learn", "run")
 GROUND = ("errors", "exit_codes", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
-    "lm_eval": {"evals.lm_harness", "evals.lm_metric", "evals.lm_split", "evals.lm_tasks"},
+    "lm_eval": {
+        *("evals.lm_asked", "evals.lm_harness", "evals.lm_metric", "evals.lm_outcomes", "evals.lm_split"),
+        "evals.lm_tasks",
+    },
     "datasets": {"evals.lm_tasks", "evals.rows"},
     "jinja2": {"evals.lm_harness", "evals.templates"},
     "yaml": {"optimizer.strict_yaml", "evals.task_files"},

@@ -148,9 +148,6 @@ def two_choices(n: int = 40) -> list[dict[str, Any]]:
 
 TEXTS = [{"text": words(i, 8), "last": f" {words(i + 3, 1)}"} for i in range(40)]
 LAST = {"output_type": "loglikelihood", "doc_to_text": "{{text}}", "doc_to_target": "{{last}}", "doc_to_choice": None}
-ROLLING = {
-    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}", "doc_to_choice": None,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -160,8 +157,6 @@ ROLLING = {
         ("mcc", questions(40), {}, MCC),
         ("brier_score", questions(40), {}, ""),
         ("perplexity", TEXTS, LAST, PERPLEXITY),
-        ("word_perplexity", TEXTS, ROLLING, PERPLEXITY),
-        ("byte_perplexity", TEXTS, ROLLING, PERPLEXITY),
     ],
 )
 def test_lm_evals_metrics_are_scored_as_lm_eval_aggregates_them(
