@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from evals.errors import TaskError
 from evals.outcomes import SENTINEL, TaskInfo
-from evals.score_table import Table, table_of
+from evals.score_table import Table, table_from, table_of
 from evals.statistics import score_of
+from evals.task_rows import TaskRows
 
 Array = NDArray[np.float64]
 
@@ -35,6 +36,7 @@ class Scale:
         suite: "search" or "holdout".
         base: the trial that is the base.
         experts: expert name to the trial that is this expert.
+        arrays: the suite's outcomes by task once more, where they are at hand; objectives are then made of these.
     """
 
     outcomes: pd.DataFrame
@@ -42,11 +44,20 @@ class Scale:
     suite: str
     base: int
     experts: Mapping[str, int]
+    arrays: Mapping[str, TaskRows] | None = None
 
     @property
     def rows(self) -> pd.DataFrame:
         """The outcomes of the suite."""
         return self.outcomes[self.outcomes["suite"] == self.suite]
+
+    def table(self, task: str) -> Table:
+        """Arrange a task's outcomes on the suite as arrays; errors as of `table_of`."""
+        if self.arrays is None:
+            return table_of(self.rows, task)
+        if task not in self.arrays:
+            raise TaskError(f"task {task} has no outcome on this suite")
+        return table_from(self.arrays[task], task)
 
     @property
     def measured_by(self) -> list[TaskInfo]:
@@ -226,10 +237,10 @@ class _Measure:
 
 
 def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
-    base, experts, suite, rows = scale.base, scale.experts, scale.suite, scale.rows
+    base, experts, suite = scale.base, scale.experts, scale.suite
     measures: list[_Measure] = []
     for task in scale.measured_by:
-        table = table_of(rows, task.name)
+        table = scale.table(task.name)
         scale.require_references(table.trials)
         if measures and not np.array_equal(table.trials, measures[0].trials):
             odd = sorted(set(table.trials.tolist()) ^ set(measures[0].trials.tolist()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evals.bank import Seen, estimate, margins
+from evals.bank import Seen, estimate
 from evals.errors import TaskError
 from evals.statistics import score_of
+from evals.task_rows import TaskRows, task_rows
 
 Array = NDArray[np.float64]
 
@@ -74,16 +76,19 @@ def table_of(rows: pd.DataFrame, task: str) -> Table:
     Raises:
         TaskError: there are none, a trial lacks an item or has it twice, or a number is not usable.
     """
-    rows = rows.loc[rows["task"] == task]
-    trial_codes, trials = pd.factorize(rows["trial"], sort=True)
-    item_codes, items = pd.factorize(rows["item"], sort=True)
+    return table_from(task_rows(rows.loc[rows["task"] == task]), task)
+
+
+def table_from(rows: TaskRows, task: str) -> Table:
+    """Arrange rows as `table_of` arranges outcomes; errors as there."""
+    trial_codes, trials = pd.factorize(rows.trials, sort=True)
+    item_codes, items = pd.factorize(rows.items, sort=True)
     n, t = len(items), len(trials)
     if not n:
         raise TaskError(f"task {task} has no outcome on this suite")
     filled = np.zeros((n, t), dtype=np.int64)
     np.add.at(filled, (item_codes, trial_codes), 1)
-    inclusion = _inclusion(rows)
-    is_drawn = np.bincount(trial_codes, inclusion < 1, minlength=t) > 0  # (T,)
+    is_drawn = np.bincount(trial_codes, rows.inclusion < 1, minlength=t) > 0  # (T,)
     wrong = (filled > 1) | ((filled != 1) & ~is_drawn)
     if wrong.any():
         item, trial = np.argwhere(wrong)[0]
@@ -94,36 +99,37 @@ def table_of(rows: pd.DataFrame, task: str) -> Table:
     if is_drawn.all():
         raise TaskError(f"task {task}: an estimate from some items of a bank needs a trial that was scored on all")
     values, weights = np.zeros((n, t)), np.full((n, t), np.nan)
-    values[item_codes, trial_codes] = rows["value"]
-    weights[item_codes, trial_codes] = rows["weight"]
+    values[item_codes, trial_codes] = rows.values
+    weights[item_codes, trial_codes] = rows.weights
     known = weights[:, int(np.flatnonzero(~is_drawn)[0])]
     if not (np.isfinite(values).all() and ((weights == known[:, None]) == filled).all() and (known > 0).all()):
         raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
     numbers = np.asarray(trials, dtype=np.int64)
-    if "statistic" in rows and (named := set(rows["statistic"].dropna()) - {""}):
-        parts = _parts(rows, task, filled, (item_codes, trial_codes))
-        if len(named) > 1 or not rows["statistic"].isin(named).all():
-            raise TaskError(f"outcomes of task {task} must be of one score; they are of {', '.join(sorted(named))}")
-        return Table(numbers, values, known, statistic=named.pop(), parts=parts)
+    if named := sorted(rows.statistics - {""}):
+        parts = _parts(rows.parts, task, filled, (item_codes, trial_codes))
+        if len(rows.statistics) > 1:
+            raise TaskError(f"outcomes of task {task} must be of one score; they are of {', '.join(named)}")
+        return Table(numbers, values, known, statistic=named[0], parts=parts)
     if not is_drawn.any():
         return Table(numbers, values, known)
     signals, chances = values, np.ones((n, t))
-    chances[item_codes, trial_codes] = inclusion
-    if (found := margins_of(rows)) is not None:
+    chances[item_codes, trial_codes] = rows.inclusion
+    if (found := telling_margins(rows)) is not None:
         signals = np.zeros((n, t))
         signals[item_codes, trial_codes] = found
     pulls = _estimate_into(values, signals, filled == 1, chances, is_drawn)
     return Table(numbers, values, known, pulls)
 
 
-def _parts(rows: pd.DataFrame, task: str, filled: NDArray[np.int64], at: tuple[NDArray[np.int64], ...]) -> Array:
+def _parts(
+    given: Sequence[Sequence[float] | None], task: str, filled: NDArray[np.int64], at: tuple[NDArray[np.int64], ...]
+) -> Array:
     """Arrange what items add to a score: (n, T, k)."""
-    given = rows["parts"].to_list() if "parts" in rows else []
     sizes = {0 if part is None else len(part) for part in given}
     if len(sizes) != 1 or 0 in sizes or (filled != 1).any():
         raise TaskError(f"outcomes of task {task} must have parts of one length for each item")
     parts = np.zeros((*filled.shape, sizes.pop()))
-    parts[at] = np.array([list(part) for part in given], dtype=np.float64)
+    parts[at] = np.array([list(part or ()) for part in given], dtype=np.float64)
     if not (np.abs(parts) < LARGEST).all():
         raise TaskError(f"outcomes of task {task} must be finite, and below {LARGEST:g}")
     return parts
@@ -136,23 +142,15 @@ def margins_of(rows: pd.DataFrame) -> Array | None:
         (R,) in nats, or in nats a token; None where an outcome has no choices, where its right ones were not kept, or
         where the margins do not tell the answers.
     """
-    if not {"right", "lengths"} <= set(rows) or rows[["right", "lengths"]].isna().any(axis=None):
+    return telling_margins(task_rows(rows, is_bank=True))
+
+
+def telling_margins(rows: TaskRows) -> Array | None:
+    """Choose the margins that tell more of the answers; as `margins_of`."""
+    if rows.margins is None:
         return None
-    counts, rights = rows["loglikelihoods"].map(len).to_numpy(), rows["right"].map(len).to_numpy()
-    if not rights.all() or not (counts > rights).all() or (rows["lengths"].map(len).to_numpy() != counts).any():
-        return None
-    at, width = np.arange(len(rows)).repeat(counts), int(counts.max())
-    place = np.arange(len(at)) - (np.cumsum(counts) - counts).repeat(counts)
-    scores, lengths = np.full((len(rows), width), -np.inf), np.ones((len(rows), width))
-    scores[at, place] = np.concatenate(rows["loglikelihoods"].to_list())
-    lengths[at, place] = np.maximum(np.concatenate(rows["lengths"].to_list()), 1)
-    right = np.zeros((len(rows), width), dtype=bool)
-    chosen = np.concatenate(rows["right"].to_list()).astype(np.int64)
-    if not ((chosen >= 0) & (chosen < counts.repeat(rights))).all():
-        return None
-    right[np.arange(len(rows)).repeat(rights), chosen] = True
-    answers = rows["value"].to_numpy() == 1
-    found = max((margins(of, right) for of in (scores, scores / lengths)), key=lambda m: ((m > 0) == answers).sum())
+    answers = rows.values == 1
+    found = max(rows.margins, key=lambda margins: int(((margins > 0) == answers).sum()))
     return found if ((found > 0) == answers).mean() >= AGREEMENT and np.isfinite(found).all() else None
 
 
@@ -171,10 +169,3 @@ def _estimate_into(
         # the bank's items stand for others like them: what is foretold varies less than what would be measured
         pulls[:, trial] = found.pulls * np.sqrt(1 + len(places) / n)
     return pulls
-
-
-def _inclusion(rows: pd.DataFrame) -> Array:
-    """Give the probability with which each row's item was drawn; 1 where an earlier version kept none."""
-    if "inclusion" not in rows:
-        return np.ones(len(rows))
-    return np.asarray(rows["inclusion"].astype(float).fillna(1.0), dtype=np.float64)

@@ -179,6 +179,7 @@ def _outer_group(name: str) -> str:
     return "head" if _LAST_NORM.search(name) else ""
 
 
+@lru_cache(maxsize=4096)
 def _match(group: str) -> re.Match[str]:
     found = GROUP.fullmatch(group) or _PLACE.fullmatch(group)
     if found is None or (found[1] and group != f"layer.{int(found[1]):02d}.{found[2]}"):

@@ -75,13 +75,14 @@ class Recipe:
         check_experts(spec, self.experts)
         object.__setattr__(self, "experts", tuple(sorted(self.experts)))
         object.__setattr__(self, "kinds", checked_kinds(self.kinds))
-        kinds = [name for name, _ in self.kinds]
-        settings = tuple(sorted(_checked(setting, spec, dict(self.experts), kinds) for setting in self.settings))
+        kinds, experts = [name for name, _ in self.kinds], dict(self.experts)
+        settings = tuple(sorted((_checked(setting, spec, experts, kinds) for setting in self.settings), key=_row))
         object.__setattr__(self, "settings", settings)
-        for one, other in pairwise(settings):
+        values = {_key(setting): setting.value for setting in settings}
+        object.__setattr__(self, "_values", values)
+        for one, other in pairwise(settings) if len(values) < len(settings) else ():
             if _key(one) == _key(other):
                 raise SpaceError("a recipe sets a number once", given=f"{one.value} and {other.value}", where=one.where)
-        object.__setattr__(self, "_values", {_key(setting): setting.value for setting in settings})
         if self.dtype not in ("", *STORED_DTYPES):
             rule = f"a merge is stored in {', '.join(STORED_DTYPES)}"
             raise SpaceError(rule, given=repr(self.dtype), where="dtype", mend="leave it out for the base's")
@@ -248,9 +249,13 @@ def _checked(setting: Setting, spec: MethodSpec, experts: dict[str, str], kinds:
         group_at(setting.group, kinds)  # raises where the group is misspelt
         if parameter.scope == "recipe":
             raise SpaceError(f"{parameter.name} has one value for all groups", given=setting.group, where=setting.where)
-    value = to_float(setting.value) + 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
+    value = to_float(setting.value)
+    if value == 0.0:
+        value = 0.0  # no -0.0: it equals 0.0 and would print, and hash, as another recipe
     if not parameter.allows(value):
         raise SpaceError(f"{parameter.name} is {DOMAINS[parameter.domain]}", given=value, where=setting.where)
+    if value is setting.value:
+        return setting
     return Setting(setting.parameter, setting.expert, setting.group, value)
 
 
@@ -302,5 +307,7 @@ def _setting(row: object) -> Setting:
     value = row[-1] if isinstance(row, list) and len(row) == 4 else None
     if not isinstance(row, list) or isinstance(value, bool) or not isinstance(value, int | float):
         raise SpaceError("a setting is [parameter, expert, group, number]", given=row, where="settings")
-    parameter, expert, group = _strings(row[:3], count=3, where="a setting's words")
+    parameter, expert, group, _ = row
+    if not (isinstance(parameter, str) and isinstance(expert, str) and isinstance(group, str)):
+        _strings(row[:3], count=3, where="a setting's words")
     return Setting(parameter, expert, group, value)

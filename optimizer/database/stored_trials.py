@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
+from optimizer.database.trial_rows import read_rows
 from optimizer.errors import DamagedError, RunError, UnavailableError
 from optimizer.masking import redacted
 from search_spaces.recipe import Recipe
@@ -17,6 +19,7 @@ from search_spaces.recipe import Recipe
 ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "lesson": str,
+    "outcomes": str,
     "recipe": str,
     "reason": str,
     "request": str,
@@ -41,7 +44,7 @@ def read_trials(storage: RDBStorage, study: str, where: object) -> list[FrozenTr
     with readable(where):
         study_id = storage.get_study_id_from_name(study)
         objectives = len(storage.get_study_directions(study_id))
-        trials = sorted(storage.get_all_trials(study_id, deepcopy=False), key=lambda trial: trial.number)
+        trials = read_rows(storage.engine, study_id)
         for number, trial in enumerate(trials):
             if problem := f"is numbered {trial.number}" if trial.number != number else _problem(trial, objectives):
                 raise DamagedError(f"{where} is damaged: trial {number} {problem}; {MEND}")
@@ -86,10 +89,20 @@ def _problem(trial: FrozenTrial, objectives: int) -> str:
 
 def _recipe_problem(text: str) -> str:
     try:
-        Recipe.from_json(text)
+        digest_of(text)
     except Exception as error:  # a parser given nonsense
         return f"has a recipe that cannot be read: {_brief(error)}"
     return ""
+
+
+@lru_cache(maxsize=2**14)
+def digest_of(text: str) -> str:
+    """Read a recipe and give its digest; a driver asks for each trial's twice, as it checks and as it recalls them.
+
+    Raises:
+        SpaceError: it is none.
+    """
+    return Recipe.from_json(text).digest
 
 
 def _brief(value: object) -> str:

@@ -11,15 +11,15 @@ import shutil
 import sqlite3
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
 from evals.documents import KINDS
 from optimizer.database.stored_trials import read_trials, readable
@@ -66,7 +66,7 @@ def open_storage(database: Path, *, own: bool = True, busy_seconds: float = BUSY
             create(database)
         # The creator keeps the path out of a URL, where "?", "%" and "{" would mean something.
         connect = partial(_connected, database, busy_seconds)
-        return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool})
+        return _opened(connect, QueuePool)
     except (sqlite3.Error, SQLAlchemyError, OSError) as error:
         raise unwritable(database, error) from error
 
@@ -166,12 +166,14 @@ def no_folder(database: Path) -> RunError:
 
 
 def create(database: Path) -> None:
-    """Make a study file without a study, in WAL mode and with our mark; it is whole as soon as it has its name."""
+    """Make a study file without a study: Optuna's tables, in WAL mode and with our mark; it is whole as soon as it has
+    its name."""
     if not database.parent.is_dir():
         raise no_folder(database)
     draft = _beside(database, f".{os.getpid()}.tmp")
     try:
         with closing(sqlite3.connect(draft)) as connection:
+            _tables().backup(connection)
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
             connection.execute("PRAGMA journal_mode=WAL")
         os.replace(draft, database)
@@ -199,10 +201,39 @@ def _connected(database: Path, busy_seconds: float) -> sqlite3.Connection:
 def _over(copy: sqlite3.Connection, where: object) -> RDBStorage:
     """Open a storage over a copy in memory, in which all studies are ours."""
     with readable(where):
-        storage = RDBStorage("sqlite://", engine_kwargs={"creator": lambda: copy, "poolclass": StaticPool})
+        storage = _opened(lambda: copy, StaticPool)
     if _mark(copy) != APPLICATION_ID:
         require_ours(storage, where)
     return storage
+
+
+def _opened(connect: Callable[[], sqlite3.Connection], pool: type[Pool]) -> RDBStorage:
+    """Open Optuna's storage; a file of tables that are this Optuna's is known by its version, for looking that up among
+    Optuna's scripts takes longer than all else."""
+    connection = connect()
+    try:
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.OperationalError:  # no such table: nothing was stored yet
+        found = []
+    if pool is not StaticPool:
+        connection.close()
+    is_ours = found == [(_head_version(),)]
+    kwargs = {"creator": connect, "poolclass": pool}
+    return RDBStorage("sqlite://", engine_kwargs=kwargs, skip_compatibility_check=is_ours, skip_table_creation=is_ours)
+
+
+@cache
+def _tables() -> sqlite3.Connection:
+    """Make a database in memory with Optuna's tables and nothing in them."""
+    made = sqlite3.connect(":memory:", check_same_thread=False)
+    RDBStorage("sqlite://", engine_kwargs={"creator": lambda: made, "poolclass": StaticPool}).remove_session()
+    return made
+
+
+@cache
+def _head_version() -> str:
+    """Look up the version of the tables that this Optuna makes."""
+    return str(_tables().execute("SELECT version_num FROM alembic_version").fetchone()[0])
 
 
 def _copied(database: Path, own: bool) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ TEXT_COLUMNS = ("task", "suite", "item", "statistic")
 ANSWER = "answer"  # a text of any length
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
 MOST_ANSWERED = 250_000_000  # bytes of all that was written
+MOST_STAMPED = 2**28  # bytes of a file
 LARGEST = 1e30  # of a value or a weight: sums, squares and ratios of such numbers are finite
 FACTS = ("trial", "suite", "recipe")  # an outcomes file's metadata
 
@@ -71,6 +73,17 @@ def write_outcomes(folder: Path, trial: int, suite: str, digest: str, outcomes: 
     _make_place(target)
     write_atomically(target, sink.getvalue())
     return target
+
+
+def stamp_of(path: Path) -> str:
+    """Tell a file's bytes apart from all others: their number and sha256; empty where there is no such file."""
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_STAMPED:
+            return ""
+        content = path.read_bytes()
+    except OSError:
+        return ""
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 
 def read_outcomes(path: Path) -> pd.DataFrame:

@@ -18,6 +18,7 @@ DRIVER_DIED = "driver_died"
 WORKER_DIED = "worker_died"
 DUPLICATE = "duplicate of"
 STOPPED = "stopped"  # user attribute of a trial that a race stopped: after what
+STAMP = "outcomes"  # user attribute: the stamp of the file of its search outcomes, as it was told
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 

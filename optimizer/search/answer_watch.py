@@ -18,8 +18,8 @@ class AnswerWatch:
 
     def __init__(self, run: RunFolder, tasks: Sequence[TaskInfo]) -> None:
         self._run, self._tasks = run, tasks
-        self._is_needed = any(task.output_type == WRITTEN for task in tasks)
-        self._accepted = read_accepted(run.path) if self._is_needed else {}
+        self.is_needed = any(task.output_type == WRITTEN for task in tasks)  # else none is kept off
+        self._accepted = read_accepted(run.path) if self.is_needed else {}
         self._guards: dict[tuple[str, ...], Guards] = {}  # by the suites that the base is scored on
         self._flagged: dict[tuple[int, tuple[str, ...]], bool] = {}
 
@@ -30,7 +30,7 @@ class AnswerWatch:
             digest: of its recipe.
             base: the trial that is the base; None: not scored yet.
         """
-        if not self._is_needed or base in (None, trial) or digest in self._accepted:
+        if not self.is_needed or base in (None, trial) or digest in self._accepted:
             return False
         suites = tuple(suite for suite in SUITES if self._run.has_outcomes(trial, suite))
         if (trial, suites) not in self._flagged:

@@ -305,7 +305,7 @@ class _Search:
             return
         outcomes = self.ledger.joined(number, outcomes)
         fault("outcome.before")
-        self.ledger.run.write_outcomes(number, SEARCH, self.ledger.digests[number], outcomes)
+        self.ledger.store(number, outcomes)
         fault("outcome.after")
         if number in self.ledger.values:
             self.failures.streak.clear()
@@ -325,6 +325,7 @@ class _Search:
             self._tell(number, self.ledger.held.pop(number), self.scale)
             if self.ledger.has_bank and self.ledger.kinds[number].is_anchor:
                 self.scale = with_anchor(number, self.scale, self.ledger)
+        self.ledger.forget_rows(self.ledger.front() if self.settings.racing else ())
 
     def _tell(self, number: int, seconds: float, scale: Scale) -> None:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -16,10 +16,13 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from evals.outcomes import SEARCH, Outcome, TaskInfo
-from optimizer.runs.front import front_without, losses
-from optimizer.runs.outcome_files import outcomes_of
+from evals.task_rows import TaskRows, rows_by_task, rows_of
+from optimizer.database.stored_trials import digest_of
+from optimizer.database.writer_storage import WriterStorage
+from optimizer.runs.front import front_without, losses, non_dominated
+from optimizer.runs.outcome_files import outcomes_of, outcomes_path, stamp_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, STOPPED, TrialKind
+from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, STAMP, STOPPED, TrialKind
 from optimizer.search.answer_watch import AnswerWatch
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
@@ -54,13 +57,13 @@ class Ledger:
         *,
         seed: int,
     ) -> None:
-        self.storage, self.run, self.tasks = storage, run, tasks
+        self.storage, self.run, self.tasks = WriterStorage(storage, study.study_name), run, tasks
         self._seed = seed  # of the draw from banks
         self._draws: dict[int, Draw] = {}  # by the number of blocks
         self.longer: dict[int, float] = {}  # trials that get another block of items, and the seconds they took so far
         self.stopped: set[int] = set()  # trials that a race stopped: never on the front
         self._watch = AnswerWatch(run, tasks)
-        self.study = SampledStudy(study.study_name, storage)
+        self.study = SampledStudy(study.study_name, self.storage)
         self.study_id = storage.get_study_id_from_name(study.study_name)
         self.anchors = {TrialKind(anchor.name): dict(anchor.params) for anchor in space.anchors()}
         self.reference_kinds = (BASE, *(TrialKind.expert(name) for name, _ in space.experts))
@@ -74,6 +77,9 @@ class Ledger:
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
         self._waiting: set[TrialKind] = set()  # anchors in Optuna's queue
+        self._front: frozenset[int] | None = None  # of those told so far; None: to be found
+        self._stamps: dict[int, str] = {}  # of outcome files that were written or found whole, as they were then
+        self._rows: dict[int, Mapping[str, TaskRows]] = {}  # outcomes that are at hand
 
     @property
     def anchors_wait(self) -> bool:
@@ -122,10 +128,29 @@ class Ledger:
         have = self.run.read_outcomes(number, SEARCH)
         return self.draw_of(self._blocks_in(have) + 1).stamped([*outcomes_of(have), *outcomes])
 
+    def rows_of(self, number: int) -> Mapping[str, TaskRows]:
+        """Give a trial's search outcomes as arrays, by task; what was scored lately or is on the front is at hand."""
+        if number not in self._rows:
+            outcomes = self.run.read_outcomes(number, SEARCH)
+            self._rows[number] = rows_by_task(outcomes, is_bank=self.has_bank)
+        return self._rows[number]
+
+    def store(self, number: int, outcomes: Sequence[Outcome]) -> None:
+        """Put a trial's search outcomes on the disk."""
+        path = self.run.write_outcomes(number, SEARCH, self.digests[number], outcomes)
+        self._stamps[number] = stamp_of(path)
+        self._rows[number] = rows_of(number, outcomes, is_bank=self.has_bank)
+
+    def forget_rows(self, keep: Container[int] = ()) -> None:
+        """Let go of the outcomes that are at hand, but for those of some trials and of what is not told yet."""
+        self._rows = {n: rows for n, rows in self._rows.items() if n in keep or n in self.held or n in self.longer}
+
     def has_whole_bank(self, number: int) -> bool:
         """Tell whether a trial was scored on every item."""
-        counts = self.run.read_outcomes(number, SEARCH)["task"].value_counts()
-        return all(counts.get(task.name, 0) >= task.search_items for task in self.tasks)
+        rows = self.rows_of(number)
+        return all(
+            len(rows[t.name].items) >= t.search_items if t.name in rows else not t.search_items for t in self.tasks
+        )
 
     def outcomes_lost(self, number: int) -> bool:
         """Tell whether a finished trial's outcomes are lost, and not stored again yet."""
@@ -159,12 +184,16 @@ class Ledger:
         """Say what is wrong with a trial's stored outcomes, in words; empty where nothing is."""
         return self.run.outcomes_fault(number, suite, digest=self.digests[number], tasks=self.tasks)
 
-    def front(self) -> set[int]:
+    def front(self) -> frozenset[int]:
         """Give the finished trials that no other beats, without those that a guard keeps off."""
-        numbers = [number for number in self.values if number not in self.stopped]
-        points = losses([self.values[number] for number in numbers])
-        mask, _ = front_without(points, lambda place: self.is_kept_off(numbers[place]))
-        return {number for number, on_front in zip(numbers, mask, strict=True) if on_front}
+        if self._watch.is_needed:  # a point that comes off sets free what it beat
+            numbers = [number for number in self.values if number not in self.stopped]
+            points = losses([self.values[number] for number in numbers])
+            mask, _ = front_without(points, lambda place: self.is_kept_off(numbers[place]))
+            return frozenset(number for number, on_front in zip(numbers, mask, strict=True) if on_front)
+        if self._front is None:
+            self._front = _not_beaten({n: told for n, told in self.values.items() if n not in self.stopped})
+        return self._front
 
     def is_kept_off(self, number: int) -> bool:
         """Tell whether a guard of written answers keeps a trial off the front."""
@@ -195,7 +224,7 @@ class Ledger:
         self.kinds[trial.number] = kind
         if "recipe" in trial.user_attrs:
             self.recipes[trial.number] = trial.user_attrs["recipe"]
-            self.digests[trial.number] = Recipe.from_json(trial.user_attrs["recipe"]).digest
+            self.digests[trial.number] = digest_of(trial.user_attrs["recipe"])
         if trial.state == TrialState.COMPLETE:
             self.values[trial.number] = tuple(trial.values)
             if trial.user_attrs.get(STOPPED):
@@ -212,12 +241,17 @@ class Ledger:
         """Owe every finished trial whose outcomes are missing or damaged; what is wrong with each file, in words."""
         faults = []
         for number in self.values:
-            if why := self.outcomes_fault(number, SEARCH):
+            if not self._is_as_told(number) and (why := self.outcomes_fault(number, SEARCH)):
                 self.owed.append(number)
                 faults.append(why)
             elif self.kinds[number] in self.reference_kinds:
                 self.references[self.kinds[number]] = number
         return faults
+
+    def _is_as_told(self, number: int) -> bool:
+        """Tell whether a trial's file has the bytes that it had when it was told, so that it need not be read again."""
+        told = self.storage.get_trial(self._id_of(number)).user_attrs.get(STAMP, "")
+        return bool(told) and told == stamp_of(outcomes_path(self.run.path, number, SEARCH))
 
     def _take_up(self, trial: FrozenTrial, *, is_retried: bool) -> None:
         """Hold an open trial whose outcomes are on the disk, to be told; owe any other, under its own number."""
@@ -225,6 +259,7 @@ class Ledger:
         digest = self.digests.get(number)
         if digest is not None and digest not in self.seen and not self.outcomes_fault(number, SEARCH):
             self.seen[digest] = number
+            self._stamps[number] = stamp_of(outcomes_path(self.run.path, number, SEARCH))
             self.hold(number, trial.user_attrs.get("seconds", math.nan))
         elif is_retried or not (digest or self.kinds[number] in self.anchors or self.kinds[number].is_prepared):
             self.tell_failed(number, DRIVER_DIED)
@@ -309,27 +344,39 @@ class Ledger:
     def mark_stopped(self, number: int, *, is_stopped: bool) -> None:
         """Write down that a race stopped a trial, or that it did not, whatever a driver before said."""
         (self.stopped.add if is_stopped else self.stopped.discard)(number)
-        self.note(number, STOPPED, is_stopped)
+        self.storage.set_trial_user_attr(self._id_of(number), STOPPED, is_stopped)  # written as it is told
 
     def tell(self, number: int, values: tuple[float, ...], seconds: float) -> None:
         """Tell a trial's objectives."""
+        trial_id = self._id_of(number)
         if math.isfinite(seconds):
-            self.note(number, "seconds", round(seconds, 3))
+            self.storage.set_trial_user_attr(trial_id, "seconds", round(seconds, 3))
+        if stamp := self._stamps.pop(number, ""):
+            self.storage.set_trial_user_attr(trial_id, STAMP, stamp)
         fault("tell.before")
         self.study.tell(number, values)
         fault("tell.after")
         self.values[number] = values
+        if self._front is not None and number not in self.stopped:
+            self._front = _not_beaten({n: self.values[n] for n in (*self._front, number)})
         self.finished += 1
 
     def tell_failed(self, number: int, reason: str) -> None:
         """Tell that a trial failed, and why; whether it counts is the caller's."""
-        self.note(number, "reason", reason.splitlines()[0])  # a worker's log may follow
+        self.storage.set_trial_user_attr(self._id_of(number), "reason", reason.splitlines()[0])  # a log may follow
         fault("fail.before")
         self.study.tell(number, state=TrialState.FAIL)
 
     def note(self, number: int, key: str, value: object) -> None:
-        """Give a trial of the study a user attribute."""
+        """Write a user attribute of a trial into the study, with all else that is known of the trial."""
         self.storage.set_trial_user_attr(self._id_of(number), key, value)
+        self.storage.write(self._id_of(number))
 
     def _id_of(self, number: int) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+
+
+def _not_beaten(values: Mapping[int, tuple[float, ...]]) -> frozenset[int]:
+    """Give the trials whose objectives no other's beat."""
+    mask = non_dominated(losses(list(values.values()))) if values else ()
+    return frozenset(number for number, on_front in zip(values, mask, strict=True) if on_front)

@@ -5,17 +5,15 @@ The blocks are the same for all candidates. Optuna cannot prune where there are 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 
 import numpy as np
-import pandas as pd
 
 from evals.objectives import Scale, draw_objectives, objective_names
-from evals.outcomes import SEARCH
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.posterior import front_chances
 from optimizer.search.ledger import Ledger
+from optimizer.search.scale import beside
 
 BEATEN = 0.05  # a chance of being on the front below which a candidate stops
 REPLICATES = 200
@@ -32,9 +30,7 @@ class Verdict(Enum):
 def verdict_of(trial: int, scale: Scale, ledger: Ledger) -> Verdict:
     """Say what becomes of a trial whose outcomes of one block or more are in the run folder."""
     front = [number for number in sorted(ledger.front()) if number != trial and not ledger.outcomes_lost(number)]
-    others = [number for number in (*front, trial) if number not in set(scale.outcomes["trial"])]
-    rows = [scale.outcomes, *(ledger.run.read_outcomes(number, SEARCH) for number in others)]
-    draws = draw_objectives(replace(scale, outcomes=pd.concat(rows, ignore_index=True)), replicates=REPLICATES)
+    draws = draw_objectives(beside((*front, trial), scale, ledger), replicates=REPLICATES)
     names = objective_names(list(scale.experts))
     columns = [draws.column(number) for number in (*front, trial)]
     samples = losses(np.stack([draws.samples[name][:, columns] for name in names], axis=-1))  # (B, F + 1, m)

@@ -72,7 +72,8 @@ class SampledStudy(Study):
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, states, use_cache)
-        return [trial for trial in trials if not TrialKind.of(trial.user_attrs).is_prepared]
+        kinds = ((trial, trial.user_attrs) for trial in trials)
+        return [trial for trial, told in kinds if "kind" not in told or not TrialKind.of(told).is_prepared]
 
 
 class _MethodApart(optuna.samplers.TPESampler):

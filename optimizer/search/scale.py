@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from evals.errors import TaskError
 from evals.objectives import Scale, draw_objectives, objective_names
 from evals.outcomes import SEARCH
+from evals.task_rows import joined, rows_by_task
 from optimizer.errors import SearchError
 from optimizer.runs.trial import BASE
 from optimizer.search.ledger import Ledger
@@ -16,18 +19,33 @@ from optimizer.search.ledger import Ledger
 
 def objectives_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[float, ...]:
     """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is in the scale."""
-    scale = with_anchor(trial, scale, ledger)
-    measured = draw_objectives(scale, replicates=0)
+    measured = draw_objectives(beside([trial], scale, ledger), replicates=0)
     place = measured.column(trial)
     return tuple(float(measured.points[name][place]) for name in objective_names(list(scale.experts)))
 
 
+def beside(trials: Iterable[int], scale: Scale, ledger: Ledger) -> Scale:
+    """Give a scale for making objectives of some trials: its arrays have theirs too, its outcomes have not."""
+    assert scale.arrays is not None
+    known = _trials_in(scale)
+    parts = [ledger.rows_of(trial) for trial in trials if trial not in known]
+    arrays = {
+        task: joined([rows, *(part[task] for part in parts if task in part)]) for task, rows in scale.arrays.items()
+    }
+    return replace(scale, arrays=arrays)
+
+
 def with_anchor(trial: int, scale: Scale, ledger: Ledger) -> Scale:
     """Give a scale that has a trial's outcomes too: with a bank, those of every anchor tell what others would score."""
-    if trial in set(scale.outcomes["trial"]):
+    if trial in _trials_in(scale):
         return scale
     own = ledger.run.read_outcomes(trial, SEARCH)
-    return replace(scale, outcomes=pd.concat([scale.outcomes, own], ignore_index=True))
+    return replace(beside([trial], scale, ledger), outcomes=pd.concat([scale.outcomes, own], ignore_index=True))
+
+
+def _trials_in(scale: Scale) -> set[int]:
+    assert scale.arrays is not None
+    return set(np.unique(next(iter(scale.arrays.values())).trials).tolist())
 
 
 def find_scale(ledger: Ledger) -> Scale:
@@ -41,7 +59,8 @@ def find_scale(ledger: Ledger) -> Scale:
     numbers = dict.fromkeys([*trials.values(), *sorted(finished)])
     outcomes = pd.concat([ledger.run.read_outcomes(n, SEARCH) for n in numbers], ignore_index=True)
     experts = {kind.expert_name: trials[kind] for kind in ledger.reference_kinds if kind != BASE}
-    scale = Scale(outcomes, ledger.tasks, SEARCH, trials[BASE], experts)
+    arrays = rows_by_task(outcomes, is_bank=ledger.has_bank)
+    scale = Scale(outcomes, ledger.tasks, SEARCH, trials[BASE], experts, arrays)
     try:
         objectives_of(scale.base, scale, ledger)
     except TaskError as error:
@@ -56,8 +75,7 @@ def values_now(ledger: Ledger) -> dict[int, tuple[float, ...]]:
         return ledger.values
     scale = find_scale(ledger)
     others = sorted(ledger.values.keys() - set(ledger.owed) - set(scale.outcomes["trial"]))
-    rows = [scale.outcomes, *(ledger.run.read_outcomes(number, SEARCH) for number in others)]
-    measured = draw_objectives(replace(scale, outcomes=pd.concat(rows, ignore_index=True)), replicates=0)
+    measured = draw_objectives(beside(others, scale, ledger), replicates=0)
     names = objective_names(list(scale.experts))
     found = {
         int(number): tuple(float(measured.points[name][place]) for name in names)

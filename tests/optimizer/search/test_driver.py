@@ -4,11 +4,14 @@ import dataclasses
 import io
 import os
 import signal
+import sqlite3
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -545,3 +548,34 @@ def test_every_method_is_tried_although_the_anchors_are_of_the_first() -> None:
             asked[recipe.method] += "kind" not in trial.user_attrs and trial.number >= len(choice.anchors())
     assert asked["ties"] > asked["task_arithmetic"] > 0
     assert asked["sce"] >= 3
+
+
+def test_what_is_as_it_was_told_is_not_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.search(trials=12)
+    read: list[int] = []
+    whole = RunFolder.outcomes_fault
+
+    def watched(run: RunFolder, trial: int, suite: str, **known: Any) -> str:
+        read.extend([trial] * (suite == "search"))
+        return whole(run, trial, suite, **known)
+
+    monkeypatch.setattr(RunFolder, "outcomes_fault", watched)
+    bench.search(trials=12)
+    assert read == []
+    path = bench.folder / "outcomes" / "00009-search.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])  # as many bytes as before
+    bench.search(trials=12)
+    assert read == [9]
+    assert bench.has_own(trials_of(bench)[9])
+
+
+def test_a_run_whose_trials_have_no_stamps_is_read_through(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.search(trials=10)
+    with closing(sqlite3.connect(bench.folder / "study.db")) as connection:
+        assert connection.execute("DELETE FROM trial_user_attributes WHERE key = 'outcomes'").rowcount == 10
+        connection.commit()
+    (bench.folder / "outcomes" / "00004-search.parquet").write_bytes(b"PAR1")
+    bench.search(trials=11)
+    assert any("00004-search.parquet" in event.text for event in bench.events if event.kind == "note")
+    assert all(bench.has_own(trial) for trial in trials_of(bench))

@@ -129,5 +129,6 @@ def test_without_racing_none_stops(bench: Bench) -> None:
 
 
 def test_a_trial_that_was_stopped_is_never_on_the_front() -> None:
-    ledger = SimpleNamespace(values={0: (0.0, 0.0), 4: (0.5, 0.1), 5: (0.9, 0.1)}, stopped={5})
+    told, watch = {0: (0.0, 0.0), 4: (0.5, 0.1), 5: (0.9, 0.1)}, SimpleNamespace(is_needed=False)
+    ledger = SimpleNamespace(values=told, stopped={5}, _front=None, _watch=watch)
     assert Ledger.front(ledger) == {0, 4}
