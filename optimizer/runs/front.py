@@ -156,8 +156,18 @@ def knee(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) 
     """
     gain, loss = np.asarray(domain, dtype=float), np.asarray(forgetting, dtype=float)
     assert len(gain), "a knee needs at least one point"
-    height = gain - np.maximum(loss, 0.0) / expert_forgetting if expert_forgetting > 0 else gain
+    height = heights_above(gain, loss, expert_forgetting=expert_forgetting)
     return int(np.lexsort((loss, -height))[0])
+
+
+def heights_above(domain: ArrayLike, forgetting: ArrayLike, *, expert_forgetting: float) -> NDArray[np.float64]:
+    """Compute how far points are above the line from the base to the expert; arguments as of `knee`.
+
+    Returns:
+        (n,) in shares of the domain gain.
+    """
+    gain, loss = np.asarray(domain, dtype=float), np.asarray(forgetting, dtype=float)
+    return gain - np.maximum(loss, 0.0) / expert_forgetting if expert_forgetting > 0 else gain
 
 
 def knee_of(losses: ArrayLike, is_expert: ArrayLike, is_on: ArrayLike | None = None) -> int:

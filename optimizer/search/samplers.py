@@ -1,4 +1,4 @@
-"""Which Optuna sampler proposes the next recipe, and with which seed."""
+"""Which sampler proposes the next recipe, and with which seed: Optuna's, and CMA-ES of our own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.errors import StudyFileError
 from optimizer.runs.trial import TrialKind
+from optimizer.search.cmaes import ScalarisedCmaEs
 from search_spaces.choice import METHOD
 
+SAMPLERS = ("auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc")
 GP_DIMENSIONS = 20
 GP_TRIALS = 200
 POPULATION = (8, 16)
@@ -31,7 +33,7 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
     it is TPE too.
 
     Args:
-        name: auto, tpe, nsga2, gp or random; where `conditional`, one that `require_learns` lets pass.
+        name: one of SAMPLERS; where `conditional`, one that `require_learns` lets pass.
         dimensions: parameters searched.
         conditional: some trials have parameters that others lack.
         budget: trials the study may finish.
@@ -50,12 +52,23 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
                 return optuna.samplers.GPSampler(
                     deterministic_objective=True, warn_independent_sampling=False, seed=mixed
                 )
-            case "nsga2":  # the default of 50 would make the first 50 trials a random search
-                least, most = POPULATION
-                return optuna.samplers.NSGAIISampler(population_size=min(max(budget // 5, least), most), seed=mixed)
+            case "nsga2":
+                return optuna.samplers.NSGAIISampler(population_size=_population(budget), seed=mixed)
+            case "nsga3":
+                return optuna.samplers.NSGAIIISampler(population_size=_population(budget), seed=mixed)
+            case "cmaes":
+                return ScalarisedCmaEs(seed=mixed)
             case "random":
                 return optuna.samplers.RandomSampler(seed=mixed)
+            case "qmc":  # one sequence, whoever goes on with it: where it is stands in the study
+                return optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
     raise AssertionError(f"unknown sampler {name}")
+
+
+def _population(budget: int) -> int:
+    """Give a generation's size: Optuna's 50 would make the first 50 trials a random search."""
+    least, most = POPULATION
+    return min(max(budget // 5, least), most)
 
 
 class SampledStudy(Study):
@@ -91,7 +104,7 @@ def require_learns(name: str, *, conditional: bool) -> None:
     """Refuse a sampler that would draw blindly what only some of the methods have.
 
     Raises:
-        StudyFileError: gp and nsga2, where trials have parameters that others lack.
+        StudyFileError: any but those of CONDITIONAL, where trials have parameters that others lack.
     """
     if conditional and name not in ("auto", *CONDITIONAL):
         raise StudyFileError(

@@ -227,7 +227,9 @@ class SearchSection(Section):
         description="With evals.bank: a candidate that is beaten after evals.items stops, one near the front gets "
         "more.",
     )
-    sampler: Literal["auto", "tpe", "nsga2", "gp", "random"] = Field(default="auto", description="Optuna's sampler.")
+    sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc"] = Field(
+        default="auto", description="Who proposes the next weights. cmaes climbs one height: gain less forgetting."
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
     timeout: float | None = Field(
         default=None, gt=0, le=MOST_MINUTES, description="Minutes after which no trial is started."

@@ -192,7 +192,7 @@ class Payload:
         return os.mkdir, (self.marker,)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2", "cmaes"])
 def test_pickles_in_a_study_are_never_opened(bench: Bench, tmp_path: Path, sampler: str) -> None:
     bench.search(trials=10)
     marker = tmp_path / "marker"

@@ -23,7 +23,7 @@ from optimizer.run import open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search import driver as search_module
 from optimizer.search.events import Event
-from optimizer.search.samplers import make_sampler, require_learns
+from optimizer.search.samplers import SAMPLERS, make_sampler, require_learns
 from optimizer.views.progress import Progress
 from optimizer.words import percent
 from optimizer.workers.pool import Job, Only, Result, ScoreJob, SerialPool
@@ -440,7 +440,7 @@ def test_the_smallest_budget_scores_the_references(bench: Bench) -> None:
     assert {t.state for t in trials_of(bench)[2:]} <= {WAITING}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "cmaes", "qmc", "gp"])
 def test_every_sampler_proposes_points_of_the_space(bench: Bench, sampler: str) -> None:
     bench.search(trials=14, sampler=sampler)
     assert len({tuple(t.params.values()) for t in trials_of(bench)}) == 14
@@ -523,7 +523,7 @@ def test_several_methods_are_searched_and_taken_up_again(tmp_path: Path, sampler
     assert {trial.params["method"] for trial in anchors} == {"task_arithmetic"}
 
 
-@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"auto", "tpe", "random"}))
 def test_a_sampler_that_learns_nothing_of_a_methods_own_parameters_is_refused(sampler: str) -> None:
     require_learns(sampler, conditional=False)
     with pytest.raises(StudyFileError, match=f"given {sampler}.*; write tpe, random or auto"):
