@@ -129,7 +129,9 @@ def _parts(
     if len(sizes) != 1 or 0 in sizes or (filled != 1).any():
         raise TaskError(f"outcomes of task {task} must have parts of one length for each item")
     parts = np.zeros((*filled.shape, sizes.pop()))
-    parts[at] = np.array([list(part or ()) for part in given], dtype=np.float64)
+    parts[at] = np.array(
+        [list(part) for part in given if part is not None], dtype=np.float64
+    )  # none is None: no size is 0
     if not (np.abs(parts) < LARGEST).all():
         raise TaskError(f"outcomes of task {task} must be finite, and below {LARGEST:g}")
     return parts
