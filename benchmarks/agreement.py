@@ -20,7 +20,7 @@ from typing import Any
 from evals.lm_harness import Harness
 from evals.lm_tasks import load_tasks
 from evals.objectives import task_scores
-from evals.outcomes import SUITES
+from evals.outcomes import SUITES, Chat
 from optimizer.run import open_run
 from optimizer.runs.outcome_files import outcomes_path, read_outcomes
 from optimizer.strict_yaml import read_yaml
@@ -55,7 +55,7 @@ def agreements(run: Path, trial: int, model_folder: Path, *, dtype: str, batch_s
 
     study = read_study(run / "study.yaml")
     specs = task_specs(study)
-    harness = load_tasks(specs, seed=study.evals.seed, chat_template=False, allow_task_code=False)
+    harness = load_tasks(specs, seed=study.evals.seed, chat=Chat(), allow_task_code=False)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=DTYPES[dtype])
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(model_folder), batch_size=batch_size)
     with tempfile.TemporaryDirectory() as scratch:

@@ -77,7 +77,7 @@ def their_seconds(study: Study, batch_size: int, dtypes: Sequence[str]) -> Itera
     harness = load_tasks(
         specs,
         seed=study.evals.seed,
-        chat_template=study.evals.chat_template,
+        chat=study.evals.chat,
         allow_task_code=study.evals.allow_task_code,
     )
     with tempfile.TemporaryDirectory() as scratch:

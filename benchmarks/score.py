@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from evals.engine import Engine, budget_for
 from evals.lm_tasks import load_tasks
-from evals.outcomes import SEARCH, Outcome, TaskSpec
+from evals.outcomes import SEARCH, Chat, Outcome, TaskSpec
 from evals.tokens import Pair
 from optimizer.demo.tasks import write_python_prose
 from optimizer.merging.merge import DEVICE_ROOM
@@ -172,7 +172,7 @@ def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> s
     """A line of the table."""
     wanted = max(5, round(case.share * items))
     spec = TaskSpec(str(case.folder), "general", search_items=wanted, holdout_items=1, shots=case.shots)
-    harness = load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)
+    harness = load_tasks([spec], seed=0, chat=Chat(), allow_task_code=False)
     engine = Engine(model, tokenizer, token_budget=budget_for(model, DEVICE_ROOM))
     harness.prepare(tokenizer, SEARCH)
     asked = harness.requests(SEARCH)

@@ -1,4 +1,4 @@
-"""Greedy answers to prompts: decoded together with a key-value cache, each up to its first stop string.
+"""Answers to prompts, greedy or drawn: decoded together with a key-value cache, each up to its first stop string.
 
 Stands beside log-likelihoods in the engine; what a prompt is and which stops it has, the harness knows.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evals.errors import TaskError
-from evals.tokens import Prompt
+from evals.tokens import Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ ROWS = 64  # prompts continued together at most: a step costs about the same for
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What greedy decoding made of a prompt.
+    """What decoding made of a prompt.
 
     Args:
         text: up to the first stop string.
@@ -61,8 +61,9 @@ def answers(
 def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]]:
     """Yield prompts with the same stops together, the longest first."""
 
-    def key(i: int) -> tuple[tuple[str, ...], int, int, tuple[int, ...]]:
-        return prompts[i].stop, prompts[i].max_new_tokens, -len(prompts[i].tokens), prompts[i].tokens
+    def key(i: int) -> tuple[tuple[str, ...], int, bool, int, tuple[int, ...]]:
+        prompt = prompts[i]
+        return prompt.stop, prompt.max_new_tokens, prompt.sampling is None, -len(prompt.tokens), prompt.tokens
 
     batch: list[int] = []
     for i in sorted(range(len(prompts)), key=key):
@@ -70,7 +71,7 @@ def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]
             first = prompts[batch[0]]
             width = len(first.tokens) + first.max_new_tokens
             full = len(batch) >= ROWS or (len(batch) + 1) * width > token_budget
-            if full or key(i)[:2] != key(batch[0])[:2]:
+            if full or key(i)[:3] != key(batch[0])[:3]:
                 yield batch
                 batch = []
         batch.append(i)
@@ -81,7 +82,7 @@ def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]
 def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_length: int
 ) -> list[Answer]:
-    """Write answers to prompts that have the same stops and the same limit."""
+    """Write answers to prompts that have the same stops and the same limit, all of them drawn or none."""
     limit = prompts[0].max_new_tokens
     room = max_length - limit
     if room <= 0:
@@ -105,6 +106,7 @@ def _continued(
         do_sample=False,
         pad_token_id=pad,
         use_cache=True,
+        logits_processor=[draw for draw in [_drawer(prompts)] if draw],
         stopping_criteria=[_stopper(tokenizer, stop, width)],
     )
     written = made[:, width:]
@@ -115,6 +117,37 @@ def _continued(
         Answer(_until(text, stop), count, any(term and term in all_of_it for term in stop))
         for text, count, all_of_it in zip(shown, counts, whole, strict=True)
     ]
+
+
+def _drawer(prompts: Sequence[Prompt]) -> Callable[..., torch.Tensor] | None:
+    """Have the likeliest token be a draw, by noise of each prompt's own (the Gumbel-max trick); None: nothing is drawn.
+
+    Source: Maddison, Tarlow and Minka, "A* Sampling", 2014, section 2.
+    """
+    wanted = [prompt.sampling for prompt in prompts if prompt.sampling is not None]
+    if not wanted:
+        return None
+    seeds = [torch.Generator().manual_seed(sampling.seed) for sampling in wanted]
+
+    def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = [_likely(row.float(), sampling) for row, sampling in zip(scores, wanted, strict=True)]
+        noise = [-torch.log(-torch.log(torch.rand(len(row), generator=seed).clamp_(1e-20, 1 - 1e-7)))
+                 for row, seed in zip(rows, seeds, strict=True)]  # fmt: skip
+        return torch.stack(rows) + torch.stack(noise).to(scores.device)
+
+    return draw
+
+
+def _likely(row: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scale one row of logits (tokens,) and leave out what is not among the likeliest."""
+    row = row / sampling.temperature
+    if 0 < sampling.top_k < len(row):
+        row = row.masked_fill(row < row.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, places = row.sort(descending=True)
+        before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)  # share of those that are likelier
+        row = row.index_fill(0, places[before >= sampling.top_p], -torch.inf)
+    return row
 
 
 def _stopper(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:

@@ -27,6 +27,11 @@ class LoadedTask:
     notes: tuple[str, ...] = ()  # what a person might not expect
     classes: int = 0  # choices of an item at most, where the score needs them
 
+    def repeats(self, member: int) -> int:
+        """How many answers are drawn for each request of a member."""
+        task = self.members[member]
+        return int(task.config.repeats) if task.OUTPUT_TYPE == "generate_until" else 1
+
     @property
     def aggregate(self) -> Callable[[list[Any]], float]:
         """The function with which lm-eval makes the score of all items."""

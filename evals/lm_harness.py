@@ -16,9 +16,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import TaskError, error_text
 from evals.lm_asked import Answered, AskedItem, LoadedTask, Request
+from evals.lm_metric import sampling_of
 from evals.lm_outcomes import as_one_score, measured_outcome
 from evals.lm_split import Item, content_hash, right_choices
-from evals.outcomes import CERTIFY, SUITES, Outcome, TaskInfo
+from evals.outcomes import CERTIFY, SUITES, Chat, Outcome, TaskInfo
 from evals.packing import build_trie
 from evals.tokens import Encoder, Pair, Prompt, Text
 
@@ -76,10 +77,10 @@ class _Suite:
 class Harness:
     """The tasks of a study, their items in disjoint suites, and the way from a model to outcomes."""
 
-    def __init__(self, tasks: Sequence[LoadedTask], *, seed: int, chat_template: bool) -> None:
+    def __init__(self, tasks: Sequence[LoadedTask], *, seed: int, chat: Chat) -> None:
         self.tasks = tuple(tasks)
         self._seed = seed
-        self._chat_template = chat_template
+        self._chat = chat
         self._suites: dict[str, _Suite] = {}
         self._parts: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], _Suite] = {}
 
@@ -179,7 +180,13 @@ class Harness:
 
     def _requests(self, task: LoadedTask, item: Item, encoder: Encoder) -> tuple[Request, ...]:
         try:
-            return tuple(_request(instance, encoder) for instance in self._instances(task, item, encoder.tokenizer))
+            instances = self._instances(task, item, encoder.tokenizer)
+            repeats = task.repeats(item.member)
+            return tuple(
+                _request(instance, encoder, content_hash(f"{self._seed}:{item.hash}:{i}:{repeat}"))
+                for i, instance in enumerate(instances)
+                for repeat in range(repeats)
+            )
         except Exception as error:  # templates, examples and task code raise whatever they like
             raise TaskError(f"task {task.info.name}, item {item.hash}: {error_text(error)}") from error
 
@@ -191,16 +198,17 @@ class Harness:
         context = member.fewshot_context(
             doc=item.doc,
             num_fewshot=task.shots[item.member],
-            apply_chat_template=self._chat_template,
-            fewshot_as_multiturn=self._chat_template,
-            chat_template=partial(_chat, tokenizer) if self._chat_template else None,
+            system_instruction=self._chat.system or None,
+            apply_chat_template=self._chat.template,
+            fewshot_as_multiturn=self._chat.template and self._chat.multiturn,
+            chat_template=partial(_chat, tokenizer) if self._chat.template else None,
             gen_prefix=member.doc_to_prefix(item.doc),
         )
         asked = member.construct_requests(
             doc=item.doc,
             ctx=context,
             metadata=(task.info.name, 0, 1),
-            apply_chat_template=self._chat_template,
+            apply_chat_template=self._chat.template,
         )
         return asked if isinstance(asked, list) else [asked]
 
@@ -222,7 +230,7 @@ def _range(numbers: Sequence[int]) -> int | str:
     return low if low == high else f"{low} to {high}"
 
 
-def _request(instance: Instance, encoder: Encoder) -> Request:
+def _request(instance: Instance, encoder: Encoder, seed: str) -> Request:
     if instance.request_type == "loglikelihood":
         pair = encoder.pair(*instance.args)
         return Request(instance, pair, len(pair.continuation))
@@ -233,7 +241,8 @@ def _request(instance: Instance, encoder: Encoder) -> Request:
         return Request(instance, Text(tokens), len(tokens))
     text, given = instance.args
     options = normalize_gen_kwargs(given)
-    return Request(instance, Prompt(encoder.text(text), tuple(options["until"]), options["max_gen_toks"]), 0)
+    sampling = sampling_of(options, int(seed, 16) >> 1)  # torch takes 63 bits
+    return Request(instance, Prompt(encoder.text(text), tuple(options["until"]), options["max_gen_toks"], sampling), 0)
 
 
 def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[Prompt]]:

@@ -26,6 +26,7 @@ from evals.errors import TaskError
 from evals.lm_split import Item
 from evals.outcomes import TaskSpec
 from evals.statistics import F1, MCC, MOST_CLASSES, OWN, PERPLEXITY, RATIO, parts_of_choice
+from evals.tokens import Sampling
 
 Parts = tuple[float, ...]
 AGGREGATIONS: dict[object, str] = {
@@ -35,7 +36,9 @@ NO_SCORES = (bypass_agg, median)  # no score at all, and one that leaving out an
 
 ROLLING_METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 NOT_A_NUMBER = ("likelihood",)  # lm-eval averages it, but each item's is a pair
-GREEDY_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})  # last three: unused
+KNOWN_KEYS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # and what stands for what is not given
+MOST_REPEATS = 256
 
 
 def require_usable(member: object, spec: TaskSpec, *, allow_task_code: bool) -> None:
@@ -49,10 +52,43 @@ def require_usable(member: object, spec: TaskSpec, *, allow_task_code: bool) -> 
         raise TaskError(f"task {spec.name} scores whole texts and takes no shots: {spec.shots} asked for")
     if member.OUTPUT_TYPE == "generate_until":
         options = normalize_gen_kwargs(member.config.generation_kwargs)
-        strange = sorted(set(options) - GREEDY_KEYS)
-        if options["do_sample"] or strange or member.config.repeats != 1:
-            what = "sampling" if options["do_sample"] else ", ".join(strange) or f"repeats: {member.config.repeats}"
-            raise TaskError(f"answers must be greedy, to be the same twice: task {spec.name} asks for {what}")
+        if strange := sorted(set(options) - KNOWN_KEYS):
+            raise TaskError(
+                f"answers are greedy or drawn by temperature, top_k and top_p: task {spec.name} asks for "
+                f"{', '.join(strange)}"
+            )
+        repeats = member.config.repeats
+        if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+            raise TaskError(
+                f"task {spec.name}: repeats must be a whole number from 1 to {MOST_REPEATS}: {repeats!r} given"
+            )
+        if repeats > 1 and not options["do_sample"]:
+            raise TaskError(
+                f"greedy answers are the same each time: task {spec.name} asks for repeats: {repeats}; leave it out, "
+                "or say do_sample: true in generation_kwargs"
+            )
+        if options["do_sample"]:
+            sampling_of(options, 0)
+
+
+def sampling_of(options: Mapping[str, Any], seed: int) -> Sampling | None:
+    """Return how answers are drawn by lm-eval's generation_kwargs (normalised); None where they are greedy.
+
+    Raises:
+        TaskError: a number that means nothing.
+    """
+    if not options["do_sample"]:
+        return None
+    temperature, top_k, top_p = (options.get(key, default) for key, default in SAMPLING.items())
+    for name, value, sound in (
+        ("temperature", temperature, isinstance(temperature, int | float) and 0 < temperature < 1e6),
+        ("top_k", top_k, type(top_k) is int and top_k >= 0),
+        ("top_p", top_p, isinstance(top_p, int | float) and 0 < top_p <= 1),
+    ):
+        if not sound or isinstance(value, bool):
+            rule = "temperature above 0, top_k 0 or more, and top_p above 0 and at most 1"
+            raise TaskError(f"generation_kwargs: drawn answers have {rule}: {name} {value!r} given")
+    return Sampling(float(temperature), top_k, float(top_p), seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from evals.outcomes import Outcome
 from evals.statistics import OWN, PERPLEXITY, pseudo_values
 
 LARGEST = 1e30  # of a score
+NO_PARTS: tuple[float, ...] = ()
 
 
 def measured_outcome(
@@ -25,21 +26,13 @@ def measured_outcome(
 ) -> tuple[Outcome, Any]:
     """Return an item's outcome, and what the task's metric gives for it."""
     task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
-    answers = _filtered(asked, answered)
-    try:
-        metrics = member.process_results(item.doc, answers)
-    except Exception as error:  # metrics and task code raise whatever they like
-        raise TaskError(f"task {task.info.name}, item {item.hash}: {task.info.metric}: {error_text(error)}") from error
+    answers, metrics = _metrics(asked, answered)
     if task.info.output_type == "loglikelihood_rolling":
         loglikelihood, size = bytes_of(member, item, metrics, answers[0])
         value, weight = -loglikelihood / math.log(2), float(size)
         loglikelihoods: tuple[float, ...] = (float(answers[0]),)
-        measured, parts = None, ()
+        measured, parts = None, NO_PARTS
     else:
-        if task.info.metric not in metrics:
-            raise TaskError(
-                f"task {task.info.name}, item {item.hash}: there is no {task.info.metric} among its metrics"
-            )
         measured = metrics[task.info.metric]
         value, parts = value_of(task.info.metric, measured, task.info.statistic, task.aggregate, task.classes)
         weight = 1.0
@@ -65,6 +58,33 @@ def measured_outcome(
     return outcome, measured
 
 
+def _metrics(asked: AskedItem, answered: Sequence[Answered]) -> tuple[list[Any], Mapping[str, Any]]:
+    """Return an item's answers behind the task's filter, and what the task gives for them.
+
+    Of several drawn answers lm-eval's own filter keeps the first. Where a task has no other, and its score is a mean,
+    each is scored by itself and the metric is their mean, which estimates the same with less noise.
+    """
+    member, name, repeats = asked.task.members[asked.item.member], asked.task.info.metric, 1
+    if member.config.filter_list is None and not asked.task.info.statistic:
+        repeats = asked.task.repeats(asked.item.member)
+    found = []
+    for draw in range(repeats):
+        answers = _filtered(asked, answered, slice(draw, None, repeats))
+        try:
+            metrics = member.process_results(asked.item.doc, answers)
+        except Exception as error:  # metrics and task code raise whatever they like
+            where = f"task {asked.task.info.name}, item {asked.item.hash}"
+            raise TaskError(f"{where}: {name}: {error_text(error)}") from error
+        if name not in metrics and asked.task.info.output_type != "loglikelihood_rolling":
+            raise TaskError(
+                f"task {asked.task.info.name}, item {asked.item.hash}: there is no {name} among its metrics"
+            )
+        found.append(metrics)
+    if repeats > 1:
+        metrics = {**metrics, name: math.fsum(float(each[name]) for each in found) / repeats}
+    return answers, metrics
+
+
 def as_one_score(tasks: Sequence[LoadedTask], measured: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
     """Give the items of a task with an aggregation of its own values whose mean is its score."""
     outcomes = [outcome for outcome, _ in measured]
@@ -87,11 +107,13 @@ def as_one_score(tasks: Sequence[LoadedTask], measured: Sequence[tuple[Outcome, 
     return outcomes
 
 
-def _filtered(asked: AskedItem, answered: Sequence[Answered]) -> list[Any]:
+def _filtered(asked: AskedItem, answered: Sequence[Answered], draws: slice) -> list[Any]:
     """Return an item's answers behind the task's filter, which reads them from lm-eval's instances."""
-    member, instances = asked.task.members[asked.item.member], [request.instance for request in asked.requests]
-    for instance, answer in zip(instances, answered, strict=True):
-        instance.resps = [answer.response]
+    member = asked.task.members[asked.item.member]
+    instances = list({id(request.instance): request.instance for request in asked.requests}.values())
+    size = len(asked.requests) // len(instances)  # answers to each
+    for i, instance in enumerate(instances):
+        instance.resps = [answer.response for answer in answered[i * size : (i + 1) * size][draws]]
     next(ensemble for ensemble in member._filters if ensemble.name == asked.task.filter).apply(instances)
     return [instance.filtered_resps[asked.task.filter] for instance in instances]
 

@@ -31,19 +31,32 @@ from evals.lm_asked import LoadedTask
 from evals.lm_harness import Harness
 from evals.lm_metric import choose_metric, classes_of, metric_notes, require_measured, require_pooled, require_usable
 from evals.lm_split import asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
-from evals.outcomes import ACCURACIES, CERTIFY, HOLDOUT, REST, SEARCH, SENTINEL, SPARE, SUITES, TASK, TaskInfo, TaskSpec
+from evals.outcomes import (
+    ACCURACIES,
+    CERTIFY,
+    HOLDOUT,
+    REST,
+    SEARCH,
+    SENTINEL,
+    SPARE,
+    SUITES,
+    TASK,
+    Chat,
+    TaskInfo,
+    TaskSpec,
+)
 from evals.plain_text import read_pieces
 from evals.rows import Row, Rows, read_rows
 from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
 from evals.templates import Sandbox
 
 
-def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, allow_task_code: bool) -> Harness:
+def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat: Chat, allow_task_code: bool) -> Harness:
     """Read tasks and split their items; loads no model.
 
     Args:
         seed: chooses which items are search and which holdout items, and the shots of each.
-        chat_template: wrap prompts in the tokenizer's chat template.
+        chat: how prompts are wrapped.
         allow_task_code: trust task files as Python code is trusted.
 
     Raises:
@@ -59,7 +72,7 @@ def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat_template: bool, all
         if task.info.name in {other.info.name for other in tasks}:
             raise TaskError(f"task names must differ: {task.info.name} is there twice")
         tasks.append(task)
-    return Harness(tasks, seed=seed, chat_template=chat_template)
+    return Harness(tasks, seed=seed, chat=chat)
 
 
 def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:

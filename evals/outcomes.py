@@ -28,6 +28,21 @@ OUTCOME_COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Chat:
+    """How prompts are wrapped.
+
+    Args:
+        template: in the tokenizer's chat template.
+        system: what stands before each prompt, as the system's turn where there is a template.
+        multiturn: worked examples are turns of the conversation; else they stand in one turn with the question.
+    """
+
+    template: bool = False
+    system: str = ""
+    multiturn: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSpec:
     """What a study asks of one task.
 

@@ -42,6 +42,29 @@ def find_task_file(given: str) -> Path:
     raise TaskError(f"a task folder holds one task, or one group of tasks: {source} has {names}; name the file")
 
 
+def tasks_by_name(folder: Path) -> dict[str, Path]:
+    """Find the task files below a folder by the task or group that they name; what names none is passed over.
+
+    Raises:
+        TaskError: it is no folder, holds too much, or two of its files name the same.
+    """
+    if not folder.is_dir():
+        raise TaskError(f"a folder of tasks is a folder: there is none at {folder}")
+    found: dict[str, Path] = {}
+    for path in task_files_below(folder):
+        try:
+            values = {_value(key): value for key, value in _compose(path).value}
+        except TaskError:  # what it is, is asked where it is used
+            continue
+        node = values.get("group") or values.get("task")
+        name = _value(node) if isinstance(node, yaml.ScalarNode) else ""
+        if name in found:
+            raise TaskError(f"tasks below {folder} have different names: {found[name]} and {path} are both {name}")
+        if name:
+            found[name] = path
+    return found
+
+
 def task_files_below(folder: Path) -> list[Path]:
     """List the YAML files among which a group's tasks are looked for by name, in lm-eval's order."""
     found, seen = [], 0

@@ -50,18 +50,37 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn.
+
+    Args:
+        temperature: above 0.
+        top_k: of the likeliest tokens only so many; 0: all.
+        top_p: of the likeliest tokens only as many as have this share together; 1: all.
+        seed: of 64 bits: the same gives the same draws, whatever stands beside it.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text to be continued greedily.
+    """A text to be continued, greedily or by draws.
 
     Args:
         tokens: the prompt's ids.
         stop: strings at the first of which the answer ends.
         max_new_tokens: at most so many tokens are made.
+        sampling: None: the likeliest token each time.
     """
 
     tokens: tuple[int, ...]
     stop: tuple[str, ...]
     max_new_tokens: int
+    sampling: Sampling | None = None
 
     def fits(self, max_length: int) -> bool:
         """Tell whether a model of that length reads the whole prompt and has room for the longest answer."""

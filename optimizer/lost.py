@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evals.errors import TaskError
+from evals.outcomes import Chat
 from optimizer.errors import MergefrontError
 from optimizer.runs.frames import rows_of
 from optimizer.study.study_file import read_study
@@ -83,7 +84,7 @@ def _texts(run: Run, suite: str, wanted: dict[str, list[str]]) -> tuple[dict[tup
         from evals.lm_texts import item_texts
 
         # Whoever reads a run consents to nothing that its study file says: no code of a task runs here.
-        harness = load_tasks(task_specs(study), seed=study.evals.seed, chat_template=False, allow_task_code=False)
+        harness = load_tasks(task_specs(study), seed=study.evals.seed, chat=Chat(), allow_task_code=False)
         texts = item_texts(harness, suite, wanted)
     except (MergefrontError, TaskError, ImportError) as error:
         return {}, f"texts cannot be read: {error}"

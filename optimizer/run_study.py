@@ -24,7 +24,7 @@ from optimizer.search.driver import run_search
 from optimizer.search.events import Event
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.search.prepared import Preparation
-from optimizer.study.schema import Study
+from optimizer.study.schema import EvalsSection, Study
 from optimizer.study.study_file import dump_study, read_study
 from optimizer.study.tasks import task_specs
 from optimizer.views.progress import Progress, event_text
@@ -166,7 +166,7 @@ def worker_spec(study: Study) -> WorkerSpec:
         base=study.models.base,
         experts=tuple(study.models.experts.items()),
         tasks=task_specs(study),
-        chat_template=evals.chat_template,
+        chat=evals.chat,
         allow_task_code=evals.allow_task_code,
         token_budget=0 if evals.token_budget == "auto" else evals.token_budget,
         dtype=evals.dtype,
@@ -176,14 +176,20 @@ def worker_spec(study: Study) -> WorkerSpec:
     )
 
 
+# settings that earlier versions did not have: named where they are not what these did
+LATER_SETTINGS = ("system_instruction", "fewshot_as_multiturn")
+
+
 def fingerprint(ready: Ready) -> dict[str, Any]:
     """Return every setting a score depends on; a run is taken up only where all of them are as they were."""
     evals = ready.study.evals
+    changed = {name for name in LATER_SETTINGS if getattr(evals, name) != EvalsSection.model_fields[name].default}
     return {
         "base": ready.base.fingerprint,
         "experts": {name: expert.fingerprint for name, expert in ready.experts.items()},
         "space": {
             "method": ", ".join(ready.space.methods),
+            **{f"kind {name}": ", ".join(patterns) for name, patterns in ready.space.kinds},
             "parameters": {name: repr(part) for name, part in ready.space.distributions().items()},
             **{
                 anchor.name: dict(anchor.params)
@@ -191,7 +197,8 @@ def fingerprint(ready: Ready) -> dict[str, Any]:
                 if TrialKind(anchor.name).role is Role.START
             },
         },
-        "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")},
+        "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")}
+        | {name: getattr(evals, name) for name in LATER_SETTINGS if name in changed},
         "shots": {row["task"]: row["shots"] for row in ready.harness.describe()},
         "items": {suite: ready.harness.suite_hash(suite) for suite in SUITES},
         "requests": ready.harness.request_hashes(),

@@ -9,6 +9,7 @@ from typing import Any
 from optimizer.words import count
 
 ABSENT = object()
+CHAT = ("chat_template", "system_instruction", "fewshot_as_multiturn")
 CHOOSE_ITEMS = ("seed", "items", "holdout_items", "certify_items")  # settings of evals that other items follow from
 LONGEST_SHOWN = 300  # characters: a path has to be whole
 
@@ -62,7 +63,7 @@ def _lines_of(key: tuple[str, ...], old: Any, new: Any, settings: _Settings) -> 
             chosen = [line for name in CHOOSE_ITEMS for line in settings.changed("evals", name)]
             yield from chosen or [f"task {task}: other items in the {suite} suite ({_counts(old, new)})"]
         case ("requests", suite, task):
-            chosen = [line for name in (*CHOOSE_ITEMS, "chat_template") for line in settings.changed("evals", name)]
+            chosen = [line for name in (*CHOOSE_ITEMS, *CHAT) for line in settings.changed("evals", name)]
             yield from chosen or [f"task {task}: other prompts in the {suite} suite: its files or its items changed"]
         case ("tasks", task, field):
             yield _arrow(f"task {task}: {field.replace('_', ' ')}", old, new)

@@ -180,4 +180,4 @@ def _load(study: Study, specs: tuple[TaskSpec, ...]) -> Harness:
     from evals.lm_tasks import load_tasks
 
     evals = study.evals
-    return load_tasks(specs, seed=evals.seed, chat_template=evals.chat_template, allow_task_code=evals.allow_task_code)
+    return load_tasks(specs, seed=evals.seed, chat=evals.chat, allow_task_code=evals.allow_task_code)

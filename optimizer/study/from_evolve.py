@@ -74,6 +74,7 @@ class _Conversion:
         yield "# put under general what must be kept, and move there what is no skill of an expert."
         if self.document.get("limit") is None:
             yield "# Without a limit it scores every item of a task; here 100 of each, and 100 others judge the front."
+        yield "# Tasks of a folder given as --task-search-path: write include: FOLDER under evals."
         yield dump_yaml({"evals": self._evals()})
         yield "# mergekit-evolve: --max-fevals"
         yield dump_yaml({"search": {"trials": 100}}).rstrip()
@@ -171,9 +172,7 @@ class _Conversion:
             if self._flag(key, False):
                 self._refuse(key, "has no counterpart: a study's items and anchors are fixed by its seeds", True)
         chat, shots = self._flag("apply_chat_template", True), self._count("num_fewshot", 0, MOST_SHOTS)
-        if not self._flag("fewshot_as_multiturn", True) and chat and shots:
-            mend = "examples in a chat template are turns of a conversation"
-            self._refuse("fewshot_as_multiturn", "has no counterpart where it is off", False, mend)
+        turns = {} if self._flag("fewshot_as_multiturn", True) else {"fewshot_as_multiturn": False}
         tasks = self.document.get("tasks")
         if not isinstance(tasks, list) or not tasks:
             self._refuse("tasks", "must be a list of tasks", tasks)
@@ -182,7 +181,7 @@ class _Conversion:
         items = {} if limit is None else {"items": limit, "holdout_items": limit}
         folder = self.out.resolve().parent
         general = [source_from(task, folder) for task in self.general or GENERAL]
-        return {"domain": domain, "general": general, **items, "chat_template": chat}
+        return {"domain": domain, "general": general, **items, "chat_template": chat, **turns}
 
     def _task(self, key: str, given: object, shots: int | None) -> dict[str, Any]:
         task = {"name": given} if isinstance(given, str) else self._mapping(key, given)

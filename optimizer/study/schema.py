@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
 )
 
+from evals.outcomes import Chat
 from optimizer.study.forms import (
     METHODS_SCHEMA,
     MODULES,
@@ -177,7 +178,16 @@ class EvalsSection(Section):
         description="Items that nothing looks at before a certificate: a number, a share of each task's items, or "
         "spare (a fifth, of those that neither the other two nor worked examples use); fewer where fewer are left.",
     )
+    include: str | tuple[str, ...] = Field(
+        default=(), description="Folders of task files, which may then be named by their `task` or `group`."
+    )
     chat_template: bool = Field(default=False, description="Wrap each item in the base's chat template.")
+    system_instruction: str = Field(
+        default="", description="Stands before each item, as the system's turn where there is a chat template."
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True, description="With a chat template: worked examples are turns of the conversation; else one turn."
+    )
     allow_task_code: bool = Field(default=False, description="Allow tasks that run code; trust them as you trust code.")
     token_budget: Budget = Field(
         default="auto",
@@ -187,6 +197,16 @@ class EvalsSection(Section):
         default="auto", description="Number format of the scoring; auto: the base's own."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Chooses the items of each suite.")
+
+    @property
+    def chat(self) -> Chat:
+        """How prompts are wrapped."""
+        return Chat(self.chat_template, self.system_instruction, self.fewshot_as_multiturn)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders in which tasks are looked for by name."""
+        return (self.include,) if isinstance(self.include, str) else self.include
 
     @property
     def roles(self) -> dict[str, Tasks]:

@@ -6,13 +6,15 @@ where it stands, what was given and what would be right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evals.documents import resolved_path
+from evals.errors import TaskError
 from evals.outcomes import TASK
+from evals.task_files import tasks_by_name
 from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
@@ -129,7 +131,7 @@ def _origin_of(key: str, path: Path, overrides: Sequence[str]) -> str:
 
 def _with_absolute_paths(study: Study, path: Path) -> Study:
     """Make every path absolute from the folder of the study's file; a database's from here, as in any URL."""
-    paths, models, evals = _Paths(path), study.models, study.evals
+    paths, models, evals = _Paths(path).including(study.evals.folders), study.models, study.evals
     sources = {
         "base": paths.model("models.base", models.base),
         "experts": {name: paths.model(f"models.experts.{name}", source) for name, source in models.experts.items()},
@@ -142,7 +144,7 @@ def _with_absolute_paths(study: Study, path: Path) -> Study:
     return study.model_copy(
         update={
             "models": models.model_copy(update=sources),
-            "evals": evals.model_copy(update=tasks),
+            "evals": evals.model_copy(update={**tasks, "include": ()}),  # what was found by name is a path now
             "space": study.space.model_copy(update={"from_": start} if start else {}),
             "runs": paths.absolute("runs", study.runs),
             "search": study.search.model_copy(update={"storage": _absolute_url(study.search.storage)}),
@@ -152,9 +154,28 @@ def _with_absolute_paths(study: Study, path: Path) -> Study:
 
 @dataclass(frozen=True, slots=True)
 class _Paths:
-    """The paths in a study file, which start at its folder."""
+    """The paths in a study file, which start at its folder, and tasks known by name."""
 
     file: Path
+    named: Mapping[str, Path] = field(default_factory=dict)
+
+    def including(self, folders: Sequence[str]) -> _Paths:
+        """Return the same with the tasks of some folders known by name.
+
+        Raises:
+            StudyFileError: a folder is missing, or two of them name the same task.
+        """
+        named: dict[str, Path] = {}
+        for given in folders:
+            try:
+                found = tasks_by_name(Path(self.absolute("evals.include", given)))
+            except TaskError as error:
+                raise StudyFileError(f"{self.file}: evals.include: {error}") from None
+            for name in sorted(set(named) & set(found)):
+                both = f"{named[name]} and {found[name]}"
+                raise StudyFileError(f"{self.file}: evals.include: tasks have different names; {name} is in {both}")
+            named |= found
+        return replace(self, named=named)
 
     def absolute(self, key: str, given: str) -> str:
         folder = self.file.resolve().parent
@@ -168,6 +189,8 @@ class _Paths:
 
     def task(self, key: str, entry: TaskEntry) -> TaskEntry:
         """Return a task with its path made absolute; one of lm-eval's, which has neither slash nor .yaml, as it is."""
+        if entry.kind == TASK and entry.source in self.named:
+            return entry.model_copy(update={TASK: str(self.named[entry.source])})
         is_path = entry.kind != TASK or "/" in entry.source or entry.source.endswith((".yaml", ".yml"))
         return entry.model_copy(update={entry.kind: self.absolute(key, entry.source)}) if is_path else entry
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evals.outcomes import SEARCH, Outcome, TaskInfo, TaskSpec
+from evals.outcomes import SEARCH, Chat, Outcome, TaskInfo, TaskSpec
 from optimizer.workers.memory import lack_of_memory_in_words
 from search_spaces.groups import PASSED, group_of
 from search_spaces.recipe import Recipe
@@ -36,7 +36,7 @@ class WorkerSpec:
         base: folder or hub id of the base checkpoint.
         experts: (name, folder or hub id) of each expert.
         tasks: what to score, both roles.
-        chat_template: wrap prompts in the base's chat template.
+        chat: how prompts are wrapped.
         allow_task_code: let task files run Python.
         token_budget: tokens per forward pass; 0: what the device has room for.
         dtype: of the resident model: "auto" (the base's own), "bf16" or "float32".
@@ -48,7 +48,7 @@ class WorkerSpec:
     base: str
     experts: tuple[tuple[str, str], ...]
     tasks: tuple[TaskSpec, ...]
-    chat_template: bool
+    chat: Chat
     allow_task_code: bool
     token_budget: int
     dtype: str
@@ -97,9 +97,7 @@ class Worker:
         self._merged = merge_target(self._parameters, base)
         room = min(DEVICE_ROOM, free_bytes(model.device))  # what merges leave to scoring
         self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget or budget_for(model, room))
-        self._harness = load_tasks(
-            spec.tasks, seed=spec.seed, chat_template=spec.chat_template, allow_task_code=spec.allow_task_code
-        )
+        self._harness = load_tasks(spec.tasks, seed=spec.seed, chat=spec.chat, allow_task_code=spec.allow_task_code)
         self._prepared: set[str] = set()
         self._learner: Learner | None = None
 

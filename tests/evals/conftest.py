@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evals.engine import Engine
 from evals.lm_harness import Harness
 from evals.lm_tasks import load_tasks
-from evals.outcomes import REST, TaskSpec
+from evals.outcomes import REST, Chat, TaskSpec
 from tests.pico import pico_llama
 
 CONTEXT = 96  # tokens of the pico model, so that some items are longer
@@ -78,8 +78,8 @@ def write_task(folder: Path, rows: Sequence[Mapping[str, Any]], **settings: Any)
 
 def load(*paths: Path | str, search: int = 12, holdout: int | float = REST, **options: Any) -> Harness:
     """Tasks as general ones, with search items first."""
-    switches = {"chat_template": False, "allow_task_code": False} | {
-        key: options.pop(key) for key in ("chat_template", "allow_task_code") if key in options
-    }
+    code = options.pop("allow_task_code", False)
+    given = {"template": "chat_template", "system": "system", "multiturn": "multiturn"}
+    chat = Chat(**{key: options.pop(name) for key, name in given.items() if name in options})
     specs = [TaskSpec(str(path), "general", search_items=search, holdout_items=holdout, **options) for path in paths]
-    return load_tasks(specs, seed=0, **switches)
+    return load_tasks(specs, seed=0, chat=chat, allow_task_code=code)

@@ -14,7 +14,7 @@ from evals.engine import Engine
 from evals.errors import ScoreError, TaskError
 from evals.lm_examples import examples
 from evals.lm_tasks import load_tasks
-from evals.outcomes import HOLDOUT, REST, SEARCH, SENTINEL, TaskSpec
+from evals.outcomes import HOLDOUT, REST, SEARCH, SENTINEL, Chat, TaskSpec
 from tests.evals.conftest import load, questions, words, write_task
 
 TEXTS = {
@@ -201,7 +201,7 @@ def test_task_code_runs_only_when_allowed(tmp_path: Path, line: str, engine: Eng
         assert marker.exists()
 
 
-def test_sampled_answers_are_refused(tmp_path: Path) -> None:
+def test_answers_decoded_in_other_ways_are_refused(tmp_path: Path) -> None:
     rows = [{"text": words(i, 3), "answer": "x"} for i in range(20)]
     settings: dict[str, Any] = {
         "output_type": "generate_until",
@@ -210,10 +210,19 @@ def test_sampled_answers_are_refused(tmp_path: Path) -> None:
         "doc_to_choice": None,
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    hot = {"until": ["."], "do_sample": True, "temperature": 0.7}
-    refused("must be greedy", write_task(tmp_path / "hot", rows, generation_kwargs=hot, **settings))
-    beams = {"until": ["."], "num_beams": 3}
-    refused("beams asks for num_beams", write_task(tmp_path / "beams", rows, generation_kwargs=beams, **settings))
+
+    def bad(match: str, name: str, repeats: object = 1, **options: object) -> None:
+        path = write_task(
+            tmp_path / name, rows, repeats=repeats, generation_kwargs={"until": ["."], **options}, **settings
+        )
+        refused(match, path)
+
+    bad("beams asks for num_beams", "beams", num_beams=3)
+    bad("greedy answers are the same each time: task .*same asks for repeats: 4", "same", repeats=4)
+    bad("repeats must be a whole number from 1 to 256: 0 given", "none", repeats=0, do_sample=True)
+    bad("drawn answers have temperature above 0", "cold", do_sample=True, temperature=-1.0)
+    bad("top_p above 0 and at most 1: top_p 1.5 given", "top", do_sample=True, temperature=1.0, top_p=1.5)
+    load(write_task(tmp_path / "t", questions(), repeats=3))  # nothing is written, and nothing changes
 
 
 def test_group_that_weighs_tasks_alike_is_refused(tmp_path: Path) -> None:
@@ -257,7 +266,7 @@ def _load_in_a_process(folder: str) -> list[str]:
     from evals.lm_tasks import load_tasks
 
     spec = TaskSpec(folder, "general", search_items=5, holdout_items=5)
-    return load_tasks([spec], seed=0, chat_template=False, allow_task_code=False).suite_hash(SEARCH)["t"]
+    return load_tasks([spec], seed=0, chat=Chat(), allow_task_code=False).suite_hash(SEARCH)["t"]
 
 
 @pytest.mark.slow  # lm-eval reads its 14,000 task files
@@ -280,7 +289,7 @@ def test_a_sentinel_has_no_search_item_and_teaches_nothing(tmp_path: Path, engin
     general = TaskSpec(str(write_task(tmp_path / "g", questions())), "general", search_items=6, holdout_items=6)
     path = str(write_task(tmp_path / "s", [{"text": f"{i} {words(i, 5)}"} for i in range(9)], **TEXTS))
     sentinel = TaskSpec(path, SENTINEL, search_items=0, holdout_items=REST)
-    harness = load_tasks([general, sentinel], seed=0, chat_template=False, allow_task_code=False)
+    harness = load_tasks([general, sentinel], seed=0, chat=Chat(), allow_task_code=False)
     assert (harness.infos[1].search_items, harness.infos[1].holdout_items) == (0, 9)
     assert harness.suite_hash(SEARCH)["s"] == []
     for suite in (SEARCH, HOLDOUT):
@@ -301,4 +310,4 @@ def test_only_a_sentinel_may_have_no_search_item(tmp_path: Path) -> None:
     ):
         spec = TaskSpec(path, role, search_items=items, holdout_items=holdout)
         with pytest.raises(TaskError, match=message):
-            load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)
+            load_tasks([spec], seed=0, chat=Chat(), allow_task_code=False)

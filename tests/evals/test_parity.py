@@ -297,6 +297,15 @@ def test_chat_template(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
         engine.tokenizer.chat_template = None
 
 
+def test_a_system_instruction_without_a_template_stands_before_the_prompt(
+    tmp_path: Path, engine: Engine, reference: HFLM
+) -> None:
+    folder = write_task(tmp_path / "told", questions())
+    theirs = evaluate(reference, folder / "told.yaml", system_instruction="Answer well.")
+    assert theirs["samples"]["told"][0]["arguments"][0][0].startswith("Answer well.")
+    check(load(folder, system="Answer well."), engine, theirs, "acc")
+
+
 def test_shots_of_another_split(tmp_path: Path, engine: Engine, reference: HFLM) -> None:
     folder = write_task(
         tmp_path / "split",
@@ -393,5 +402,13 @@ def test_chat_with_shots_as_turns(tmp_path: Path, engine: Engine, reference: HFL
         )
         assert theirs["samples"]["turns"][0]["arguments"][0][0].count("<user>") == 3
         check(load(folder, shots=2, chat_template=True), engine, theirs, "acc")
+        theirs = evaluate(
+            reference, folder / "turns.yaml", num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=False,
+            system_instruction="Be brief.",
+        )  # fmt: skip
+        prompt = theirs["samples"]["turns"][0]["arguments"][0][0]
+        assert (prompt.count("<user>"), prompt.count("<system>Be brief.")) == (1, 1)
+        single = load(folder, shots=2, chat_template=True, multiturn=False, system="Be brief.")
+        check(single, engine, theirs, "acc")
     finally:
         engine.tokenizer.chat_template = None

@@ -14,7 +14,7 @@ from evals.engine import Engine
 from evals.errors import TaskError
 from evals.lm_harness import Harness
 from evals.lm_tasks import load_tasks
-from evals.outcomes import CERTIFY, HOLDOUT, SEARCH, TEXT, TaskSpec
+from evals.outcomes import CERTIFY, HOLDOUT, SEARCH, TEXT, Chat, TaskSpec
 from evals.plain_text import LEAST_ITEMS, LONGEST, SHORTEST, read_pieces
 from tests.evals.conftest import words, write_task
 
@@ -33,9 +33,7 @@ def prose(paragraphs: int) -> str:
 
 def load_text(path: Path, **options: int) -> Harness:
     items = {"search_items": 5, "holdout_items": 5, "certify_items": 3} | options
-    return load_tasks(
-        [TaskSpec(str(path), "general", kind=TEXT, **items)], seed=0, chat_template=False, allow_task_code=False
-    )
+    return load_tasks([TaskSpec(str(path), "general", kind=TEXT, **items)], seed=0, chat=Chat(), allow_task_code=False)
 
 
 @pytest.mark.parametrize("text", [prose(40), "x" * 7000, "дом\n" * 4000, words(3, 4000), "。".join("木火水" * 2000)])
@@ -117,7 +115,7 @@ def test_it_scores_as_the_task_file_of_the_same_items(tmp_path: Path, engine: En
     folder = write_task(tmp_path / "notes", rows, **settings)
     given = load_text(tmp_path / "notes.txt")
     spec = TaskSpec(str(folder), "general", search_items=5, holdout_items=5, certify_items=3)
-    other = load_tasks([spec], seed=0, chat_template=False, allow_task_code=False)
+    other = load_tasks([spec], seed=0, chat=Chat(), allow_task_code=False)
     outcomes = given.score(engine, SEARCH)
     assert outcomes == other.score(engine, SEARCH)
     texts = {item.hash: item.doc["text"] for item in given.tasks[0].items[SEARCH]}
@@ -134,4 +132,4 @@ def test_two_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
         for folder in ("a", "b")
     ]
     with pytest.raises(TaskError, match="task names must differ: notes is there twice"):
-        load_tasks(specs, seed=0, chat_template=False, allow_task_code=False)
+        load_tasks(specs, seed=0, chat=Chat(), allow_task_code=False)

@@ -66,6 +66,8 @@ def test_a_genome_becomes_a_study(folder: Path) -> None:
     for line, shots in (("num_fewshot: 0", 0), ("num_fewshot: null", None)):  # null: each task's own number
         none = converted(folder, GENOME, ("num_fewshot: 3", line))
         assert [entry.shots for entry in none.evals.domain] == [shots] * 3
+    single = converted(folder, GENOME, ("limit: 70", "limit: 70\nfewshot_as_multiturn: no"))
+    assert (study.evals.fewshot_as_multiturn, single.evals.fewshot_as_multiturn) == (True, False)
     space = space_of(study, llama(4, tied=False))
     assert space.shape.kind == "blocks"
     assert [name for name in space.distributions() if name.startswith("law.weight")] == [
@@ -142,7 +144,6 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
         ("./law", "x" * 300, "genome.models.0: a path may have 255 bytes"),
         ("./law", '"a\\0"', "genome.models.0: a path must not hold a NUL character"),
         ("merge_method: dare_ties", f"merge_method: {'x' * 5000}", "must be one of .*; given 'x{40,80}'?\\.\\.\\."),
-        ("limit: 70", "fewshot_as_multiturn: false", "fewshot_as_multiturn: has no counterpart where it is off"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(old: str, new: str, message: str, folder: Path) -> None:

@@ -53,6 +53,34 @@ def test_a_new_study_is_read_with_absolute_paths(tmp_path: Path, good: str) -> N
     assert study.search.trials == 40
 
 
+TASK_FILE = "task: {name}\ndataset_path: json\n"
+
+
+def test_tasks_of_a_folder_are_known_by_name(tmp_path: Path, good: str) -> None:
+    for place, name in (("a/one", "sums"), ("b", "both"), ("b", "arc_easy")):
+        (tmp_path / "tasks" / place).mkdir(parents=True, exist_ok=True)
+        text = TASK_FILE.format(name=name) if name != "both" else "group: both\ntask: [sums]\n"
+        (tmp_path / "tasks" / place / f"{name}.yaml").write_text(text)
+    (tmp_path / "tasks/part.yaml").write_text("doc_to_text: x\n")
+    text = good.replace("- ./tasks/notes.yaml", "- sums\n    - {task: both, items: 5}").replace(
+        "  items: 100", "  include: tasks\n  items: 100"
+    )
+    study = read_study(written(tmp_path, text))
+    found = [str(Path(entry.source).relative_to(tmp_path)) for entry in study.evals.domain]
+    assert found == ["tasks/a/one/sums.yaml", "tasks/b/both.yaml"]
+    assert study.evals.general[0].source == str(tmp_path / "tasks/b/arc_easy.yaml")
+    assert study.evals.general[1].source == "hellaswag"
+    again = read_study(written(tmp_path, dump_study(study)))
+    assert again == study
+    (tmp_path / "tasks/b/sums.yaml").write_text(TASK_FILE.format(name="sums"))
+    assert "evals.include: tasks below tasks have different names" in refusal(tmp_path, text)
+    assert "evals.include: a folder of tasks is a folder: there is none at" in refusal(
+        tmp_path, text.replace("include: tasks", "include: [tasks/a, nowhere]")
+    )
+    twice = text.replace("include: tasks", "include: [tasks/a, tasks/b]")
+    assert "evals.include: tasks have different names; sums is in" in refusal(tmp_path, twice)
+
+
 def test_a_hub_id_stays_and_an_existing_folder_does_not(tmp_path: Path, good: str) -> None:
     text = good.replace("./base", "org/model")
     assert read_study(written(tmp_path, text)).models.base == "org/model"

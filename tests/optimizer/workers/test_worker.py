@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from evals.errors import ScoreError, TaskError
-from evals.outcomes import TaskSpec
+from evals.outcomes import Chat, TaskSpec
 from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.checkpoints.resident import resident_model
 from optimizer.errors import CheckpointError, MergeError, WorkerError
@@ -43,7 +43,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
         base=str(base),
         experts=(("e", str(expert)),),
         tasks=tasks,
-        chat_template=False,
+        chat=Chat(),
         allow_task_code=False,
         token_budget=256,
         dtype="auto",
@@ -151,7 +151,7 @@ def test_a_chat_template_runs_no_code(spec: WorkerSpec, tmp_path: Path) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": attack}))
     with pytest.raises(TaskError, match="SecurityError"):
-        Worker(replace(spec, base=str(base), experts=(), chat_template=True)).evaluate(
+        Worker(replace(spec, base=str(base), experts=(), chat=Chat(template=True))).evaluate(
             Recipe("task_arithmetic", "elsewhere", (("e", "elsewhere"),), ()).to_json(), "search"
         )
     assert not (tmp_path / "marker").exists()
@@ -233,7 +233,7 @@ def test_a_source_that_changed_on_the_disk_is_not_merged(spec: WorkerSpec, tmp_p
 
 IN_ANOTHER_PROCESS = """
 import sys
-from evals.outcomes import TaskSpec
+from evals.outcomes import Chat, TaskSpec
 from optimizer.workers.orders import Derivation, Form, Lesson, Loss
 from optimizer.workers.worker import Worker, WorkerSpec
 
