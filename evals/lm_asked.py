@@ -28,7 +28,7 @@ class LoadedTask:
     classes: int = 0  # choices of an item at most, where the score needs them
 
     def repeats(self, member: int) -> int:
-        """How many answers are drawn for each request of a member."""
+        """Count the answers that are drawn for each request of a member."""
         task = self.members[member]
         return int(task.config.repeats) if task.OUTPUT_TYPE == "generate_until" else 1
 
