@@ -36,6 +36,7 @@ class Part:
         items: how many there are to test on.
         most: the largest loss. For accuracies no loss is larger; for others it is a bound that the certificate states.
         is_bounded: whether it is such a stated bound.
+        sizes: how many items share each passage, in the order they are bet on; empty where each stands for itself.
     """
 
     task: str
@@ -46,6 +47,40 @@ class Part:
     constant: float
     most: float
     is_bounded: bool
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """How many there are to bet on: passages, or items that share none."""
+        return len(self.sizes) or self.items
+
+    @property
+    def unit_most(self) -> float:
+        """The largest loss of a unit."""
+        return self.most * max(self.sizes) / self._mean_size if self.sizes else self.most
+
+    @property
+    def _mean_size(self) -> float:
+        return self.items / self.units
+
+    def items_of(self, units: int) -> int:
+        """Count the items of the first so many units."""
+        return sum(self.sizes[:units]) if self.sizes else units
+
+    def unit_losses(self, losses: Array) -> Array:
+        """Add up the losses of items by unit, over the mean size of one: so their mean is that of the items' losses.
+
+        Args:
+            losses: of the first items in their order.
+
+        Returns:
+            Of each unit of which all items are there.
+        """
+        if not self.sizes:
+            return losses
+        ends = np.cumsum(self.sizes)
+        whole = ends[: int((ends <= len(losses)).sum())]
+        return np.diff(np.concatenate([[0.0], np.cumsum(losses)])[np.concatenate([[0], whole])]) / self._mean_size
 
     def losses(self, values: Mapping[str, Array], weights: Array) -> tuple[Array, int]:
         """Compute the losses of n items, and how many of them were above `most`.
@@ -90,27 +125,28 @@ class Hypothesis:
     @property
     def most(self) -> float:
         """The largest loss of a round."""
-        return sum(part.most for part in self.parts)
+        return sum(part.unit_most for part in self.parts)
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are: in each, every task gives at least one item."""
-        return min(part.items for part in self.parts)
+        """How many rounds there are: in each, every task gives at least one item, or one passage with all its items."""
+        return min(part.units for part in self.parts)
 
     def round_losses(self, losses: Mapping[str, Array]) -> Array:
         """Compute the loss of each round of which all items are there: the sum of the tasks' means in it.
 
-        A task that has more items than there are rounds gives several to each; which, is fixed by their number. So the
-        mean of every round is the sum of the tasks' means, whatever was seen before.
+        A task that has more items (or passages) than there are rounds gives several to each; which, is fixed by their
+        number. So the mean of every round is the sum of the tasks' means, whatever was seen before.
 
         Args:
             losses: of each part's first items in their order, by task.
         """
         total, found = np.zeros(self.rounds), self.rounds
         for part in self.parts:
-            ends = np.arange(1, self.rounds + 1) * part.items // self.rounds
-            whole = int((ends <= len(losses[part.task])).sum())
-            sums = np.concatenate([[0.0], np.cumsum(losses[part.task])])[np.concatenate([[0], ends[:whole]])]
+            units = part.unit_losses(losses[part.task])
+            ends = np.arange(1, self.rounds + 1) * part.units // self.rounds
+            whole = int((ends <= len(units)).sum())
+            sums = np.concatenate([[0.0], np.cumsum(units)])[np.concatenate([[0], ends[:whole]])]
             sizes = np.diff(np.concatenate([[0], ends[:whole]]))
             total[:whole] += np.diff(sums) / sizes
             found = min(found, whole)

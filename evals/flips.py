@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
 from evals.objectives import Scale
@@ -20,7 +21,8 @@ def flips(scale: Scale, trial: int) -> pd.DataFrame:
         task, role, items, lost, won, flip_rate (both, a share of the items), lost_knowledge (lost less won, a share of
         the items, over 1 - chance: two models that guess k-way lose and win alike where neither knows, and each item
         that is no longer known is still guessed right 1 time in k), and p (McNemar's exact test, two-sided: how often
-        so uneven a split comes of flips that fall either way). Sentinel tasks among them. Without tasks of which the
+        so uneven a split comes of flips that fall either way; of passages that
+        lost or won more, where items share one). Sentinel tasks among them. Without tasks of which the
         trial was scored on some items alone: those drawn from a bank are the unsure ones, and flip more often.
     """
     rows = []
@@ -32,9 +34,11 @@ def flips(scale: Scale, trial: int) -> pd.DataFrame:
         table = table_of(found, task.name)
         base, merge = (table.values[:, table.column(number)] for number in (scale.base, trial))
         lost, won = int((merge < base).sum()), int((merge > base).sum())
+        net = table.by_cluster(np.sign(merge - base))  # by passage, where items share one
         items = len(base)
         known = (lost - won) / items / (1 - task.chance) if task.chance < 1 else math.nan
-        rows.append((task.name, task.role, items, lost, won, (lost + won) / items, known, mcnemar(lost, won)))
+        p = mcnemar(int((net < 0).sum()), int((net > 0).sum()))
+        rows.append((task.name, task.role, items, lost, won, (lost + won) / items, known, p))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

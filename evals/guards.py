@@ -21,6 +21,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evals.outcomes import TaskInfo
+from evals.score_table import clusters_of, summed
+from evals.task_rows import clusters_in
 
 WRITTEN = "generate_until"  # lm-eval's output type of tasks whose answers are written
 CUT, EMPTY, LOOPING, LANGUAGE, LONGER, SHORTER = "cut", "empty", "looping", "other language", "longer", "shorter"
@@ -51,7 +53,8 @@ class Guards:
         """Compare a trial's answers with the base's on the items that both have.
 
         For each guard: the share of the trial's answers that it marks and of the base's, the items where it marks the
-        trial's alone (worse) and the base's alone (better), and how often chance splits them so (an exact one-sided
+        trial's alone (worse) and the base's alone (better; both of passages that have more of one, where items share
+        passages), and how often chance splits them so (an exact one-sided
         sign test, which is McNemar's). Flagged where p is below `LEVEL` over the number of guards (Bonferroni).
 
         Args:
@@ -103,9 +106,12 @@ class _Base:
             before, after = (np.array([sum(n) for n in side["lengths"]]) for side in (mine, theirs))
             longer, shorter = _much_longer(after, before), _much_longer(before, after)
             pairs[LONGER], pairs[SHORTER] = (shorter, longer), (longer, shorter)
+        codes = clusters_of(clusters_in(self._rows.loc[common]), np.arange(len(common)), len(common))
         rows_of = []
         for guard, (base, merge) in pairs.items():
-            worse, better = int((merge & ~base).sum()), int((base & ~merge).sum())
+            net = merge.astype(float) - base
+            net = net if codes is None else summed(net, codes)  # by passage, where items share one
+            worse, better = int((net > 0).sum()), int((net < 0).sum())
             of_base = float(base.mean()) if guard not in (LONGER, SHORTER) else 0.0  # no answer is longer than itself
             rows_of.append((guard, len(common), float(merge.mean()), of_base, worse, better, sign_test(worse, better)))
         return rows_of

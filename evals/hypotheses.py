@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from evals.certificates import Hypothesis, Part, start_of
 from evals.errors import TaskError
 from evals.objectives import experts_of
 from evals.outcomes import ACCURACIES, TaskInfo
-from evals.score_table import table_of
+from evals.score_table import Table, summed, table_of
 
 Array = NDArray[np.float64]
 
@@ -42,6 +42,7 @@ class Known:
         experts: expert name to trial.
         tasks: what is known of each.
         items: how many certify items each task has.
+        sizes: and how many of them share each passage, in their order; without tasks whose items share none.
     """
 
     rows: pd.DataFrame
@@ -50,6 +51,7 @@ class Known:
     experts: Mapping[str, int]
     tasks: Sequence[TaskInfo]
     items: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def of(self, role: str) -> list[TaskInfo]:
         """Return the tasks of a role."""
@@ -66,9 +68,16 @@ class Known:
                 f"a certificate is of scores that are means over items, task {task.name}'s {task.metric} is none; give "
                 "the task another metric, or leave it to the intervals of the front"
             )
-        trials = {"base": self.base, "candidate": self.candidate, **self.experts}
-        table = table_of(self.rows[self.rows["trial"].isin(trials.values())], task.name)
+        trials, table = self._trials, self.table(task)
         return {name: table.values[:, table.column(trial)] for name, trial in trials.items()}, table.weights
+
+    def table(self, task: TaskInfo) -> Table:
+        """Return the known items of a task as arrays."""
+        return table_of(self.rows[self.rows["trial"].isin(self._trials.values())], task.name)
+
+    @property
+    def _trials(self) -> dict[str, int]:
+        return {"base": self.base, "candidate": self.candidate, **self.experts}
 
 
 def forgetting_hypotheses(known: Known, limit: float, *, each_task: bool, delta: float) -> list[Hypothesis]:
@@ -148,9 +157,9 @@ def _part(
     if not known.items.get(task.name):
         raise TaskError(f"task {task.name} has no items for certificates; see `mergefront check`")
     base, candidate, constant = map(float, factors)
-    part = Part(
-        task.name, known.items[task.name], base, candidate, experts, constant, np.inf, task.metric not in ACCURACIES
-    )
+    is_bounded, sizes = task.metric not in ACCURACIES, known.sizes.get(task.name, ())
+    items = known.items[task.name]
+    part = Part(task.name, items, base, candidate, experts, constant, np.inf, is_bounded=is_bounded, sizes=sizes)
     if not part.is_bounded:  # values from 0 to 1, weights of 1
         most = sum(max(0.0, factor) for factor in (base, candidate, *experts.values())) + constant
     else:
@@ -169,10 +178,12 @@ def _hypothesis(
 
 def estimate(known: Known, parts: Sequence[Part]) -> tuple[float, float]:
     """Estimate a round's mean loss and its variance from the known items."""
-    tasks, rounds = {task.name: task for task in known.tasks}, min(part.items for part in parts)
+    tasks, rounds = {task.name: task for task in known.tasks}, min(part.units for part in parts)
     mean = variance = 0.0
     for part in parts:
         losses, _ = part.losses(*known.values(tasks[part.task]))
         mean += float(losses.mean())
-        variance += float(losses.var()) * rounds / part.items
+        clusters = known.table(tasks[part.task]).clusters if part.sizes else None
+        units = losses if clusters is None else summed(losses, clusters) * part.units / part.items
+        variance += float(units.var()) * rounds / part.units
     return mean, variance

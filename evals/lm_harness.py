@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +99,20 @@ class Harness:
         """Return the item hashes of a suite by task, in the order they are scored."""
         return {task.info.name: [item.hash for item in task.items[suite]] for task in self.tasks}
 
+    def certify_order(self) -> tuple[dict[str, list[str]], dict[str, tuple[int, ...]]]:
+        """Return the hashes of the items for certificates by task, in the order they are bet on, and for a task whose
+        items share passages how many there are of each: these stand together, in an order that knows no sizes."""
+        order, sizes = self.suite_hash(CERTIFY), {}
+        for task in self.tasks:
+            units: dict[str, list[str]] = {}
+            for item in task.items[CERTIFY]:
+                units.setdefault(item.cluster or item.hash, []).append(item.hash)
+            if len(units) < len(order[task.info.name]):
+                groups = [units[unit] for unit in sorted(units)]
+                order[task.info.name] = [item for group in groups for item in group]
+                sizes[task.info.name] = tuple(map(len, groups))
+        return order, sizes
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase, suite: str) -> None:
         """Build and tokenise a suite's requests, once for all candidates."""
         encoder = Encoder(tokenizer)
@@ -173,6 +188,7 @@ class Harness:
                 "drawn_items": task.info.drawn_items,
                 **{f"{suite}_items": len(task.items[suite]) for suite in SUITES},
                 "certify_items": len(task.items[CERTIFY]),
+                "certify_largest": max(Counter(i.cluster or i.hash for i in task.items[CERTIFY]).values(), default=1),
                 **{f"{suite}_tokens": self._tokens(task, suite) for suite in SUITES},
             }
             for task in self.tasks

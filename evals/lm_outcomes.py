@@ -54,6 +54,7 @@ def measured_outcome(
         answer="\n".join(written) if written else None,
         statistic=task.info.statistic if parts else "",
         parts=parts,
+        cluster=item.cluster,
     )
     return outcome, measured
 

@@ -15,20 +15,35 @@ from evals.errors import TaskError, error_text, shortened
 from evals.outcomes import CERTIFY, HOLDOUT, REST, SEARCH, SPARE, SPARE_SHARE, TaskSpec
 from evals.rows import Rows
 
+# Columns in which tasks keep the document that an item is about, an identifier of it before its text.
+SHARED = (
+    *("passage_id", "document_id", "doc_id", "article_id", "story_id", "context_id", "paragraph_id"),
+    *("passage", "document", "article", "story", "context", "paragraph"),
+)
+LEAST_CLUSTERS = 10
 Chances = dict[tuple[int, str], float]  # of guessing right, by member of a group and item hash
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a task: its content hash, the member of the group it is from, and lm-eval's document."""
+    """One item of a task: its content hash, the member of the group it is from, lm-eval's document, and the hash of
+    what it shares with other items; "" where that is nothing."""
 
     hash: str
     member: int
     doc: Mapping[str, Any]
+    cluster: str = ""
 
 
-def read_items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str, list[Item]], Chances]:
-    """Read items by content (one for each member that has it), and the chance of guessing each right."""
+def read_items(
+    name: str, members: Sequence[ConfigurableTask], group_by: str = ""
+) -> tuple[dict[str, list[Item]], Chances]:
+    """Read items by content (one for each member that has it), and the chance of guessing each right.
+
+    Args:
+        group_by: the column of what items share; "": the first of `SHARED` that some items share.
+    """
+    columns = [_shared_column(name, member, group_by) for member in members]
     items: dict[str, list[Item]] = {}
     chances: Chances = {}
     for m, member in enumerate(members):
@@ -37,11 +52,43 @@ def read_items(name: str, members: Sequence[ConfigurableTask]) -> tuple[dict[str
                 content, chance = content_of(member, doc)
             except TaskError as error:
                 raise TaskError(f"task {name}, {error_of_item(member, n, error)}") from error
-            item = Item(content if len(members) == 1 else content_hash(f"{member.task_name}:{content}"), m, doc)
+            item = Item(
+                content if len(members) == 1 else content_hash(f"{member.task_name}:{content}"),
+                m,
+                doc,
+                _cluster(doc, columns[m]),
+            )
             if (m, item.hash) not in chances:
                 chances[m, item.hash] = chance
                 items.setdefault(content, []).append(item)
     return items, chances
+
+
+def _shared_column(name: str, member: ConfigurableTask, group_by: str) -> str:
+    """Choose the column of what a task's items share; "" where they share nothing that is known."""
+    docs = list(member.task_docs)
+    there = set(docs[0]) if docs else set()
+    if group_by and group_by not in there:
+        raise TaskError(
+            f"task {name}: group_by must be a column of its items: {group_by!r} given, "
+            f"{', '.join(map(str, sorted(there))) or 'none'} there"
+        )
+    for column in [group_by] if group_by else [column for column in SHARED if column in there]:
+        clusters = [found for doc in docs if (found := _cluster(doc, column))]
+        if LEAST_CLUSTERS <= len(set(clusters)) < len(clusters):
+            return column
+        if group_by and len(set(clusters)) < LEAST_CLUSTERS:
+            raise TaskError(
+                f"task {name}: group_by must tell {LEAST_CLUSTERS} groups of items or more from each other, or their "
+                f"spread is not known; {group_by!r} tells {len(set(clusters))}"
+            )
+    return group_by
+
+
+def _cluster(doc: Mapping[str, Any], column: str) -> str:
+    """Hash what an item has in a column; "" for nothing, and for what is no text and no number."""
+    value = doc.get(column) if column else None
+    return content_hash(f"{value}") if isinstance(value, str | int) and value != "" else ""
 
 
 def content_of(member: ConfigurableTask, doc: Mapping[str, Any]) -> tuple[str, float]:
@@ -121,9 +168,11 @@ def split_items(
     """Search items from one end of a seeded order of contents, holdout items from the other; from between come certify
     items, next to the holdout, and shots.
 
-    A bank takes more of the search's end: what all others leave, or half of all where the holdout takes the rest.
+    A bank takes more of the search's end: what all others leave, or half of all where the holdout takes the rest. With
+    `group_by`, items that share something stand together, and what one suite has of it no other suite has.
     """
-    order = sorted(items, key=lambda content: content_hash(f"{seed}:{content}"))
+    cluster = {c: items[c][0].cluster or c for c in items} if spec.group_by else {c: c for c in items}
+    order = sorted(items, key=lambda c: (content_hash(f"{seed}:{cluster[c]}"), content_hash(f"{seed}:{c}")))
     examples = [
         [_content_of_shot(member, doc) for doc in member.sampler.df] if number else []
         for member, number in zip(members, shots, strict=True)
@@ -132,7 +181,8 @@ def split_items(
     asked_for = asked_certify_items(spec, len(order))
     others = len(order) // 2 if spec.holdout_items == REST else reserved + asked_for + _number(spec, len(order))
     search = max(spec.search_items, min(spec.bank_items, len(order) - others))
-    left = len(order) - search
+    rest = [content for content in order[search:] if cluster[content] != cluster[order[search - 1]] or not search]
+    left = len(rest)
     if spec.holdout_items == REST:
         kept = 0 if spec.certify_items == SPARE else min(asked_for, max(0, left - reserved - 1))
         holdout = left - reserved - kept
@@ -149,14 +199,15 @@ def split_items(
             f"too few items: task {name} has {len(order)} different items, {spec.search_items} search and {asked} "
             "holdout items asked for, and none may be both; lower items or holdout_items, in evals or for this task"
         )
-    between = order[search : len(order) - holdout]
+    between = rest[: left - holdout]
+    between = [content for content in between if cluster[content] != cluster[rest[left - holdout]]]
     if spec.certify_items == SPARE:  # nothing that a shot is drawn from, so that no prompt changes
         free = set(between).difference(*examples)
         between = [content for content in between if content in free]
     else:
         between = between[reserved:]
     certify = between[max(0, len(between) - asked_for) :]
-    chosen = {SEARCH: order[:search], HOLDOUT: order[len(order) - holdout :], CERTIFY: certify}
+    chosen = {SEARCH: order[:search], HOLDOUT: rest[left - holdout :], CERTIFY: certify}
     used = {content for contents in chosen.values() for content in contents}
     for member, number, known in zip(members, shots, examples, strict=True):
         if number:

@@ -30,7 +30,7 @@ from evals.errors import TaskError, error_text
 from evals.lm_asked import LoadedTask
 from evals.lm_harness import Harness
 from evals.lm_metric import choose_metric, classes_of, metric_notes, require_measured, require_pooled, require_usable
-from evals.lm_split import asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
+from evals.lm_split import Item, asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
 from evals.outcomes import (
     ACCURACIES,
     CERTIFY,
@@ -107,7 +107,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     metric = measured.metric
     if len(members) > 1:
         require_pooled(name, loaded.get("groups", {}).values())
-    items, choices = read_items(name, members)
+    items, choices = read_items(name, members, spec.group_by)
     require_measured(name, members, metric, items)
     shots = tuple(shots_of(member, spec) for member in members)
     bank = spec.bank_items if spec.search_items >= LEAST_DRAWN and not measured.statistic else 0
@@ -131,6 +131,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     classes = classes_of(name, measured.statistic, members, [item for found in items.values() for item in found])
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
     notes = metric_notes(name, members[0], metric, spec.metric)
+    notes += _cluster_notes(name, suites)
     notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
     if spec.bank_items and not has_bank:
         notes += (
@@ -138,6 +139,17 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
             f"and a score that is a mean over items; every candidate is scored on all {len(suites[SEARCH])}",
         )
     return LoadedTask(info, members, measured.filter, shots, shots_from, suites, notes, classes)
+
+
+def _cluster_notes(name: str, suites: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
+    """Say where items share what they are about, and how many different such things there are."""
+    found = [item.cluster or item.hash for items in suites.values() for item in items]
+    if len(set(found)) == len(found):
+        return ()
+    return (
+        f"task {name}: its {len(found)} items are about {len(set(found))} passages or documents; those that share one "
+        "are resampled and certified together",
+    )
 
 
 def _certify_notes(name: str, spec: TaskSpec, found: int, contents: int) -> tuple[str, ...]:

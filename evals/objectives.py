@@ -297,20 +297,21 @@ def experts_of(task: TaskInfo, experts: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _resampled_scores(table: Table, replicates: int, seed: Sequence[int]) -> Array:
-    """Compute scores of resampled item sets: (B, n) counts times (n, T) values.
+    """Compute scores of resampled item sets: (B, k) counts times (k, T) values of items or clusters.
 
     What estimates may be off by is drawn too: the same normal draw for an item in every trial, times its pull.
     """
-    n = len(table.weights)
+    values, weights = table.by_cluster(table.values), table.by_cluster(table.weights)
+    n = len(weights)
     draws = np.random.default_rng(seed).integers(n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
     counts = np.bincount(draws.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
     if table.parts is not None:
-        return score_of(table.statistic, np.tensordot(counts, table.parts, axes=1))  # (B, T, k) -> (B, T)
-    scores = np.asarray(counts @ table.values / (counts @ table.weights)[:, None])  # (B, T)
+        return score_of(table.statistic, np.tensordot(counts, table.by_cluster(table.parts), axes=1))  # (B, T)
+    scores = np.asarray(counts @ values / (counts @ weights)[:, None])  # (B, T)
     if table.pulls is None:
         return scores
     luck = np.random.default_rng((*seed, 1)).normal(size=(replicates, n))
-    return np.asarray(scores + luck @ table.pulls / table.weights.sum())
+    return np.asarray(scores + luck @ table.by_cluster(table.pulls) / weights.sum())
 
 
 def _seed(seed: int, task: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ SPARE_SHARE = 0.2
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # metrics that are shares
 OUTCOME_COLUMNS = (
     *("task", "suite", "item", "value", "weight", "loglikelihoods", "truncated", "lengths", "broken_off"),
-    *("right", "inclusion", "answer", "statistic", "parts"),
+    *("right", "inclusion", "answer", "statistic", "parts", "cluster"),
 )
 
 
@@ -59,6 +59,8 @@ class TaskSpec:
             items (a float between 0 and 1), or `REST`, all that remain.
         certify_items: items kept for certificates, of what the suites leave: a number, a share of the task's items, or
             `SPARE`; as many as there are where there are fewer. A number or a share also keeps them from the shots.
+        group_by: the column of what items share, as a passage: they are resampled and certified together, and none of
+            them is in another suite. "": a column that is known to hold such a thing, where items share it.
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
         kind: what the name is of. A text is cut into items and scored in bits per byte.
@@ -73,6 +75,7 @@ class TaskSpec:
     shots: int | None = None
     metric: str = ""
     bank_items: int = 0
+    group_by: str = ""
     kind: TaskKind = TASK
 
 
@@ -116,6 +119,7 @@ class Outcome:
         inclusion: probability with which the item was drawn from its task's bank; 1 where all were scored.
         answer: what the model wrote, up to the first stop string; None where nothing is written.
         statistic, parts: of a score that is no such ratio: its name, and what the item adds to it (`evals.statistics`).
+        cluster: 16 hex digits of the passage or document that the item shares with others; "" where it shares none.
     """
 
     task: str
@@ -132,3 +136,4 @@ class Outcome:
     answer: str | None = None
     statistic: str = ""
     parts: tuple[float, ...] = ()
+    cluster: str = ""

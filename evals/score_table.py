@@ -26,6 +26,7 @@ class Table:
 
     Args:
         values: those of items that a trial was not scored on are estimated (`evals.bank`).
+        clusters: which items share a passage, by number from 0 to k - 1; None where each stands for itself.
         pulls: of each such trial's drawn items on the error of its sum, as of `Estimate`, for items like the bank's;
             None where every trial was scored on all.
         statistic, parts: of a score that is no ratio of values to weights: its name, and what items add to it.
@@ -37,6 +38,7 @@ class Table:
     pulls: Array | None = None  # (n, T)
     statistic: str = ""
     parts: Array | None = None  # (n, T, k)
+    clusters: NDArray[np.int64] | None = None  # (n,)
 
     @property
     def scores(self) -> Array:
@@ -45,18 +47,24 @@ class Table:
         return np.asarray(self.values.sum(axis=0) / self.weights.sum())  # (T,)
 
     def residuals(self) -> Array:
-        """Compute each item's pull on the score's error; their sum of squares is its variance (linearised ratio).
+        """Compute each item's pull on the score's error, or each cluster's; their sum of squares is its variance
+        (linearised ratio).
 
         Returns:
-            (n, T), or (2 n, T) where scores are estimated: what the items may be off by, then what the estimates may.
+            (k, T), or (2 k, T) where scores are estimated: what the items may be off by, then what the estimates may.
         """
-        n = len(self.weights)
         if self.parts is not None:  # the jackknife's, which for a mean are the same
-            without = score_of(self.statistic, self.parts.sum(axis=0) - self.parts)
-            return np.asarray((without.mean(axis=0) - without) * np.sqrt((n - 1) / n) if n > 1 else without * np.nan)
-        pull = (self.values - self.scores * self.weights[:, None]) / self.weights.sum()
-        sampled = np.asarray(pull * np.sqrt(n / (n - 1)) if n > 1 else pull * np.nan)
-        return sampled if self.pulls is None else np.vstack([sampled, self.pulls / self.weights.sum()])
+            parts = self.by_cluster(self.parts)
+            without, k = score_of(self.statistic, parts.sum(axis=0) - parts), len(parts)
+            return np.asarray((without.mean(axis=0) - without) * np.sqrt((k - 1) / k) if k > 1 else without * np.nan)
+        pull = self.by_cluster(self.values - self.scores * self.weights[:, None]) / self.weights.sum()
+        k = len(pull)
+        sampled = np.asarray(pull * np.sqrt(k / (k - 1)) if k > 1 else pull * np.nan)
+        return sampled if self.pulls is None else np.vstack([sampled, self.by_cluster(self.pulls) / self.weights.sum()])
+
+    def by_cluster(self, values: Array) -> Array:
+        """Add up values (n, ...) of items that share a passage: (k, ...); as they are where none do."""
+        return values if self.clusters is None else summed(values, self.clusters)
 
     def stderr(self) -> Array:
         return np.asarray(np.sqrt((self.residuals() ** 2).sum(axis=0)))  # (T,)
@@ -104,21 +112,44 @@ def table_from(rows: TaskRows, task: str) -> Table:
     known = weights[:, int(np.flatnonzero(~is_drawn)[0])]
     if not (np.isfinite(values).all() and ((weights == known[:, None]) == filled).all() and (known > 0).all()):
         raise TaskError(f"outcomes of task {task} must be finite and weigh each item alike in every trial")
-    numbers = np.asarray(trials, dtype=np.int64)
+    numbers, clusters = np.asarray(trials, dtype=np.int64), clusters_of(rows.clusters, item_codes, n)
     if named := sorted(rows.statistics - {""}):
         parts = _parts(rows.parts, task, filled, (item_codes, trial_codes))
         if len(rows.statistics) > 1:
             raise TaskError(f"outcomes of task {task} must be of one score; they are of {', '.join(named)}")
-        return Table(numbers, values, known, statistic=named[0], parts=parts)
+        return Table(numbers, values, known, statistic=named[0], parts=parts, clusters=clusters)
     if not is_drawn.any():
-        return Table(numbers, values, known)
+        return Table(numbers, values, known, clusters=clusters)
     signals, chances = values, np.ones((n, t))
     chances[item_codes, trial_codes] = rows.inclusion
     if (found := telling_margins(rows)) is not None:
         signals = np.zeros((n, t))
         signals[item_codes, trial_codes] = found
     pulls = _estimate_into(values, signals, filled == 1, chances, is_drawn)
-    return Table(numbers, values, known, pulls)
+    return Table(numbers, values, known, pulls, clusters=clusters)
+
+
+def clusters_of(names: NDArray[np.object_] | None, item_codes: NDArray[np.int64], n: int) -> NDArray[np.int64] | None:
+    """Find which items share a passage: (n,) from 0; None where each stands for itself, as in what was kept before.
+
+    Args:
+        names: (R,) of the passage of each row, "" for none; None: of no row.
+        item_codes: (R,) which of the n items each row is of.
+    """
+    if names is None:
+        return None
+    told = names != ""
+    whole = np.array([f"item {i}" for i in range(n)], dtype=object)  # what shares nothing is a cluster of its own
+    whole[item_codes[told]] = names[told]
+    codes, found = pd.factorize(whole)
+    return np.asarray(codes, dtype=np.int64) if len(found) < n else None
+
+
+def summed(values: Array, clusters: NDArray[np.int64]) -> Array:
+    """Add up values (n, ...) by cluster: (k, ...)."""
+    order = np.argsort(clusters, kind="stable")
+    starts = np.searchsorted(clusters[order], np.arange(clusters.max() + 1))
+    return np.asarray(np.add.reduceat(values[order], starts, axis=0))
 
 
 def _parts(

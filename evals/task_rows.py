@@ -29,6 +29,7 @@ class TaskRows:
             were not kept.
         statistics: what the score is, where it is no ratio of sums; "" stands for one that is.
         parts: (R,) what each item adds to such a score; () where there is none.
+        clusters: (R,) the passage that each item shares with others, "" for none; None where none is known.
     """
 
     trials: NDArray[np.int64]
@@ -39,6 +40,7 @@ class TaskRows:
     margins: tuple[Array, Array] | None
     statistics: frozenset[str] = frozenset({""})
     parts: tuple[Sequence[float] | None, ...] = ()
+    clusters: NDArray[np.object_] | None = None
 
 
 def task_rows(rows: pd.DataFrame, *, is_bank: bool | None = None) -> TaskRows:
@@ -58,6 +60,7 @@ def task_rows(rows: pd.DataFrame, *, is_bank: bool | None = None) -> TaskRows:
         inclusion,
         _margins_in(rows) if wants_margins else None,
         *_parts_in(rows),
+        clusters=clusters_in(rows),
     )
 
 
@@ -83,6 +86,7 @@ def joined(parts: Sequence[TaskRows]) -> TaskRows:
         margins=pair,
         statistics=frozenset().union(*(part.statistics for part in parts)),
         parts=_joined_parts(parts),
+        clusters=_joined_clusters(parts),
     )
 
 
@@ -90,6 +94,21 @@ def _joined_parts(rows: Sequence[TaskRows]) -> tuple[Sequence[float] | None, ...
     if not any(part.parts for part in rows):
         return ()
     return tuple(chain.from_iterable(part.parts or [None] * len(part.values) for part in rows))
+
+
+def _joined_clusters(rows: Sequence[TaskRows]) -> NDArray[np.object_] | None:
+    if all(part.clusters is None for part in rows):
+        return None
+    return np.concatenate(
+        [np.full(len(part.values), "", dtype=object) if part.clusters is None else part.clusters for part in rows]
+    )
+
+
+def clusters_in(rows: pd.DataFrame) -> NDArray[np.object_] | None:
+    """Give the passage that the item of each row shares with others, "" for none: (R,); None where none is known."""
+    if "cluster" not in rows or not (told := rows["cluster"].fillna("") != "").any():
+        return None
+    return np.asarray(rows["cluster"].where(told, "").to_numpy(object))
 
 
 def rows_of(trial: int, outcomes: Iterable[Outcome], *, is_bank: bool) -> dict[str, TaskRows]:
@@ -110,7 +129,9 @@ def _of_outcomes(trial: int, rows: list[Outcome], *, is_bank: bool) -> TaskRows:
     statistics = frozenset(row.statistic for row in rows)
     parts = tuple(row.parts for row in rows) if statistics != {""} else ()
     trials = np.full(len(rows), trial, dtype=np.int64)
-    return TaskRows(trials, items, values, weights, inclusion, margins, statistics, parts)
+    clusters = np.array([row.cluster for row in rows], dtype=object)
+    shared = clusters if (clusters != "").any() else None
+    return TaskRows(trials, items, values, weights, inclusion, margins, statistics, parts, shared)
 
 
 def _parts_in(rows: pd.DataFrame) -> tuple[frozenset[str], tuple[Sequence[float] | None, ...]]:

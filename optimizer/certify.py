@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.certificates import BUDGET, Hypothesis
 from evals.hypotheses import Known, forgetting_hypotheses, gain_hypothesis
-from evals.outcomes import CERTIFY, HOLDOUT
+from evals.outcomes import HOLDOUT
 from optimizer.errors import RunError
 from optimizer.run import open_run
 from optimizer.run_study import fingerprint, worker_spec
@@ -77,11 +77,11 @@ def certify_run(
         chain_of(run, question)  # there is something to test, before any model is read
     with RunFolder(path).lock():
         ready = _opened(path)
-        items = ready.harness.suite_hash(CERTIFY)
+        items, sizes = ready.harness.certify_order()
         if not asked:
-            asked = [new_record(path, _ledger(run, question, items, left=left_of_budget(known)))]
+            asked = [new_record(path, _ledger(run, question, items, sizes, left=left_of_budget(known)))]
         record = asked[-1]
-        if any(items[task] != hashes for task, hashes in record.ledger["items"].items()):
+        if any(sorted(items[task]) != sorted(hashes) for task, hashes in record.ledger["items"].items()):
             raise RunError(f"{record.folder}: the study's certify items are no longer those of the ledger")
         say(f"ledger: {record.folder / 'ledger.json'}")
         scorer: Scorer = make_scorer(ready.study) if make_scorer else Worker(worker_spec(ready.study))
@@ -110,7 +110,9 @@ def _opened(path: Path) -> Ready:
     return ready
 
 
-def _ledger(run: Run, question: Question, items: Mapping[str, list[str]], *, left: float) -> dict[str, Any]:
+def _ledger(
+    run: Run, question: Question, items: Mapping[str, list[str]], sizes: Mapping[str, tuple[int, ...]], *, left: float
+) -> dict[str, Any]:
     """Write down all that decides: the recipes in their order, what is tested of each, the items in their order."""
     used = {task.name for task in run.tasks if task.role == "general" or (task.role == "domain" and question.min_gain)}
     return {
@@ -124,18 +126,20 @@ def _ledger(run: Run, question: Question, items: Mapping[str, list[str]], *, lef
             {
                 **dataclasses.asdict(link),
                 "digest": run.recipe(link.trial).digest,
-                "hypotheses": [dataclasses.asdict(h) for h in _hypotheses(run, link, question, items)],
+                "hypotheses": [dataclasses.asdict(h) for h in _hypotheses(run, link, question, items, sizes)],
             }
             for link in chain_of(run, question)
         ],
     }
 
 
-def _hypotheses(run: Run, link: Link, question: Question, items: Mapping[str, list[str]]) -> list[Hypothesis]:
+def _hypotheses(
+    run: Run, link: Link, question: Question, items: Mapping[str, list[str]], sizes: Mapping[str, tuple[int, ...]]
+) -> list[Hypothesis]:
     assert run.references is not None, "a chain has scored points"
     base, experts = run.references
-    sizes = {task: len(hashes) for task, hashes in items.items()}
-    known = Known(run.outcomes(HOLDOUT), base, link.trial, experts, run.tasks, sizes)
+    numbers = {task: len(hashes) for task, hashes in items.items()}
+    known = Known(run.outcomes(HOLDOUT), base, link.trial, experts, run.tasks, numbers, sizes)
     limits = forgetting_hypotheses(known, question.max_forgetting, each_task=question.each_task, delta=question.delta)
     gains = [] if question.min_gain is None else [gain_hypothesis(known, question.min_gain, delta=question.delta)]
     return [*limits, *gains]

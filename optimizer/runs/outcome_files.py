@@ -38,11 +38,12 @@ SCHEMA = pa.schema(
         "answer": pa.string(),
         "statistic": pa.string(),
         "parts": pa.list_(pa.float64()),
+        "cluster": pa.string(),
     }
 )
 # unknown to earlier versions
-LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer", "statistic", "parts")
-TEXT_COLUMNS = ("task", "suite", "item", "statistic")
+LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer", "statistic", "parts", "cluster")
+TEXT_COLUMNS = ("task", "suite", "item", "statistic", "cluster")
 ANSWER = "answer"  # a text of any length
 MOST_VALUES, LONGEST_TEXT = 50_000_000, 4096  # of a column; bytes
 MOST_ANSWERED = 250_000_000  # bytes of all that was written
@@ -100,6 +101,8 @@ def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
     """Return one trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
     frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
     frame[ANSWER] = frame[ANSWER].astype(object).where(frame[ANSWER].notna(), None)
+    for name in ("cluster", "statistic"):
+        frame[name] = frame[name].fillna("")
     frame.insert(0, "trial", trial)
     return frame
 

@@ -172,7 +172,7 @@ def examine(run: RecordedRun, candidate: Mapping[str, Any], stock: Stock, *, blo
         if not waiting or any(proof.verdict == HOPELESS for proof in proofs.values()):
             break
         for h in waiting:
-            wanted = {part.task: part.items * block // blocks for part in h.parts}
+            wanted = {part.task: part.items_of(part.units * block // blocks) for part in h.parts}
             trials = {"base": base, "candidate": int(candidate["trial"])}
             trials |= {name: experts[name] for part in h.parts for name in part.experts}
             stock.have(list(dict.fromkeys(trials.values())), wanted)
@@ -214,7 +214,7 @@ def hypothesis_of(document: Mapping[str, Any]) -> Hypothesis:
         DamagedError: it holds something else.
     """
     try:
-        parts = tuple(Part(**part) for part in document["parts"])
+        parts = tuple(Part(**{**part, "sizes": tuple(part.get("sizes", ()))}) for part in document["parts"])
         return Hypothesis(document["name"], document["limit"], parts, Start(**document["start"]))
     except (TypeError, KeyError) as error:
         raise DamagedError(f"a ledger's hypothesis cannot be read ({error}); {MEND}") from None

@@ -45,6 +45,11 @@ class TaskEntry(Section):
         description="Worked examples before each item. Default: the task's own num_fewshot.",
     )
     metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
+    group_by: str = Field(
+        default="",
+        description="Column of what items share, such as a passage: they are resampled and certified together, and all "
+        "in one suite. Default: a column such as passage, where items share it.",
+    )
 
     @property
     def given(self) -> dict[TaskKind, str]:

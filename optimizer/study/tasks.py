@@ -23,6 +23,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             else _kept(evals.certify_items if entry.certify_items is None else entry.certify_items),
             shots=entry.shots,
             metric=entry.metric,
+            group_by=entry.group_by,
             bank_items=0 if role == SENTINEL else evals.bank or 0,
             kind=entry.kind,
         )

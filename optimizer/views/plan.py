@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -92,8 +92,9 @@ def _task_rows(harness: Harness) -> Iterator[tuple[object, ...]]:
 
 def _power_rows(harness: Harness) -> Iterator[tuple[str, str]]:
     """Yield what certificates of forgetting the study's items are enough for, at the usual confidence."""
-    items = {row["task"]: row["certify_items"] for row in harness.describe() if row["role"] == "general"}
-    yield "items", ", ".join(f"{number} of {task}" for task, number in items.items())
+    rows = [row for row in harness.describe() if row["role"] == "general"]
+    items = {row["task"]: row["certify_items"] // row["certify_largest"] for row in rows}
+    yield "items", ", ".join(map(_certify_items, rows))
     if not all(items.values()):
         yield "limits", "none: each general task needs items for it"
         return
@@ -107,6 +108,12 @@ def _power_rows(harness: Harness) -> Iterator[tuple[str, str]]:
             f"{percent(CHANGED)} of them otherwise"
         ),
     )
+
+
+def _certify_items(row: Mapping[str, Any]) -> str:
+    items, largest = row["certify_items"], row["certify_largest"]
+    told = f" (up to {largest} about one passage: they may tell no more than {items // largest})"
+    return f"{items} of {row['task']}{told if largest > 1 else ''}"
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
