@@ -3,9 +3,10 @@
     python benchmarks/learn_memory.py [--gb 2.2] [--steps 1] [--folder /tmp]
 
 Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the same size, and two small tasks. Then
-`mergefront learn` and `mergefront derive` run on it, each in a process of its own. Printed is the most anonymous memory
-(`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are mapped, their
-pages belong to the system's cache, and all workers of a machine share them. The aim: 1.3 models beside activations.
+`mergefront learn` and `mergefront derive` run on it, each in a process of its own. Printed is the most anonymous
+memory (`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are
+mapped: their pages belong to the system's cache, and all workers of a machine share them. The aim is 1.3 models beside
+activations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,26 @@ from optimizer.demo.models import byte_tokenizer
 from optimizer.demo.tasks import write_choice_task, write_text_task
 from optimizer.strict_yaml import dump_yaml
 
-WORDS = "the merge of a base and its expert has most of both where the weights are right layer by layer".split()
+WORDS = [
+    "a",
+    "merge",
+    "of",
+    "base",
+    "and",
+    "expert",
+    "has",
+    "most",
+    "of",
+    "both",
+    "where",
+    "the",
+    "weights",
+    "are",
+    "right",
+    "layer",
+    "by",
+    "layer",
+]
 POLL = 0.05  # seconds
 LAUNCH = "import sys\nfrom optimizer.cli import app\nsys.argv[0] = 'mergefront'\napp()"
 
@@ -47,6 +67,7 @@ def write_study(root: Path, size: int) -> int:
     study = {
         "name": "memory",
         "models": {"base": str(root / "base"), "experts": {"expert": str(root / "expert")}},
+        "space": {"shape": "uniform"},
         "evals": {
             "domain": [{"task": str(root / "domain"), "items": 6, "holdout_items": 2}],
             "general": [{"task": str(root / "general"), "items": 12, "holdout_items": 4}],

@@ -47,7 +47,7 @@ from evals.outcomes import (
 )
 from evals.plain_text import read_pieces
 from evals.rows import Row, Rows, read_rows
-from evals.task_files import find_task_file, make_paths_absolute, require_sound, task_files_below
+from evals.task_files import find_task_file, make_paths_absolute, names_a_file, require_sound, task_files_below
 from evals.templates import Sandbox
 
 
@@ -202,7 +202,7 @@ def _built_in() -> TaskManager:
 
 def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
     """Return a task's name and what lm-eval makes of it: its members, and its groups."""
-    if not ("/" in source or "\\" in source or source.endswith((".yaml", ".yml")) or Path(source).is_dir()):
+    if not names_a_file(source):
         manager = _built_in()
         if source not in manager.task_index:
             close = difflib.get_close_matches(source, manager.task_index, n=3)

@@ -25,6 +25,57 @@ FILE_FORMATS = ("arrow", "csv", "json", "parquet", "text", "xml")  # what datase
 CODE_FLAGS = ("unsafe_code", "hf_evaluate", "trust_remote_code")
 
 
+def names_a_file(given: str) -> bool:
+    """Tell whether a task is given by a path, and not by its name in lm-eval."""
+    return "/" in given or "\\" in given or given.endswith((".yaml", ".yml")) or Path(given).is_dir()
+
+
+def files_of(given: str, *, code: bool) -> list[Path]:
+    """List what is read for a task or group that is given by a path: task files, what they include, data files.
+
+    Args:
+        given: its YAML file, or the folder that holds it.
+        code: list the Python files beside the task files too.
+
+    Raises:
+        TaskError: a task file cannot be read.
+    """
+    first = Path(os.path.normpath(find_task_file(given)))
+    is_group = "group" in _top_keys(first)
+    waiting = [first, *(task_files_below(first.parent) if is_group else ())]
+    found: dict[Path, None] = {}
+    while waiting:
+        file = waiting.pop(0)
+        if file in found or not file.is_file():
+            continue
+        found[file] = None
+        if file.suffix not in (".yaml", ".yml"):
+            continue
+        tree = _compose(file)
+        names = [name for key in ("include", "data_files") for name in _scalars_under(key, tree) if "://" not in name]
+        waiting += [Path(os.path.normpath(file.parent / name)) for name in names]
+        waiting += sorted(file.parent.glob("*.py")) if code else []
+    return list(found)
+
+
+def _scalars_under(key: str, node: yaml.Node) -> Iterator[str]:
+    """Yield every text that stands anywhere under a key."""
+    for name, child in _children(node):
+        if name == key:
+            yield from (
+                _value(leaf) for _, leaf in [(name, child), *_pairs(child)] if isinstance(leaf, yaml.ScalarNode)
+            )
+        else:
+            yield from _scalars_under(key, child)
+
+
+def _children(node: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        yield from ((_value(name), child) for name, child in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from (("", child) for child in node.value)
+
+
 def find_task_file(given: str) -> Path:
     """Find the YAML file of a task or group: the path itself, or the one in a folder that stands for it."""
     source = resolved_path(given, Path(), error=TaskError)

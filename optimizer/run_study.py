@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.outcomes import SUITES
+from evals.outcomes import SUITES, TEXT
 from evals.packing import PLAN
+from evals.task_files import files_of, names_a_file
 from optimizer.database.study_home import require_usable
 from optimizer.lost import flipped_with_texts
 from optimizer.run import open_run
@@ -31,7 +31,8 @@ from optimizer.views.progress import Progress, event_text
 from optimizer.views.tables import front_document, print_front
 from optimizer.workers.pool import SerialPool
 from optimizer.workers.ray_address import other_cluster
-from optimizer.workers.ray_pool import RayPool
+from optimizer.workers.ray_pool import RayPool, library_versions
+from optimizer.workers.staging import Listing, SourceServer, StagedWorker
 from optimizer.workers.worker import Worker, WorkerSpec
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def preparation_of(study: Study) -> Preparation:
     return Preparation(
         base=study.models.base,
         experts=tuple(study.models.experts.items()),
-        folder=Path(study.runs).absolute() / DERIVED_FOLDER,
+        folder=derived_folder(study),
         forms=study.anchors.derived,
         learned=learned.count,
         by=learned.by,
@@ -144,18 +145,38 @@ def finish(run: Run) -> None:
 
 def make_pool(study: Study) -> SerialPool | RayPool:
     """Start the study's workers: in this process, or Ray actors."""
-    workers = study.workers
-    make_worker = partial(Worker, worker_spec(study))
+    workers, spec = study.workers, worker_spec(study)
     if workers.count == 0:
-        return SerialPool(make_worker)
+        return SerialPool(partial(Worker, spec))
+    joins = workers.ray_address is not None  # machines of a cluster may lack this one's disk
     return RayPool(
-        make_worker,
+        partial(StagedWorker, spec, workers.staging) if joins else partial(Worker, spec),
         workers.count,
         threads=0 if workers.threads == "auto" else workers.threads,
         address=workers.ray_address,
         trial_seconds=study.search.trial_timeout and 60 * study.search.trial_timeout,
         device=workers.device,
+        server=(SourceServer, listings_of(study), derived_folder(study)) if joins else None,
     )
+
+
+def listings_of(study: Study) -> dict[str, Listing]:
+    """List the files of every source that a study names by a path or a hub id."""
+    from optimizer.checkpoints.opening import folder_of  # brings torch
+
+    models, tasks = [study.models.base, *study.models.experts.values()], task_specs(study)
+    found = {source: Listing.of_model(folder_of(source)) for source in models}
+    for task in tasks:
+        if task.kind == TEXT:
+            found[task.name] = Listing.of(Path(task.name), [Path(task.name)])
+        elif names_a_file(task.name):
+            found[task.name] = Listing.of(Path(task.name), files_of(task.name, code=study.evals.allow_task_code))
+    return found
+
+
+def derived_folder(study: Study) -> Path:
+    """Return the folder of derived experts: runs of the same models and items share it."""
+    return Path(study.runs).absolute() / DERIVED_FOLDER
 
 
 def worker_spec(study: Study) -> WorkerSpec:
@@ -202,7 +223,7 @@ def fingerprint(ready: Ready) -> dict[str, Any]:
         "shots": {row["task"]: row["shots"] for row in ready.harness.describe()},
         "items": {suite: ready.harness.suite_hash(suite) for suite in SUITES},
         "requests": ready.harness.request_hashes(),
-        "versions": {name: version(name) for name in ("lm-eval", "torch", "transformers")} | {"batch plan": PLAN},
+        "versions": library_versions() | {"batch plan": PLAN},
     }
 
 

@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path, *, base: Checkpoint | None = None) -> Ch
     Raises:
         CheckpointError: the folder is missing, torn, unsafe or contradicts its config, or lacks a base's token.
     """
-    folder = _folder_of(str(source))
+    folder = folder_of(str(source))
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         if base is None:
             raise CheckpointError(f"{folder} is an adapter: it can be an expert, not a base")
@@ -66,7 +66,12 @@ def open_checkpoint(source: str | Path, *, base: Checkpoint | None = None) -> Ch
     return checkpoint if base is None else _with_rows_of(base, checkpoint)
 
 
-def _folder_of(source: str) -> Path:
+def folder_of(source: str) -> Path:
+    """Find a checkpoint's folder: the path itself, or where the local hub cache has it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     folder = checked_path(source, error=CheckpointError)
     try:
         if folder.is_dir():

@@ -290,6 +290,11 @@ class WorkersSection(Section):
     threads: Threads = Field(default="auto", description="CPU threads of each worker.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where a worker's model lives.")
     ray_address: str | None = Field(default=None, description="A Ray cluster to join. Default: a local one of our own.")
+    staging: str | None = Field(
+        default=None,
+        pattern="^/",
+        description="Folder in which a machine of that cluster keeps models and tasks that it lacks; an absolute path.",
+    )
 
 
 class Study(Section):

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,7 @@ STARTS = 2  # attempts to start Ray, and to start one worker
 OBJECT_STORE_BYTES = 96 * 2**20  # recipes and outcomes only; Ray wants at least 75 MB
 LONGEST_TEMP = 40  # Ray's socket names must fit the 107 bytes of an AF_UNIX path
 TAIL_LINES = 12
+SERVED_AT_ONCE = 8  # calls of an actor that serves
 AGENT_SECONDS = 600.0  # Ray's agents live on for about two minutes
 
 
@@ -89,6 +90,14 @@ class RayCluster:
             self.ray.shutdown()
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
+    def serve(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """Start an actor on the driver's machine that takes none of its cores, and return its handle."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_concurrency": SERVED_AT_ONCE, "scheduling_strategy": here}
+        return self.ray.remote(make).options(**options).remote(*arguments)
+
     def tail(self, pid: int) -> str:
         """Read the last lines a worker of a private cluster wrote, on lines of their own; empty where none are."""
         if self._folder is None or not pid:
@@ -130,6 +139,7 @@ class RayCluster:
         here = self._folder / "work"  # without it Ray puts the driver's current folder first on a worker's sys.path
         here.mkdir(exist_ok=True)
         (here / "README").write_text("The working directory of mergefront's workers.\n")
+        travels = {} if self._address is None else {"py_modules": [str(package) for package in own_packages()]}
         private: dict[str, Any] = {
             "num_cpus": self._count,
             "include_dashboard": False,
@@ -140,9 +150,22 @@ class RayCluster:
             address="local" if self._address is None else self._address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": dict(self._worker_env), "working_dir": str(here)},
+            runtime_env={"env_vars": dict(self._worker_env), "working_dir": str(here), **travels},
             **(private if self._address is None else {}),
         )
+
+
+def own_packages() -> list[Path]:
+    """Find this project's import packages: another machine of a cluster may lack them."""
+    root = Path(__file__).resolve().parents[2]
+    return [root / name for name in ("optimizer", "search_spaces", "evals")]
+
+
+def ask(actor: Any, method: str, *arguments: Any) -> Any:
+    """Call an actor's method and wait for the answer."""
+    import ray
+
+    return ray.get(getattr(actor, method).remote(*arguments))
 
 
 def read_token_anew() -> None:

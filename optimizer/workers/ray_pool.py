@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from optimizer.errors import WorkerError
-from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, describe
-from optimizer.workers.ray_cluster import STARTS, RayCluster
+from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, WorkerLike, describe
+from optimizer.workers.ray_cluster import STARTS, RayCluster, ask
 
 FIRST_WORKER_SECONDS = 600.0  # a cluster without room for a single worker would keep us waiting for ever
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that scores depend on."""
+    return {name: version(name) for name in ("lm-eval", "torch", "transformers")}
 
 
 class _Host:
     """The actor around a worker."""
 
-    def __init__(self, make_worker: MakeWorker) -> None:
+    def __init__(self, make_worker: MakeWorker, versions: Mapping[str, str]) -> None:
         self._error = ""
         try:
+            require_versions(versions)
             self._worker = make_worker()
         except Exception as error:
             self._error = describe(error)
@@ -64,6 +74,8 @@ class RayPool(Closing):
         trial_seconds: a job that runs longer costs its worker's life (one that prepares an anchor may take its length
             times that); None is no limit.
         device: "cpu" keeps workers off GPUs; else the GPUs Ray knows of are shared among them.
+        server: what machines of the cluster may ask the driver's for: its class and arguments. `make_worker` is then
+            given the way to ask, a function of a method's name and arguments.
 
     Raises:
         WorkerError: Ray cannot start, or no cluster can be joined at the address.
@@ -71,24 +83,27 @@ class RayPool(Closing):
 
     def __init__(
         self,
-        make_worker: MakeWorker,
+        make_worker: Callable[..., WorkerLike],
         count: int,
         *,
         threads: int = 0,
         address: str | None = None,
         trial_seconds: float | None = None,
         device: str = "auto",
+        server: tuple[Callable[..., Any], *tuple[Any, ...]] | None = None,
     ) -> None:
         assert count >= 1, "a pool needs a worker"
         if threading.current_thread() is not threading.main_thread():
             raise WorkerError("Ray must be started from the main thread: its processes end with the starting thread")
-        self._make_worker = make_worker
+        self._make_worker: MakeWorker = make_worker
         self._trial_seconds = trial_seconds or math.inf
         self._queue: deque[Job] = deque()
         self._cluster = RayCluster(count, address, worker_environment(count, threads))
         self._cluster.start()
         self._ray = self._cluster.ray
         self._opened = time.monotonic()
+        if server is not None:
+            self._make_worker = partial(make_worker, partial(ask, self._cluster.serve(*server)))
         gpus = 0.0 if device == "cpu" else gpu_share(count, self._ray.cluster_resources().get("GPU", 0.0))
         self._host = self._ray.remote(_Host).options(
             num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=1
@@ -177,8 +192,21 @@ class RayPool(Closing):
         self._slots[self._slots.index(slot)] = self._new_slot(started)
 
     def _new_slot(self, started: int = 1) -> Slot:
-        actor = self._host.remote(self._make_worker)
+        actor = self._host.remote(self._make_worker, library_versions())
         return Slot(actor, actor.report_ready.remote(), started)
+
+
+def require_versions(wanted: Mapping[str, str]) -> None:
+    """Raise WorkerError where this machine has other versions than the driver's, which would give other scores."""
+    here = library_versions()
+    if here != wanted:
+        changes = ", ".join(
+            f"{name} {here[name]} (not {wanted[name]})" for name in wanted if here[name] != wanted[name]
+        )
+        raise WorkerError(
+            f"every machine of the cluster needs the versions of the driver's; {platform.node()} has {changes}; "
+            f"run `pip install {' '.join(f'{name}=={number}' for name, number in wanted.items())}` there"
+        )
 
 
 def worker_environment(count: int, threads: int) -> dict[str, str]:
