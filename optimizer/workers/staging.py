@@ -126,7 +126,7 @@ class SourceServer:
             stream.write(chunk)
 
     def finish(self, word: str) -> None:
-        """Give the expert its name."""
+        """Give the expert its name, whole."""
         self._drafts.pop(word)[0].close()
 
 
@@ -174,7 +174,7 @@ class LocalSources:
                 stream.write(chunk)
 
     def give(self, made: Path, name: str) -> None:
-        """Send a derived expert to the driver's machine, where it is not there yet."""
+        """Give a derived expert to the driver's machine, where it is not there yet."""
         word = self._ask("begin", name)
         if word is not None:
             for file in sorted(made.iterdir()):
