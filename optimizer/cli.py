@@ -255,7 +255,7 @@ def certify(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Certify, on items nothing has looked at, which recipe forgets little."""
+    """Certify which recipe forgets little, on unseen items."""
     from optimizer.certify import certify_run, spent_sentence
     from optimizer.errors import NoPointError
     from optimizer.runs.certificates import Question
@@ -282,7 +282,7 @@ def accept(
     trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
     storage: Storage = None,
 ) -> None:
-    """Take a merge as it is, although a guard flags its written answers."""
+    """Accept a merge although a guard flags its answers."""
     from optimizer.accept import accept_trial
 
     for line in accept_trial(_opened(run, storage).path, trial, storage=storage):
@@ -346,7 +346,7 @@ def derive(
     share: Annotated[float, typer.Option(help="How far to the expert, between 0 and 1.")] = 0.4,
     expert: Annotated[str, typer.Option(help="The expert, where the study has several.", show_default=False)] = "",
 ) -> None:
-    """Make an expert of base and expert by a closed form over the search items."""
+    """Make an expert by a closed form over the search items."""
     from optimizer.learn import derive_expert
 
     if not 0 < share < 1:
