@@ -1,10 +1,13 @@
 """Drivers killed with SIGKILL at random moments, and what is left of their study beside an undisturbed one.
 
     python benchmarks/kill_loop.py [--kills 25] [--seed 0] [--workers 2] [--trials 60] [--folder DIR]
+                                   [--storage URL | --postgres]
 
 The study is of pico models with real workers. First it is run undisturbed. Then the same study is started again and
 again: half of its drivers are killed before they have shown anything, the others while trials run; the last one runs to
-the end. Exits 1 where anything was lost or doubled. With two Ray workers a kill takes about half a minute on two cores.
+the end. Exits 1 where anything was lost or doubled. `--storage` keeps the studies on a database server, `--postgres` on
+a PostgreSQL server that is started for it (Debian's package postgresql, the extra `postgres`). With two Ray workers a
+kill takes about half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +40,7 @@ from optimizer.search.events import Event
 from optimizer.views.progress import event_text
 from search_spaces.recipe import Recipe
 from tests.optimizer.small_study import write_study
+from tests.postgres import postgres
 
 COMMAND = "from optimizer.cli import main; main()"
 AT_WORK = re.compile(r"^[\d:]{8} \d+/\d+ trial \d+ ")
@@ -55,9 +60,10 @@ class Driver:
     seen: int  # bytes that earlier drivers have shown
 
     @classmethod
-    def start(cls, study: Path, name: str, *, workers: int, trials: int) -> Driver:
+    def start(cls, study: Path, name: str, *, workers: int, trials: int, storage: str | None = None) -> Driver:
         shown = study.parent / f"{name}.txt"
         words = ["search", str(study), f"--set=name={name}", f"--set=search.trials={trials}", f"--workers={workers}"]
+        words += [f"--set=search.storage={storage}"] if storage else []
         root = str(Path(__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": root, "COLUMNS": "200", "CI": "1"}
         with shown.open("ab") as output:
@@ -95,16 +101,16 @@ class Driver:
         return time.monotonic() - self.began
 
 
-def loop(study: Path, *, kills: int, seed: int, workers: int, trials: int) -> None:
+def loop(study: Path, *, kills: int, seed: int, workers: int, trials: int, storage: str | None = None) -> None:
     """Run the study undisturbed, then under so many kills."""
-    first = Driver.start(study, "undisturbed", workers=workers, trials=trials)
+    first = Driver.start(study, "undisturbed", workers=workers, trials=trials, storage=storage)
     startup = first.wait_for(AT_WORK)
     work = first.wait_for(DONE) - startup
     first.finish()
     print(f"undisturbed: {startup:.1f} s to start, {work:.1f} s of work")
     rng, at_work = random.Random(seed), 0
     for number in range(kills):
-        driver = Driver.start(study, "killed", workers=workers, trials=trials)
+        driver = Driver.start(study, "killed", workers=workers, trials=trials, storage=storage)
         if number % 2:
             driver.wait_for(AT_WORK)
         if not driver.kill_after(rng.uniform(0, 2 * work / kills if number % 2 else startup)):
@@ -112,23 +118,26 @@ def loop(study: Path, *, kills: int, seed: int, workers: int, trials: int) -> No
             return
         at_work += any(FINISHED.match(line) for line in driver.lines())
     print(f"{kills} drivers killed, {at_work} of them after they had finished a trial")
-    Driver.start(study, "killed", workers=workers, trials=trials).finish()
+    Driver.start(study, "killed", workers=workers, trials=trials, storage=storage).finish()
 
 
-def faults(study: Path, *, trials: int) -> Iterator[str]:
+def faults(study: Path, *, trials: int, storage: str | None = None) -> Iterator[str]:
     """What is wrong with the study whose drivers were killed."""
     broken, whole = (study.parent / "runs" / name for name in ("killed", "undisturbed"))
-    snapshot(broken / "study.db").close()  # raises where the database is damaged
-    found = _trials(broken)
+    if storage is None:
+        snapshot(broken / "study.db").close()  # raises where the database is damaged
+    found = _trials(broken, storage)
     complete = [trial for trial in found if trial.state == TrialState.COMPLETE]
     yield from _miscounted(found, complete, trials)
     yield from _without_outcomes(RunFolder(broken), complete)
-    yield from _other_anchors(complete, [trial for trial in _trials(whole) if trial.state == TrialState.COMPLETE])
+    yield from _other_anchors(
+        complete, [trial for trial in _trials(whole, storage) if trial.state == TrialState.COMPLETE]
+    )
     yield from _forgotten(study.parent / "killed.txt", complete)
 
 
-def _trials(run: Path) -> list[FrozenTrial]:
-    return stored_trials(run, read_manifest(run), None)
+def _trials(run: Path, storage: str | None) -> list[FrozenTrial]:
+    return stored_trials(run, read_manifest(run), storage)
 
 
 def _miscounted(found: list[FrozenTrial], complete: list[FrozenTrial], trials: int) -> Iterator[str]:
@@ -188,11 +197,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="Ray workers; 0 is the driver itself")
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--folder", type=Path, help="a new folder to work in, kept; default: a temporary one")
+    parser.add_argument("--storage", help="the URL of a database server to keep both studies on")
+    parser.add_argument("--postgres", action="store_true", help="start a PostgreSQL server, and keep them on it")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kill-loop-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(prefix="kill-loop-") as temporary,
+        postgres() if given.postgres else nullcontext(given.storage) as storage,
+    ):
         study = write_study(given.folder or Path(temporary))
-        loop(study, kills=given.kills, seed=given.seed, workers=given.workers, trials=given.trials)
-        found = list(faults(study, trials=given.trials))
+        loop(study, kills=given.kills, seed=given.seed, workers=given.workers, trials=given.trials, storage=storage)
+        found = list(faults(study, trials=given.trials, storage=storage))
     print("\n".join(found) or "nothing was lost, nothing was doubled; the anchors are the undisturbed run's")
     sys.exit(bool(found))
 
