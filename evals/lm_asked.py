@@ -25,6 +25,7 @@ class LoadedTask:
     shots_from: str  # study, task or "": nobody asks for any
     items: Mapping[str, tuple[Item, ...]]  # by suite, and those kept for certificates
     notes: tuple[str, ...] = ()  # what a person might not expect
+    judge: tuple[str, ...] = ()  # a program that gives answers their numbers
     classes: int = 0  # choices of an item at most, where the score needs them
 
     def repeats(self, member: int) -> int:

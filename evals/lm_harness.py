@@ -142,7 +142,7 @@ class Harness:
             measured_outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
             for asked in prepared.items
         ]
-        return as_one_score([asked.task for asked in prepared.items], measured)
+        return as_one_score(prepared.items, measured)
 
     def _part(self, suite: str, only: Mapping[str, Sequence[str]]) -> _Suite:
         """Give a part of a prepared suite, kept, since all candidates are scored on the same draw from a bank."""

@@ -23,6 +23,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evals.errors import TaskError
+from evals.judge import METRIC as JUDGE
 from evals.lm_split import Item
 from evals.outcomes import TaskSpec
 from evals.statistics import F1, MCC, MOST_CLASSES, OWN, PERPLEXITY, RATIO, parts_of_choice
@@ -136,6 +137,28 @@ def choose_metric(name: str, members: Sequence[ConfigurableTask], wanted: str) -
     if any(member.aggregation().get(metric) is not how for member in members):
         raise TaskError(f"group {name}: metric {metric} is not in all of its tasks")
     return Measured(metric, chosen, bool(first.higher_is_better()[metric]), "" if how is mean else statistic_of(how))
+
+
+def require_written(spec: TaskSpec, members: Sequence[ConfigurableTask], *, allow_task_code: bool) -> None:
+    """Refuse a judge where nothing is written, or without leave to run a program."""
+    if not allow_task_code:
+        raise TaskError(
+            f"task {spec.name}: judge runs a program, {spec.judge[0]}; set evals.allow_task_code only if you trust it"
+        )
+    if any(member.OUTPUT_TYPE != "generate_until" for member in members):
+        raise TaskError(f"a judge reads written answers: task {spec.name} has {members[0].OUTPUT_TYPE}")
+
+
+def choose_judged(name: str, members: Sequence[ConfigurableTask], wanted: str) -> Measured:
+    """Choose the filter before a judge: the one asked for after a comma, else the task's first."""
+    metric, _, chosen = wanted.partition(",")
+    filters = [ensemble.name for ensemble in members[0]._filters]
+    if metric not in ("", JUDGE) or (chosen and chosen not in filters):
+        raise TaskError(
+            f"task {name} is scored by its judge: metric is {JUDGE}, or {JUDGE},FILTER with one of "
+            f"{', '.join(filters)}; {wanted!r} given"
+        )
+    return Measured(JUDGE, chosen or filters[0], higher_is_better=True)
 
 
 def statistic_of(aggregate: object) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from evals.errors import ScoreError, TaskError, error_text
+from evals.judge import judged
 from evals.lm_asked import Answered, AskedItem, LoadedTask
 from evals.lm_metric import value_of
 from evals.lm_split import Item
@@ -26,7 +28,12 @@ def measured_outcome(
 ) -> tuple[Outcome, Any]:
     """Return an item's outcome, and what the task's metric gives for it."""
     task, item, member = asked.task, asked.item, asked.task.members[asked.item.member]
-    answers, metrics = _metrics(asked, answered)
+    metrics: Mapping[str, Any]
+    if task.judge:
+        draws = [_filtered(asked, answered, slice(i, None, len(answered)))[0] for i in range(len(answered))]
+        answers, metrics = draws, {task.info.metric: 0.0}
+    else:
+        answers, metrics = _metrics(asked, answered)
     if task.info.output_type == "loglikelihood_rolling":
         loglikelihood, size = bytes_of(member, item, metrics, answers[0])
         value, weight = -loglikelihood / math.log(2), float(size)
@@ -34,7 +41,8 @@ def measured_outcome(
         measured, parts = None, NO_PARTS
     else:
         measured = metrics[task.info.metric]
-        value, parts = value_of(task.info.metric, measured, task.info.statistic, task.aggregate, task.classes)
+        aggregate = None if task.judge else task.aggregate
+        value, parts = value_of(task.info.metric, measured, task.info.statistic, aggregate, task.classes)
         weight = 1.0
         loglikelihoods = () if task.info.output_type == "generate_until" else tuple(float(a[0]) for a in answers)
     if not all(map(math.isfinite, (value, *parts))):
@@ -56,7 +64,7 @@ def measured_outcome(
         parts=parts,
         cluster=item.cluster,
     )
-    return outcome, measured
+    return outcome, answers if task.judge else measured
 
 
 def _metrics(asked: AskedItem, answered: Sequence[Answered]) -> tuple[list[Any], Mapping[str, Any]]:
@@ -86,11 +94,15 @@ def _metrics(asked: AskedItem, answered: Sequence[Answered]) -> tuple[list[Any],
     return answers, metrics
 
 
-def as_one_score(tasks: Sequence[LoadedTask], measured: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
-    """Give the items of a task with an aggregation of its own values whose mean is its score."""
+def as_one_score(items: Sequence[AskedItem], measured: Sequence[tuple[Outcome, Any]]) -> list[Outcome]:
+    """Give the items of a task with a judge or an aggregation of its own values whose mean is its score."""
     outcomes = [outcome for outcome, _ in measured]
-    for task in {task.info.name: task for task in tasks}.values():
-        places = [i for i, other in enumerate(tasks) if other is task]
+    for task in {asked.task.info.name: asked.task for asked in items}.values():
+        places = [i for i, asked in enumerate(items) if asked.task is task]
+        if task.judge and places:
+            verdicts = _verdicts(task, [(items[i], measured[i][1]) for i in places])
+            for i, value in zip(places, verdicts, strict=True):
+                outcomes[i] = replace(outcomes[i], value=value)
         if task.info.statistic == PERPLEXITY:
             sums = np.array([outcomes[i].parts for i in places]).sum(axis=0)
             if -sums[0] / sums[1] > math.log(LARGEST):
@@ -117,6 +129,24 @@ def _filtered(asked: AskedItem, answered: Sequence[Answered], draws: slice) -> l
         instance.resps = [answer.response for answer in answered[i * size : (i + 1) * size][draws]]
     next(ensemble for ensemble in member._filters if ensemble.name == asked.task.filter).apply(instances)
     return [instance.filtered_resps[asked.task.filter] for instance in instances]
+
+
+def _verdicts(task: LoadedTask, answered: Sequence[tuple[AskedItem, Sequence[str]]]) -> list[float]:
+    """Return what a task's judge gives each item, the mean over its answers."""
+    lines = [
+        {
+            "task": task.info.name,
+            "item": asked.item.hash,
+            "prompt": str(asked.requests[0].instance.args[0]),
+            "answer": answer,
+            "target": task.members[asked.item.member].doc_to_target(asked.item.doc),
+            "doc": dict(asked.item.doc),
+        }
+        for asked, answers in answered
+        for answer in answers
+    ]
+    values = iter(judged(task.info.name, task.judge, lines))
+    return [math.fsum(islice(values, len(answers))) / len(answers) for _, answers in answered]
 
 
 def bytes_of(

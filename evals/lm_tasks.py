@@ -29,7 +29,16 @@ from evals.bank import LEAST_DRAWN
 from evals.errors import TaskError, error_text
 from evals.lm_asked import LoadedTask
 from evals.lm_harness import Harness
-from evals.lm_metric import choose_metric, classes_of, metric_notes, require_measured, require_pooled, require_usable
+from evals.lm_metric import (
+    choose_judged,
+    choose_metric,
+    classes_of,
+    metric_notes,
+    require_measured,
+    require_pooled,
+    require_usable,
+    require_written,
+)
 from evals.lm_split import Item, asked_certify_items, content_of, error_of_item, read_items, shots_of, split_items
 from evals.outcomes import (
     ACCURACIES,
@@ -103,12 +112,15 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     members = tuple(loaded["tasks"].values())
     for member in members:
         require_usable(member, spec, allow_task_code=allow_task_code)
-    measured = choose_metric(name, members, spec.metric)
+    if spec.judge:
+        require_written(spec, members, allow_task_code=allow_task_code)
+    measured = choose_judged(name, members, spec.metric) if spec.judge else choose_metric(name, members, spec.metric)
     metric = measured.metric
     if len(members) > 1:
         require_pooled(name, loaded.get("groups", {}).values())
     items, choices = read_items(name, members, spec.group_by)
-    require_measured(name, members, metric, items)
+    if not spec.judge:
+        require_measured(name, members, metric, items)
     shots = tuple(shots_of(member, spec) for member in members)
     bank = spec.bank_items if spec.search_items >= LEAST_DRAWN and not measured.statistic else 0
     suites = split_items(name, items, members, replace(spec, bank_items=bank), shots, seed)
@@ -138,7 +150,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
             f"task {name} has no bank: a bank needs {LEAST_DRAWN} items for each candidate and more for the anchors, "
             f"and a score that is a mean over items; every candidate is scored on all {len(suites[SEARCH])}",
         )
-    return LoadedTask(info, members, measured.filter, shots, shots_from, suites, notes, classes)
+    return LoadedTask(info, members, measured.filter, shots, shots_from, suites, notes, spec.judge, classes)
 
 
 def _cluster_notes(name: str, suites: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ class TaskSpec:
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
         kind: what the name is of. A text is cut into items and scored in bits per byte.
+        judge: a program and its arguments that give each written answer a number, in place of the task's metrics.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TaskSpec:
     bank_items: int = 0
     group_by: str = ""
     kind: TaskKind = TASK
+    judge: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

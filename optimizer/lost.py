@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evals.errors import TaskError
@@ -83,8 +84,9 @@ def _texts(run: Run, suite: str, wanted: dict[str, list[str]]) -> tuple[dict[tup
         from evals.lm_tasks import load_tasks  # brings lm-eval, which no reader of a run needs otherwise
         from evals.lm_texts import item_texts
 
+        specs = [replace(spec, judge=(), metric="") if spec.judge else spec for spec in task_specs(study)]
         # Whoever reads a run consents to nothing that its study file says: no code of a task runs here.
-        harness = load_tasks(task_specs(study), seed=study.evals.seed, chat=Chat(), allow_task_code=False)
+        harness = load_tasks(specs, seed=study.evals.seed, chat=Chat(), allow_task_code=False)
         texts = item_texts(harness, suite, wanted)
     except (MergefrontError, TaskError, ImportError) as error:
         return {}, f"texts cannot be read: {error}"

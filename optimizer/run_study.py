@@ -204,6 +204,7 @@ LATER_SETTINGS = ("system_instruction", "fewshot_as_multiturn")
 def fingerprint(ready: Ready) -> dict[str, Any]:
     """Return every setting a score depends on; a run is taken up only where all of them are as they were."""
     evals = ready.study.evals
+    judges = {task.info.name: " ".join(task.judge) for task in ready.harness.tasks if task.judge}
     changed = {name for name in LATER_SETTINGS if getattr(evals, name) != EvalsSection.model_fields[name].default}
     return {
         "base": ready.base.fingerprint,
@@ -220,6 +221,7 @@ def fingerprint(ready: Ready) -> dict[str, Any]:
         },
         "evals": {name: getattr(evals, name) for name in ("chat_template", "dtype", "token_budget", "seed")}
         | {name: getattr(evals, name) for name in LATER_SETTINGS if name in changed},
+        **({"judges": judges} if judges else {}),
         "shots": {row["task"]: row["shots"] for row in ready.harness.describe()},
         "items": {suite: ready.harness.suite_hash(suite) for suite in SUITES},
         "requests": ready.harness.request_hashes(),

@@ -214,7 +214,7 @@ def _entry_problem(entry: TaskEntry) -> str:
     if entry.kind == TASK:
         is_text = entry.source.lower().endswith((".txt", ".md"))
         return f"a plain text is no task; given {entry.source!r}; write {{text: {entry.source}}}" if is_text else ""
-    for key in ("shots", "metric"):
+    for key in ("shots", "metric", "judge"):
         if value := getattr(entry, key):
             return f"a text is scored as it is, in bits per byte, and has no {key}; given {value!r}; leave it out"
     return ""

@@ -187,8 +187,14 @@ class _Paths:
         found = self.absolute(key, given)
         return found if looks_like_path or Path(found).is_dir() else given
 
+    def program(self, words: Sequence[str]) -> tuple[str, ...]:
+        """Return a program's words, those that are files beside the study file by their whole path."""
+        folder = self.file.resolve().parent
+        return tuple(str(folder / word) if (folder / word).is_file() else word for word in words)
+
     def task(self, key: str, entry: TaskEntry) -> TaskEntry:
         """Return a task with its path made absolute; one of lm-eval's, which has neither slash nor .yaml, as it is."""
+        entry = entry.model_copy(update={"judge": self.program(entry.judge)} if entry.judge else {})
         if entry.kind == TASK and entry.source in self.named:
             return entry.model_copy(update={TASK: str(self.named[entry.source])})
         is_path = entry.kind != TASK or "/" in entry.source or entry.source.endswith((".yaml", ".yml"))

@@ -50,6 +50,11 @@ class TaskEntry(Section):
         description="Column of what items share, such as a passage: they are resampled and certified together, and all "
         "in one suite. Default: a column such as passage, where items share it.",
     )
+    judge: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="A program and its arguments in place of the metrics: it reads written answers as JSON lines and "
+        "writes a number for each, more is better. Needs evals.allow_task_code.",
+    )
 
     @property
     def given(self) -> dict[TaskKind, str]:

@@ -24,6 +24,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             shots=entry.shots,
             metric=entry.metric,
             group_by=entry.group_by,
+            judge=entry.judge,
             bank_items=0 if role == SENTINEL else evals.bank or 0,
             kind=entry.kind,
         )
