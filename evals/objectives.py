@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -79,11 +79,13 @@ class Draws:
         trials: (T,) rising.
         points: (T,) each, of the items as they are.
         samples: (B, T) each, of B resamplings of the items: row b is of the same items in every column and objective.
+        by_task: (T,) forgetting of each general task.
     """
 
     trials: NDArray[np.int64]
     points: Mapping[str, Array]
     samples: Mapping[str, Array]
+    by_task: Mapping[str, Array] = field(default_factory=dict)
 
     def column(self, trial: int) -> int:
         """Return where a trial stands among the T."""
@@ -155,7 +157,7 @@ def draw_objectives(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> D
     samples = {"domain": np.mean(list(samples.values()), axis=0), **(samples if len(experts) > 1 else {})}
     points["forgetting"] = np.mean([m.point for m in forgetting], axis=0)
     samples["forgetting"] = np.mean([m.samples for m in forgetting], axis=0)
-    return Draws(measures[0].trials, points, samples)
+    return Draws(measures[0].trials, points, samples, {m.task: m.point for m in forgetting})
 
 
 def objectives(draws: Draws) -> pd.DataFrame:

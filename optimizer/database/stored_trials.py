@@ -25,6 +25,7 @@ ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "request": str,
     "retry_of": int,
     "seconds": (int, float),
+    "candidates": (int, float),
 }
 LONGEST_SHOWN = 200  # characters
 MEND = "it is left as it is. Restore a copy of it, or name another run folder"
@@ -72,8 +73,9 @@ def _problem(trial: FrozenTrial, objectives: int) -> str:
         value = trial.user_attrs.get(name)
         if name in trial.user_attrs and (not isinstance(value, kinds) or isinstance(value, bool)):
             return f"has the {name} {_brief(value)!r}, which is a {type(value).__name__}"
-    if not math.isfinite(trial.user_attrs.get("seconds", 0.0)):
-        return f"took {trial.user_attrs['seconds']} seconds"
+    for name in ("seconds", "candidates"):
+        if not math.isfinite(trial.user_attrs.get(name, 0.0)):
+            return f"took {trial.user_attrs[name]} {name}"
     numbers = [value for value in trial.params.values() if not isinstance(value, str)]
     if not all(isinstance(value, float | int) and math.isfinite(value) for value in numbers):
         return "has parameters that are neither words nor finite numbers"

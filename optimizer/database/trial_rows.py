@@ -34,12 +34,14 @@ class Changes:
 
     Args:
         params: of each name the number that Optuna stores, and the distribution.
+        dropped: system attributes that are no more.
         values: objectives, in place of those there are.
     """
 
     params: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
     user: dict[str, Any] = field(default_factory=dict)
     system: dict[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     state: TrialState | None = None
     values: Sequence[float] | None = None
     started: datetime | None = None
@@ -60,6 +62,9 @@ def write_changes(engine: Engine, trial_id: int, changes: Changes) -> None:
         ]
         if params:
             connection.execute(insert(PARAMS), params)
+        if changes.dropped:
+            gone = SYSTEM.c.key.in_(changes.dropped)
+            connection.execute(delete(SYSTEM).where(SYSTEM.c.trial_id == trial_id, gone))
         for table, attributes in ((USER, changes.user), (SYSTEM, changes.system)):
             _write_attributes(connection, table, trial_id, attributes)
         if changes.values is not None:

@@ -8,7 +8,7 @@ between leaves a trial without parameters, as it would have before the first of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,8 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.database.trial_rows import Changes, read_rows, write_changes
+
+CONSTRAINT = "constraints:"  # Optuna's: the start of a system attribute's name
 
 
 class WriterStorage(BaseStorage):
@@ -109,6 +111,23 @@ class WriterStorage(BaseStorage):
         trial = self._changing(trial_id)
         trial.user_attrs = {**trial.user_attrs, key: value}
         self._new(trial_id).user[key] = value
+        self._put(trial)
+
+    def set_constraints(self, trial_id: int, excesses: Mapping[str, float]) -> None:
+        """Give a trial the constraints that Optuna's samplers go by, in place of those it has; finished ones too.
+
+        Args:
+            excesses: by constraint, 0 or less where it is kept.
+        """
+        trial = copy.copy(self.get_trial(trial_id))
+        new = {f"{CONSTRAINT}{key}": float(value) for key, value in excesses.items()}
+        gone = tuple(key for key in trial.system_attrs if key.startswith(CONSTRAINT) and key not in new)
+        kept = {key: value for key, value in trial.system_attrs.items() if key not in gone}
+        changes = self._new(trial_id)
+        changes.system, changes.dropped = {**changes.system, **new}, (*changes.dropped, *gone)
+        trial.system_attrs = {**kept, **new}
+        if trial.state.is_finished():
+            self.write(trial_id)
         self._put(trial)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:

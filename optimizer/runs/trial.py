@@ -19,6 +19,7 @@ WORKER_DIED = "worker_died"
 DUPLICATE = "duplicate of"
 STOPPED = "stopped"  # user attribute of a trial that a race stopped: after what
 STAMP = "outcomes"  # user attribute: the stamp of the file of its search outcomes, as it was told
+COST = "candidates"  # user attribute: what it cost, as a multiple of what a searched trial reads at first
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 

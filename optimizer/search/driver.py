@@ -9,7 +9,6 @@ it with the run folder's lock held.
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,9 +27,11 @@ from evals.weak_tasks import weak_tasks
 from optimizer.database.study_db import unwritable
 from optimizer.database.study_home import storage_file
 from optimizer.errors import SearchError
+from optimizer.runs.limits import Limits
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.trial import DUPLICATE, WORKER_DIED, Role, TrialKind
 from optimizer.search.crew import Crew
+from optimizer.search.ends import Ends, cost_of_trial
 from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
 from optimizer.search.fault_point import fault
@@ -40,8 +41,8 @@ from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import front_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.racing import Verdict, verdict_of
-from optimizer.search.samplers import make_sampler
-from optimizer.search.scale import find_scale, objectives_of, with_anchor
+from optimizer.search.samplers import WITHOUT_LIMITS, make_sampler
+from optimizer.search.scale import find_scale, measured_of, with_anchor
 from optimizer.search.sensitivity import measure_sensitivities
 from optimizer.workers.pool import Pool, Result, ScoreJob
 from search_spaces.choice import Choice
@@ -151,7 +152,8 @@ class _Search:
         self.study = ledger.study
         self.names = objective_names([name for name, _ in space.experts])
         self.budget = settings.trials
-        self.deadline = time.monotonic() + 60 * (settings.timeout or math.inf)
+        self.limits = Limits(settings.max_forgetting, settings.floors)
+        self.ends, self.ended = Ends(settings, ledger), ""
         self.scale: Scale | None = None  # once all references are scored
         self.failures = Failures()
         self.repeats = 0  # duplicates asked in a row
@@ -164,6 +166,8 @@ class _Search:
         if found.trials:
             text = f"{self.ledger.finished} of {self.budget} trials are finished"
         self.reporter.start(text + (f"; {found.left_open} were left open" if found.left_open else ""))
+        if self.limits and self.settings.sampler in WITHOUT_LIMITS:
+            self.reporter.say("note", f"{self.settings.sampler} draws without regard to limits ({self.limits.text()})")
         self.reporter.lost(found.lost)
         self.ledger.owed.extend(n for n in self.preparer.removed() if n not in self.ledger.owed)
         self._tell_held()
@@ -207,8 +211,14 @@ class _Search:
             return True  # it is in the budget already
         if self.preparer.waits(self.crew.jobs):
             return False  # a free worker waits for its lesson: asked for by chance, trials would take its place
-        room = self.asked < self.budget and self.repeats < REPEATS_BEFORE_END
-        return room and time.monotonic() < self.deadline
+        return self.asked < self.budget and self.repeats < REPEATS_BEFORE_END and not self._has_ended()
+
+    def _has_ended(self) -> bool:
+        """Tell whether the study's own end is reached, and a person why."""
+        if not self.ended and (reason := self.ends.reason(self.asked - self.ledger.finished)):
+            self.ended = reason
+            self.reporter.say("note", f"no more trials are started: {reason}")
+        return bool(self.ended)
 
     @property
     def asked(self) -> int:
@@ -321,37 +331,50 @@ class _Search:
             self.scale = find_scale(self.ledger)
             for finding in weak_tasks(self.scale):
                 self.reporter.say("note", finding)
+            self._restate_limits(self.scale)
         for number in sorted(self.ledger.held):
             self._tell(number, self.ledger.held.pop(number), self.scale)
             if self.ledger.has_bank and self.ledger.kinds[number].is_anchor:
                 self.scale = with_anchor(number, self.scale, self.ledger)
         self.ledger.forget_rows(self.ledger.front() if self.settings.racing else ())
 
+    def _restate_limits(self, scale: Scale) -> None:
+        """Tell the sampler of the limits as they are now, where trials were told of others."""
+        for number in sorted(self.ledger.values.keys() - set(self.ledger.owed)):
+            if self.ledger.constraints(number).keys() != set(self.limits.keys):
+                values, forgot = measured_of(number, scale, self.ledger) if self.limits else ((0.0,), {})
+                self.ledger.restate(number, self.limits.excesses(values[-1], forgot))
+                self.ledger.forget_rows()
+
     def _tell(self, number: int, seconds: float, scale: Scale) -> None:
         try:
-            values = objectives_of(number, scale, self.ledger)
+            values, forgot = measured_of(number, scale, self.ledger)
         except TaskError as error:
             self._failed(number, str(error))
             return
         if not all(math.isfinite(value) for value in values):
             self._failed(number, f"objectives must be finite: {dict(zip(self.names, values, strict=True))}")
             return
-        found = self._race(number, scale)
+        excesses = self.limits.excesses(values[-1], forgot)
+        found = self._race(number, scale, is_safe=bool(self.limits.floors) and max(excesses.values()) <= 0)
         if found is Verdict.GOES_ON:
             self.ledger.lengthen(number, seconds)
             return
-        self.ledger.tell(number, values, seconds)
+        self.ledger.tell(number, values, seconds, cost=cost_of_trial(number, self.ledger), excesses=excesses)
         self.failures.told()
         took = f"{seconds:.1f} s" if math.isfinite(seconds) else ""
         text = f"{took}, stopped: it is beaten".removeprefix(", ") if found is Verdict.STOPS else took
         self.reporter.trial("trial", number, text, values)
 
-    def _race(self, number: int, scale: Scale) -> Verdict:
-        """Say what becomes of a trial after a block of items, and write down where it stops."""
+    def _race(self, number: int, scale: Scale, *, is_safe: bool) -> Verdict:
+        """Say what becomes of a trial after a block of items, and write down where it stops; one that is safe, since
+        it keeps to floors that what beats it may not keep to, never does."""
         if not (self.settings.racing and self.ledger.is_drawn(number)):
             return Verdict.ENDS
         found = verdict_of(number, scale, self.ledger)
-        if found is Verdict.GOES_ON and time.monotonic() < self.deadline:
+        if found is Verdict.STOPS and is_safe:
+            found = Verdict.ENDS
+        if found is Verdict.GOES_ON and not self.ends.is_late:
             return found
         self.ledger.mark_stopped(number, is_stopped=found is Verdict.STOPS)
         return found if found is Verdict.STOPS else Verdict.ENDS
@@ -362,6 +385,7 @@ class _Search:
         if number not in self.ledger.values:  # else it stays COMPLETE, and the next start tries to score it again
             self.ledger.tell_failed(number, reason)
             self.ledger.finished += not kind.is_prepared
+            self.ledger.spent += 1.0
         self.reporter.trial("failed", number, reason)
         if kind in self.ledger.reference_kinds:
             raise SearchError(f"every score is measured by the {kind.label}, and it failed: {reason}")

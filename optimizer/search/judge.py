@@ -33,7 +33,7 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     while True:  # where a guard finds a judged trial's answers wanting, what it beat is on the front, and judged too
         front = front_of(values, ledger.is_kept_off)
         others = front_without_prepared(values, ledger.kinds, ledger.is_kept_off)
-        numbers = sorted({*front, *others, *ledger.finished_anchors()})
+        numbers = sorted({*front, *others, *_within_limits(values, ledger), *ledger.finished_anchors()})
         faults = {n: why for n in numbers if n not in tried and (why := ledger.outcomes_fault(n, HOLDOUT))}
         if not faults:
             break
@@ -41,6 +41,13 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
         reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
         _judge([*faults], ledger, crew, reporter, total=len(numbers))
     reporter.say("done", f"{ledger.finished} trials finished, {len(front)} on the front")
+
+
+def _within_limits(values: Values, ledger: Ledger) -> list[int]:
+    """Give the trials that no other beats of those that keep the study's limits: floors may have them off the front."""
+    limited = {number: ledger.constraints(number) for number in values}
+    kept = {n: values[n] for n, found in limited.items() if found and max(found.values()) <= 0}
+    return front_of(kept, ledger.is_kept_off) if kept else []
 
 
 def _judge(numbers: Sequence[int], ledger: Ledger, crew: Crew, reporter: Reporter, *, total: int) -> None:

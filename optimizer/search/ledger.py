@@ -22,7 +22,7 @@ from optimizer.database.writer_storage import WriterStorage
 from optimizer.runs.front import front_without, losses, non_dominated
 from optimizer.runs.outcome_files import outcomes_of, outcomes_path, stamp_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import BASE, DRIVER_DIED, NOT_COUNTED, STAMP, STOPPED, TrialKind
+from optimizer.runs.trial import BASE, COST, DRIVER_DIED, NOT_COUNTED, STAMP, STOPPED, TrialKind
 from optimizer.search.answer_watch import AnswerWatch
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
@@ -76,6 +76,7 @@ class Ledger:
         self.references: dict[TrialKind, int] = {}  # kind to the scored trial
         self.values: dict[int, tuple[float, ...]] = {}  # of the COMPLETE trials
         self.finished = 0
+        self.spent = 0.0  # candidates: what a searched trial reads at first is one
         self._waiting: set[TrialKind] = set()  # anchors in Optuna's queue
         self._front: frozenset[int] | None = None  # of those told so far; None: to be found
         self._stamps: dict[int, str] = {}  # of outcome files that were written or found whole, as they were then
@@ -234,6 +235,7 @@ class Ledger:
         elif kind in self.reference_kinds or kind.is_prepared:
             return  # a failed reference is scored again: the person may have mended what broke it
         self.finished += 1
+        self.spent += trial.user_attrs.get(COST, 1.0)
         if trial.number in self.digests:
             self.seen.setdefault(self.digests[trial.number], trial.number)
 
@@ -346,13 +348,18 @@ class Ledger:
         (self.stopped.add if is_stopped else self.stopped.discard)(number)
         self.storage.set_trial_user_attr(self._id_of(number), STOPPED, is_stopped)  # written as it is told
 
-    def tell(self, number: int, values: tuple[float, ...], seconds: float) -> None:
-        """Tell a trial's objectives."""
+    def tell(
+        self, number: int, values: tuple[float, ...], seconds: float, *, cost: float, excesses: Mapping[str, float]
+    ) -> None:
+        """Tell a trial's objectives, what it cost in candidates, and how far it is beyond the study's limits."""
         trial_id = self._id_of(number)
         if math.isfinite(seconds):
             self.storage.set_trial_user_attr(trial_id, "seconds", round(seconds, 3))
         if stamp := self._stamps.pop(number, ""):
             self.storage.set_trial_user_attr(trial_id, STAMP, stamp)
+        self.storage.set_trial_user_attr(trial_id, COST, round(cost, 3))
+        if excesses:
+            self.storage.set_constraints(trial_id, excesses)
         fault("tell.before")
         self.study.tell(number, values)
         fault("tell.after")
@@ -360,6 +367,15 @@ class Ledger:
         if self._front is not None and number not in self.stopped:
             self._front = _not_beaten({n: self.values[n] for n in (*self._front, number)})
         self.finished += 1
+        self.spent += cost
+
+    def restate(self, number: int, excesses: Mapping[str, float]) -> None:
+        """Tell anew how far a trial is beyond the study's limits."""
+        self.storage.set_constraints(self._id_of(number), excesses)
+
+    def constraints(self, number: int) -> dict[str, float]:
+        """Give what was told of a trial and the study's limits."""
+        return dict(self.storage.get_trial(self._id_of(number)).constraints)
 
     def tell_failed(self, number: int, reason: str) -> None:
         """Tell that a trial failed, and why; whether it counts is the caller's."""

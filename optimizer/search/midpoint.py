@@ -17,7 +17,7 @@ from search_spaces.space import Space
 def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | str] | None:
     """Give the params of the widest gap's midpoint whose recipe is not known yet; None where there is none."""
     params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
-    front = sorted(ledger.front() & params.keys(), key=lambda number: ledger.values[number][-1])
+    front = _within_limits(sorted(ledger.front() & params.keys(), key=lambda n: ledger.values[n][-1]), ledger)
     if len(front) < 2:  # derived and learned points, which have no params, may hold it alone
         return None
     for left, right in widest_gaps([ledger.values[number] for number in front]):
@@ -25,6 +25,12 @@ def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | s
         if between is not None and space.recipe(between).digest not in ledger.seen:
             return between
     return None
+
+
+def _within_limits(front: list[int], ledger: Ledger) -> list[int]:
+    """Leave those of a front that keep the study's limits, and the first beyond them: the limit lies in that gap."""
+    beyond = [n for n in front if max(ledger.constraints(n).values(), default=0.0) > 0]
+    return [n for n in front if n not in beyond[1:]]
 
 
 def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:

@@ -101,9 +101,18 @@ def make_plan(study: Study) -> Plan:
         conditional = plan.space.is_conditional
         plan.attempt("search.sampler", partial(require_learns, study.search.sampler, conditional=conditional))
     _open_tasks(plan)
+    if plan.harness is not None:
+        plan.attempt("search.floors", partial(_require_general, study.search.floors, plan.harness))
     if study.search.storage is not None:
         plan.attempt("search.storage", partial(_look_at_storage, study.search.storage))
     return plan
+
+
+def _require_general(floors: Mapping[str, float], harness: Harness) -> None:
+    names = [info.name for info in harness.infos if info.role == "general"]
+    for name in floors:
+        if name not in names:
+            raise StudyFileError(f"a floor is for a general task; given {name!r}, they are {', '.join(names)}")
 
 
 def _look_at_storage(url: str) -> None:

@@ -18,6 +18,7 @@ from optimizer.search.cmaes import ScalarisedCmaEs
 from search_spaces.choice import METHOD
 
 SAMPLERS = ("auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc")
+WITHOUT_LIMITS = ("random", "qmc")  # which learn nothing; all others go by a trial's constraints
 GP_DIMENSIONS = 20
 GP_TRIALS = 200
 POPULATION = (8, 16)

@@ -19,9 +19,15 @@ from optimizer.search.ledger import Ledger
 
 def objectives_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[float, ...]:
     """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is in the scale."""
+    return measured_of(trial, scale, ledger)[0]
+
+
+def measured_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[tuple[float, ...], dict[str, float]]:
+    """Return a trial's objectives as `objectives_of` does, and what it forgot of each general task."""
     measured = draw_objectives(beside([trial], scale, ledger), replicates=0)
     place = measured.column(trial)
-    return tuple(float(measured.points[name][place]) for name in objective_names(list(scale.experts)))
+    values = tuple(float(measured.points[name][place]) for name in objective_names(list(scale.experts)))
+    return values, {task: float(shares[place]) for task, shares in measured.by_task.items()}
 
 
 def beside(trials: Iterable[int], scale: Scale, ledger: Ledger) -> Scale:

@@ -233,6 +233,15 @@ def _read_learned(value: object) -> object:
     return {"count": value} if type(value) is int else value
 
 
+class PatienceEntry(Section):
+    """An end for want of progress."""
+
+    trials: int = Field(ge=1, le=MOST_ITEMS, description="Searched trials that are looked back on.")
+    gain: float = Field(
+        default=0.0, ge=0, lt=1, description="End where they added no more than this share to the hypervolume."
+    )
+
+
 class SearchSection(Section):
     """The search."""
 
@@ -249,6 +258,21 @@ class SearchSection(Section):
     )
     sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc"] = Field(
         default="auto", description="Who proposes the next weights. cmaes climbs one height: gain less forgetting."
+    )
+    max_forgetting: float | None = Field(
+        default=None, ge=0, lt=1, description="The most a merge may forget, a share (0.05 is 5 %): the sampler's limit."
+    )
+    floors: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default={}, description="The most it may forget of single general tasks, by name: {arc_easy: 0.01}."
+    )
+    candidates: float | None = Field(
+        default=None,
+        gt=0,
+        le=MOST_ITEMS,
+        description="What the search may cost at most, in candidates: lessons, derived experts and banks count too.",
+    )
+    patience: PatienceEntry | None = Field(
+        default=None, description="End when the last trials added little: {trials: 20, gain: 0.01}."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the sampler.")
     timeout: float | None = Field(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limit
+from optimizer.runs.limits import Limits
 from optimizer.search.cost import Cost, cost_of, count_numbers
+from optimizer.search.samplers import WITHOUT_LIMITS
 from optimizer.views.plain_table import table
 from optimizer.words import count, percent, printable
 from search_spaces.groups import PASSED, group_of, is_placed, kind_of, layer_of, split_name
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from evals.lm_harness import Harness
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.search.plan import Plan
+    from optimizer.study.schema import SearchSection
     from search_spaces.choice import Choice
     from search_spaces.space import Space
 
@@ -49,6 +52,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         for note in plan.harness.notes:
             console.print(Text(f"note: {note}"), soft_wrap=True)
         console.print(table("Certificates", ["", ""], _power_rows(plan.harness)))
+    console.print(table("Search", ["", ""], _search_rows(plan.study.search)))
     cost = cost_of(plan)
     if cost is not None:
         console.print(table("Cost", ["", ""], _cost_rows(plan, cost)))
@@ -114,6 +118,22 @@ def _certify_items(row: Mapping[str, Any]) -> str:
     items, largest = row["certify_items"], row["certify_largest"]
     told = f" (up to {largest} about one passage: they may tell no more than {items // largest})"
     return f"{items} of {row['task']}{told if largest > 1 else ''}"
+
+
+def _search_rows(search: SearchSection) -> Iterator[tuple[str, str]]:
+    """Yield who proposes, what it may not pass, and when it ends."""
+    limits = Limits(search.max_forgetting, search.floors)
+    yield "sampler", search.sampler
+    if limits:
+        blind = f"; {search.sampler} draws without regard to them" if search.sampler in WITHOUT_LIMITS else ""
+        yield "limits", limits.text() + blind
+    ends = [count(search.trials, "trial")]
+    ends += [f"{search.candidates:g} candidates' cost"] if search.candidates is not None else []
+    ends += [f"{search.timeout:g} minutes"] if search.timeout is not None else []
+    if search.patience is not None:
+        last = count(search.patience.trials, "trial")
+        ends.append(f"no more than {percent(search.patience.gain)} of hypervolume won in {last}")
+    yield "ends after", ", or ".join(ends)
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from optimizer.runs.comparison import NOBODY
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.guard_words import guard_sentence
+from optimizer.runs.limits import ALL, answer_to_limits
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
 from optimizer.views.front_rows import change_of
@@ -62,7 +63,25 @@ def verdict(run: ScoredRun) -> list[str]:
     if run.points().empty:
         return []
     knee = knee_sentence(run) if run.kinds[run.knee()].is_anchor else []
-    return [*knee, *what_search_gains(run), *what_prepared_points_add(run), *what_bank_saved(run)]
+    return [*limits(run), *knee, *what_search_gains(run), *what_prepared_points_add(run), *what_bank_saved(run)]
+
+
+def limits(run: ScoredRun) -> list[str]:
+    """Say which point keeps the study's limits with the most gain, or how near the nearest came."""
+    answer = answer_to_limits(run)
+    if answer is None:
+        return []
+    asked = answer.limits.text()
+    if answer.trial is None:
+        return [f"No point has a domain gain within the limits ({asked}): none has one at all."]
+    if answer.is_kept:
+        return [f"Within the limits ({asked}), by the search items: {describe(run, answer.trial)}"]
+    what = "of all general tasks" if answer.name == ALL else f"of {answer.name}"
+    beyond = f"{percent(answer.forgot)} {what}, where {percent(answer.limit)} is the limit"
+    return [
+        f"No point with a domain gain keeps the limits ({asked}). The nearest, {named(run, answer.trial)}, forgets "
+        f"{beyond}, by the search items."
+    ]
 
 
 def what_bank_saved(run: ScoredRun) -> list[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from evals.outcomes import SUITES
 from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
+from optimizer.runs.limits import answer_to_limits
 from optimizer.runs.run_folder import is_locked
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
@@ -164,6 +165,7 @@ def front_document(run: ScoredRun) -> dict[str, Any]:
             for row in rows
         ],
         "limits": _records(run.by_limit()),
+        "asked_limits": None if (answer := answer_to_limits(run)) is None else answer.document(),
         "what_pays": _records(run.what_pays()),
         "lessons": _records(run.lessons().reset_index()),
         "sentinels": _records(run.sentinels()),
