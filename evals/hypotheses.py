@@ -91,7 +91,8 @@ def forgetting_hypotheses(known: Known, limit: float, *, each_task: bool, delta:
         TaskError: a task has no certify items, or the base scores at chance.
     """
     tasks = known.of("general")
-    parts = [_forgetting_part(known, task, limit, 1 if each_task else len(tasks)) for task in tasks]
+    total = sum(task.weight for task in tasks)
+    parts = [_forgetting_part(known, task, limit, 1.0 if each_task else task.weight / total) for task in tasks]
     groups = (
         [(f"{FORGETTING} of {part.task}", (part,)) for part in parts] if each_task else [(FORGETTING, tuple(parts))]
     )
@@ -108,21 +109,26 @@ def gain_hypothesis(known: Known, least: float, *, delta: float) -> Hypothesis:
         TaskError: a task has no certify items, or the expert scores as the base.
     """
     tasks = known.of("domain")
-    count = {name: sum(name in experts_of(task, known.experts) for task in tasks) for name in known.experts}
-    weights = {name: 1 / (number * len(count)) for name, number in count.items()}
-    parts = tuple(_gain_part(known, task, least, weights) for task in tasks)
+    total = {
+        name: sum(task.weight for task in tasks if name in experts_of(task, known.experts)) for name in known.experts
+    }
+    parts = tuple(
+        _gain_part(known, task, least, {name: task.weight / (all_of * len(total)) for name, all_of in total.items()})
+        for task in tasks
+    )
     return _hypothesis(known, GAIN, least, parts, least=LEAST_AIM, delta=delta)
 
 
-def _forgetting_part(known: Known, task: TaskInfo, limit: float, tasks: int) -> Part:
-    """Compute s (v(base) - v(candidate)) - limit * side * s (v(base) - chance w), over the known ability."""
+def _forgetting_part(known: Known, task: TaskInfo, limit: float, share: float) -> Part:
+    """Compute s (v(base) - v(candidate)) - limit * side * s (v(base) - chance w), over the known ability, times what
+    the task counts."""
     values, weights = known.values(task)
     sign = 1.0 if task.higher_is_better else -1.0
     ability = float(sign * (values["base"].sum() / weights.sum() - task.chance))
     if not ability:
         raise TaskError(f"general task {task.name}: the base scores exactly at chance, so there is nothing to forget")
     side = np.sign(ability)
-    scale = abs(ability) * tasks * float(weights.mean())
+    scale = abs(ability) * float(weights.mean()) / share
     base, constant = sign * (1 - limit * side), sign * limit * side * task.chance
     return _part(known, task, values, weights, np.array([base, -sign, constant]) / scale, {})
 

@@ -139,6 +139,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
         holdout_items=len(suites[HOLDOUT]),
         drawn_items=spec.search_items if has_bank else 0,
         statistic=measured.statistic,
+        weight=spec.weight,
     )
     classes = classes_of(name, measured.statistic, members, [item for found in items.values() for item in found])
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -151,13 +151,21 @@ def draw_objectives(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> D
     forgetting = [m for m in measures if m.role == "general"]
     if not forgetting:
         raise TaskError("forgetting needs at least one general task (evals.general)")
-    points = {name: np.mean([m.point for m in group], axis=0) for name, group in groups.items()}
-    samples = {name: np.mean([m.samples for m in group], axis=0) for name, group in groups.items()}
+    points = {name: _mean(group, [m.point for m in group]) for name, group in groups.items()}
+    samples = {name: _mean(group, [m.samples for m in group]) for name, group in groups.items()}
     points = {"domain": np.mean(list(points.values()), axis=0), **(points if len(experts) > 1 else {})}
     samples = {"domain": np.mean(list(samples.values()), axis=0), **(samples if len(experts) > 1 else {})}
-    points["forgetting"] = np.mean([m.point for m in forgetting], axis=0)
-    samples["forgetting"] = np.mean([m.samples for m in forgetting], axis=0)
+    points["forgetting"] = _mean(forgetting, [m.point for m in forgetting])
+    samples["forgetting"] = _mean(forgetting, [m.samples for m in forgetting])
     return Draws(measures[0].trials, points, samples, {m.task: m.point for m in forgetting})
+
+
+def _mean(measures: Sequence[_Measure], arrays: Sequence[Array]) -> Array:
+    """Average what tasks say, each by its weight."""
+    weights = [measure.weight for measure in measures]
+    if len(set(weights)) == 1:
+        return np.asarray(np.mean(arrays, axis=0))
+    return np.asarray(np.average(arrays, axis=0, weights=weights))
 
 
 def objectives(draws: Draws) -> pd.DataFrame:
@@ -236,6 +244,7 @@ class _Measure:
     scores: Array
     point: Array
     samples: Array
+    weight: float = 1.0
 
 
 def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
@@ -256,7 +265,9 @@ def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
                 what = f"expert {name} scores exactly as the base" if name else "the base scores exactly at chance"
                 raise TaskError(f"task {task.name} has no scale: {what}; use more items or another task")
             drawn = _relative(task, samples, at_base, at_expert)
-            measures.append(_Measure(task.name, task.role, name, table.trials, table.scores, exact[0], drawn))
+            measures.append(
+                _Measure(task.name, task.role, name, table.trials, table.scores, exact[0], drawn, task.weight)
+            )
     if not measures:
         raise TaskError("objectives need at least one domain and one general task")
     return [m if len(m.samples) == replicates else _refilled(m, replicates) for m in measures]
@@ -277,9 +288,7 @@ def _refilled(measure: _Measure, replicates: int) -> _Measure:
     """Replace the few samples that had no scale by repeats, so that tasks can be averaged row by row."""
     samples = np.resize(measure.samples, (replicates, len(measure.trials))) if len(measure.samples) else np.nan
     filled = np.broadcast_to(samples, (replicates, len(measure.trials)))
-    return _Measure(
-        measure.task, measure.role, measure.expert, measure.trials, measure.scores, measure.point, np.asarray(filled)
-    )
+    return replace(measure, samples=np.asarray(filled))
 
 
 def turned(task: TaskInfo, scores: Array) -> Array:

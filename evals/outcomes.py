@@ -65,6 +65,7 @@ class TaskSpec:
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
         kind: what the name is of. A text is cut into items and scored in bits per byte.
         judge: a program and its arguments that give each written answer a number, in place of the task's metrics.
+        weight: what it counts among the tasks of its objective, above 0.
     """
 
     name: str
@@ -79,6 +80,7 @@ class TaskSpec:
     group_by: str = ""
     kind: TaskKind = TASK
     judge: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class TaskInfo:
         search_items, holdout_items: items in each suite.
         drawn_items: of the search's, that a candidate other than an anchor is scored on; 0: all of them.
         statistic: what the score is, where it is no ratio of sums over items: see `evals.statistics`.
+        weight: what it counts among the tasks of its objective, above 0.
     """
 
     name: str
@@ -103,6 +106,7 @@ class TaskInfo:
     holdout_items: int
     drawn_items: int = 0
     statistic: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

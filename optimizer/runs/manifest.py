@@ -111,6 +111,8 @@ def _task(given: object, path: Path, key: str) -> TaskInfo:
             _refuse(path, place, f"must be {KINDS[kind]}", value)
         if kind is int and value < 0:
             _refuse(path, place, "must be a whole number", value)
+        if field.name == "weight" and value <= 0:
+            _refuse(path, place, "must be above 0", value)
     if len(given["name"]) > LONGEST_NAME:
         _refuse(path, f"{key}.name", f"must be {LONGEST_NAME:,} characters at most", given["name"])
     if given["role"] not in ROLES:

@@ -10,6 +10,7 @@ from evals.outcomes import KINDS, TaskKind
 from optimizer.study.section import MOST_ITEMS, Certify, Holdout, Section
 
 MOST_SHOTS = 64
+MOST_WEIGHT = 1e6
 
 
 class TaskEntry(Section):
@@ -45,6 +46,9 @@ class TaskEntry(Section):
         description="Worked examples before each item. Default: the task's own num_fewshot.",
     )
     metric: str = Field(default="", description="One of the task's metrics. Default: its first.")
+    weight: float = Field(
+        default=1.0, gt=0, le=MOST_WEIGHT, description="What it counts among the tasks of its objective."
+    )
     group_by: str = Field(
         default="",
         description="Column of what items share, such as a passage: they are resampled and certified together, and all "

@@ -27,6 +27,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             judge=entry.judge,
             bank_items=0 if role == SENTINEL else evals.bank or 0,
             kind=entry.kind,
+            weight=entry.weight,
         )
         for role, entries in evals.roles.items()
         for entry in entries

@@ -98,6 +98,7 @@ class Aims:
             name: [t.name for t in tasks if t.role == "domain" and t.expert in ("", name)] for name in experts
         }
         self._general = [t.name for t in tasks if t.role == "general"]
+        self._weights = {t.name: t.weight for t in tasks}
         self._ends: dict[Loss, dict[str, dict[Term, float]]] = {}  # by model, on the items learned from
         self._beliefs: dict[tuple[str, Example], tuple[Beliefs, ...]] = {}
         self._at_starts: dict[tuple[Loss, str, tuple[Term, ...]], dict[Term, float]] = {}  # on the items kept apart
@@ -112,13 +113,17 @@ class Aims:
             for task in self._domain[name]:
                 term = Term(task, name if loss == "teachers" else BASE)
                 won = ends[BASE][term] - ends[name][term]
-                factors[term] += share / len(self._domain[name]) / _scale(won, ends[BASE][term])
+                factors[term] += share * self._counts(task, self._domain[name]) / _scale(won, ends[BASE][term])
         for task in self._general:
             term = Term(task, BASE)
             lost = max(ends[name][term] for name in self._experts) - ends[BASE][term]
-            share = (1 - math.fsum(preference.values())) / len(self._general)
+            share = (1 - math.fsum(preference.values())) * self._counts(task, self._general)
             factors[term] += share / _scale(lost, ends[BASE][term])
         return Aim(self, loss, factors)
+
+    def _counts(self, task: str, among: Sequence[str]) -> float:
+        """Give what a task counts among those of its side, a share."""
+        return self._weights[task] / math.fsum(self._weights[name] for name in among)
 
     def parts(self, loss: Loss, examples: Sequence[Example]) -> list[Part]:
         """Turn items into parts: one each on labels, one for each of their task's teachers otherwise."""

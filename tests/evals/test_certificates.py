@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,26 @@ def test_the_mean_loss_is_the_objective_less_the_limit(run: Run, limit: float) -
         assert estimate(known, hypothesis.parts)[0] == pytest.approx(points["forgetting"] - limit, abs=1e-12)
         gain = gain_hypothesis(known, limit, delta=0.1)
         assert estimate(known, gain.parts)[0] == pytest.approx(limit - points["domain"], abs=1e-12)
+
+
+def test_with_task_weights_it_is_the_objective_still(run: Run, tmp_path: Path) -> None:
+    weighed = tmp_path / "weighed"
+    shutil.copytree(run.path, weighed)
+    manifest = json.loads((weighed / "tasks.json").read_text())
+    for entry, weight in zip(manifest["tasks"], (3.0, 0.5, 2.0, 1.0), strict=False):
+        entry["weight"] = weight
+    (weighed / "tasks.json").write_text(json.dumps(manifest))
+    other = open_run(weighed)
+    assert len({task.weight for task in other.tasks}) > 1
+    front = [trial for trial in other.front().index if not other.kinds[trial].is_reference]
+    assert front
+    for trial in front:
+        points, before = other.points(HOLDOUT).loc[trial], run.points(HOLDOUT).loc[trial]
+        assert points["forgetting"] != before["forgetting"]
+        (hypothesis,) = forgetting_hypotheses(known_of(other, int(trial)), 0.1, each_task=False, delta=0.1)
+        assert estimate(known_of(other, int(trial)), hypothesis.parts)[0] == pytest.approx(points["forgetting"] - 0.1)
+        gain = gain_hypothesis(known_of(other, int(trial)), 0.1, delta=0.1)
+        assert estimate(known_of(other, int(trial)), gain.parts)[0] == pytest.approx(0.1 - points["domain"])
 
 
 def test_each_task_has_the_mean_loss_of_its_own_forgetting(run: Run) -> None:

@@ -258,3 +258,21 @@ def test_a_sentinels_change_needs_the_base() -> None:
     lacking = outcomes[(outcomes["task"] != "letters") | (outcomes["trial"] > 0)]
     with pytest.raises(TaskError, match="trial 0 has no search outcome"):
         sentinel_changes(Scale(lacking, (DOMAIN, GENERAL, SENTINEL), "search", 0, {"x": 3}))
+
+
+def test_a_task_counts_by_its_weight() -> None:
+    outcomes = study()
+    more = outcomes[outcomes["task"] == "prose"].assign(task="letters")
+    more["value"] *= 1 + 0.2 * more["trial"]
+    letters = replace(GENERAL, name="letters")
+    scale = Scale(pd.concat([outcomes, more]), (DOMAIN, GENERAL, letters), "search", 0, {"x": 3})
+    alike = draw_objectives(scale, replicates=20)
+    prose, other = alike.by_task["prose"], alike.by_task["letters"]
+    assert alike.points["forgetting"] == pytest.approx((prose + other) / 2)
+    weighed = draw_objectives(replace(scale, tasks=(DOMAIN, GENERAL, replace(letters, weight=3.0))), replicates=20)
+    assert weighed.points["forgetting"] == pytest.approx((prose + 3 * other) / 4)
+    assert weighed.points["domain"] == pytest.approx(alike.points["domain"])
+    twice = draw_objectives(
+        replace(scale, tasks=(DOMAIN, replace(GENERAL, weight=2.0), replace(letters, weight=2.0))), replicates=20
+    )
+    assert np.array_equal(twice.samples["forgetting"], alike.samples["forgetting"])

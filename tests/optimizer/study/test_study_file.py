@@ -351,6 +351,12 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
         ),
         (
             "  items: 100",
+            "  sentinel: [{task: y, weight: 2}]\n  items: 100",
+            "evals.sentinel.0.weight: a sentinel task counts in no objective; given 2; leave it out",
+        ),
+        ("- arc_easy", "- {task: arc_easy, weight: 0}", "evals.general.0.weight"),
+        (
+            "  items: 100",
             "  sentinel: [{task: y, expert: clinical}]\n  items: 100",
             "evals.sentinel.0.expert: only a domain task belongs to an expert; given 'clinical'",
         ),

@@ -142,6 +142,15 @@ def test_divergences_count_in_shares_of_that_between_base_and_expert(study: Stud
         assert expert - base == pytest.approx(1 - 2 * preference, abs=1e-5)
 
 
+def test_a_task_counts_by_its_weight_in_a_lesson_too(study: Study, worker: Worker) -> None:
+    seen, kept = split_examples(worker.examples())
+    heavy = [dataclasses.replace(task, weight=3.0, name="other") for task in worker.tasks if task.role == "general"]
+    tasks = [*worker.tasks, *heavy]
+    aims = Aims(worker, seen, kept, tasks=tasks, base=study.models.base, experts=study.models.experts)
+    names = [task.name for task in tasks if task.role == "general"]
+    assert [aims._counts(name, names) for name in names] == [0.25, 0.75]
+
+
 def test_teachers_at_their_own_place_ask_for_no_step(study: Study, worker: Worker) -> None:
     whole = Setting("weight", "clinical", "", 1.0)
     start = dataclasses.replace(Recipe.from_json(lesson(study).start), settings=(whole,)).to_json()
