@@ -72,6 +72,10 @@ def init(
         Path | None,
         typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file to start from."""
@@ -85,7 +89,9 @@ def init(
     if from_evolve is not None:
         if base or domain or domain_text or general_text:
             fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
-        text = study_from_evolve(from_evolve, out, general or ())
+        text = study_from_evolve(from_evolve, out, general or (), include or ())
+    elif include:
+        fail("--include goes with --from-evolve; in a study file it is evals.include", WRONG)
     elif base and experts:
         texts = {"domain": domain_text or (), "general": general_text or ()}
         text = new_study(out, base, experts, domain=domain or (), general=general or (), texts=texts)

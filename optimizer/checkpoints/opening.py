@@ -23,6 +23,7 @@ from evals.documents import checked_path
 from optimizer.checkpoints.checkpoint import EMBEDDINGS, HEADS, TOKEN_ROWS, Checkpoint, Gather
 from optimizer.checkpoints.configs import LAYER_COUNT_KEYS, checked_config, listed, shown
 from optimizer.checkpoints.contents import Content, content_of
+from optimizer.checkpoints.gguf import dequantised, gguf_in
 from optimizer.checkpoints.headers import Entry, Header, read_header, read_json
 from optimizer.checkpoints.lora import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.checkpoints.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
@@ -42,7 +43,7 @@ def open_checkpoint(source: str | Path, *, base: Checkpoint | None = None) -> Ch
     """Open a checkpoint by its headers.
 
     Args:
-        source: a folder, or a hub id whose files are in the local hub cache.
+        source: a folder, a GGUF file, or a hub id whose files are in the local hub cache.
         base: for an expert, the checkpoint it was made from: an adapter stands on it, and the rows of other
             tokens are matched to its tokens by the two tokenizer.json.
 
@@ -74,10 +75,14 @@ def folder_of(source: str) -> Path:
     """
     folder = checked_path(source, error=CheckpointError)
     try:
+        if (quantised := gguf_in(folder)) is not None:
+            return dequantised(quantised.absolute()).resolve()
         if folder.is_dir():
             return folder.resolve()
         if folder.exists():
-            raise CheckpointError(f"a checkpoint is a folder, or a hub id such as org/model; {folder} is a file")
+            raise CheckpointError(
+                f"a checkpoint is a folder, a GGUF file, or a hub id such as org/model; {folder} is another file"
+            )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):

@@ -35,22 +35,23 @@ MODULES = {
 }  # fmt: skip
 
 
-def study_from_evolve(path: Path, out: Path, general: Sequence[str] = ()) -> str:
+def study_from_evolve(path: Path, out: Path, general: Sequence[str] = (), include: Sequence[str] = ()) -> str:
     """Write the text of a study file at `out` for a mergekit-evolve configuration.
 
     Args:
         path: the configuration; paths of models in it start at the current folder, as mergekit reads them.
         general: tasks of general ability, for which mergekit-evolve has no word; empty for two to start with.
+        include: folders in which tasks are known by name, what it is given as --task-search-path.
 
     Raises:
         StudyFileError: a key that has no counterpart, or is none of mergekit-evolve's.
     """
-    return "\n".join(_Conversion(path, out, general).lines()) + "\n"
+    return "\n".join(_Conversion(path, out, general, include).lines()) + "\n"
 
 
 class _Conversion:
-    def __init__(self, path: Path, out: Path, general: Sequence[str]) -> None:
-        self.path, self.out, self.general = path, out, general
+    def __init__(self, path: Path, out: Path, general: Sequence[str], include: Sequence[str]) -> None:
+        self.path, self.out, self.general, self.include = path, out, general, include
         self.document = read_yaml(path, anchors=True)
         self._only(self.document, KEYS, "")
         self.genome = self._mapping("genome", self.document.get("genome"))
@@ -74,7 +75,6 @@ class _Conversion:
         yield "# put under general what must be kept, and move there what is no skill of an expert."
         if self.document.get("limit") is None:
             yield "# Without a limit it scores every item of a task; here 100 of each, and 100 others judge the front."
-        yield "# Tasks of a folder given as --task-search-path: write include: FOLDER under evals."
         yield dump_yaml({"evals": self._evals()})
         yield "# mergekit-evolve: --max-fevals"
         yield dump_yaml({"search": {"trials": 100}}).rstrip()
@@ -181,7 +181,8 @@ class _Conversion:
         items = {} if limit is None else {"items": limit, "holdout_items": limit}
         folder = self.out.resolve().parent
         general = [source_from(task, folder) for task in self.general or GENERAL]
-        return {"domain": domain, "general": general, **items, "chat_template": chat, **turns}
+        folders = {"include": [source_from(given, folder) for given in self.include]} if self.include else {}
+        return {"domain": domain, "general": general, **folders, **items, "chat_template": chat, **turns}
 
     def _task(self, key: str, given: object, shots: int | None) -> dict[str, Any]:
         task = {"name": given} if isinstance(given, str) else self._mapping(key, given)

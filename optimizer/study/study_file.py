@@ -185,7 +185,8 @@ class _Paths:
         """Return a folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
         looks_like_path = given.startswith((".", "/", "~")) or given.count("/") > 1
         found = self.absolute(key, given)
-        return found if looks_like_path or Path(found).is_dir() else given
+        is_there = Path(found).is_dir() or (given.endswith(".gguf") and Path(found).is_file())
+        return found if looks_like_path or is_there else given
 
     def program(self, words: Sequence[str]) -> tuple[str, ...]:
         """Return a program's words, those that are files beside the study file by their whole path."""

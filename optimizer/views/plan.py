@@ -66,9 +66,13 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def model_rows(models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, ...]]:
     """Yield a row of the table of models for each: name, source, count of numbers, size and dtypes."""
+    from optimizer.checkpoints.gguf import kept_folder  # brings torch
+
     for name, model in models.items():
         dtypes = sorted({str(model.dtype(tensor)).removeprefix("torch.") for tensor in model.names})
         kind = " (adapter)" if model.is_adapter else ""
+        if model.folder.is_relative_to(kept_folder()):
+            kind = f" (GGUF, dequantised in {model.folder})"
         if model.is_matched:
             kind = f" (matched to the base's tokens; {count(model.left_out, 'row')} of its own left out)"
         yield name, model.source + kind, _millions(count_numbers(model)), _size(model.bytes), ", ".join(dtypes)

@@ -23,7 +23,10 @@ from tests.optimizer.checkpoints.edits import UP, cached, shard
         ("-rf/x\n", "there is no folder -rf/x"),
         ("./bse", "there is no folder bse; in .* there is 'base'"),
         ("bse/x/y", "there is no folder bse/x/y; in .* there is 'base'"),
-        ("base/config.json", "is a folder, or a hub id such as org/model; base/config.json is a file"),
+        (
+            "base/config.json",
+            "a folder, a GGUF file, or a hub id such as org/model; base/config.json is another file",
+        ),
         (
             "base/modle",
             r"no folder base/modle, and 'base/modle' is not in the local hub cache; .*`hf download base/modle`",
