@@ -101,9 +101,7 @@ class Engine:
                 found.append(self._predictions.beliefs(batch, states.flatten(0, 1)[batch.nodes]))
                 places += list(zip(batch.request.tolist(), batch.place.tolist(), strict=True))
         order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
-        ordered, sizes = Beliefs.join(found).at(order), [len(pair.continuation) for pair in pairs]
-        parts = zip(*(part.split(sizes) for part in (ordered.tokens, ordered.logprobs, ordered.rest)), strict=True)
-        return [Beliefs(*part) for part in parts]
+        return Beliefs.join(found).at(order).split([len(pair.continuation) for pair in pairs])
 
     def agreements(self, pairs: Sequence[Pair], beliefs: Sequence[Beliefs]) -> list[float]:
         """Return minus the divergence from a teacher's beliefs, in nats, summed over each continuation.

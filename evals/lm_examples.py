@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from evals.errors import TaskError
 from evals.lm_asked import AskedItem
-from evals.lm_harness import Harness, windows_of
+from evals.lm_harness import Harness
 from evals.lm_outcomes import bytes_of
+from evals.lm_requests import windows_of
 from evals.lm_split import choice_index
 from evals.losses import Example
 from evals.tokens import Pair, Prompt, Text
@@ -42,9 +43,12 @@ def _example(asked: AskedItem, engine: Engine) -> Example:
 
 
 def _of_text(asked: AskedItem, windows: tuple[Pair, ...]) -> Example:
-    member = asked.task.members[asked.item.member]
+    member, info = asked.task.members[asked.item.member], asked.task.info
+    if info.is_to_base:
+        tokens = float(sum(len(window.continuation) for window in windows))
+        return Example(info.name, asked.item.hash, windows, (), (), tokens, to_base=True)
     _, size = bytes_of(member, asked.item, member.process_results(asked.item.doc, [0.0]), 0.0)
-    return Example(asked.task.info.name, asked.item.hash, windows, (), (), float(size))
+    return Example(info.name, asked.item.hash, windows, (), (), float(size))
 
 
 def _of_choices(asked: AskedItem, pairs: list[Pair]) -> Example:

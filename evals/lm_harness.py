@@ -4,75 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.errors import TaskError, error_text
 from evals.lm_asked import Answered, AskedItem, LoadedTask, Request
-from evals.lm_metric import sampling_of
 from evals.lm_outcomes import as_one_score, measured_outcome
+from evals.lm_requests import Suite, TextToBase, by_kind, request_of, to_base
 from evals.lm_split import Item, content_hash, right_choices
 from evals.outcomes import CERTIFY, SUITES, Chat, Outcome, TaskInfo
 from evals.packing import build_trie
-from evals.tokens import Encoder, Pair, Prompt, Text
+from evals.tokens import Encoder, Pair, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from evals.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What a model of one length is given of a suite.
-
-    Args:
-        pairs: the suite's pairs, then the windows of its texts.
-        windows: how many windows each text has.
-    """
-
-    pairs: tuple[Pair, ...]
-    windows: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Suite:
-    """A suite's items in the order they are scored, with all their requests."""
-
-    items: tuple[AskedItem, ...]
-    prefix: int
-    readings: dict[int, _Reading] = field(default_factory=dict)
-
-    @property
-    def requests(self) -> Iterator[Request]:
-        """All requests, in the order of the items."""
-        return (request for asked in self.items for request in asked.requests)
-
-    def of(self, task: LoadedTask) -> list[Request]:
-        """Return the requests of one task."""
-        return [request for asked in self.items if asked.task is task for request in asked.requests]
-
-    def part(self, only: Mapping[str, Sequence[str]]) -> _Suite:
-        """Return some of the items of some tasks, by hash."""
-        wanted = {(name, item) for name, items in only.items() for item in items}
-        found = tuple(asked for asked in self.items if (asked.task.info.name, asked.item.hash) in wanted)
-        return _Suite(found, self.prefix)
-
-    def reading(self, max_length: int) -> _Reading:
-        """Return what a model of that length reads, made once for all candidates."""
-        if max_length not in self.readings:
-            pairs, texts, _ = _by_kind(self.requests)
-            windows = [windows_of(text, self.prefix, max_length) for text in texts]
-            self.readings[max_length] = _Reading((*pairs, *chain.from_iterable(windows)), tuple(map(len, windows)))
-        return self.readings[max_length]
 
 
 class Harness:
@@ -82,8 +34,8 @@ class Harness:
         self.tasks = tuple(tasks)
         self._seed = seed
         self._chat = chat
-        self._suites: dict[str, _Suite] = {}
-        self._parts: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], _Suite] = {}
+        self._suites: dict[str, Suite] = {}
+        self._parts: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], Suite] = {}
 
     @property
     def infos(self) -> tuple[TaskInfo, ...]:
@@ -123,20 +75,19 @@ class Harness:
             for task in self.tasks
             for item in task.items[suite]
         ]
-        self._suites[suite] = _Suite(tuple(items), encoder.prefix)
+        self._suites[suite] = Suite(tuple(items), encoder.prefix)
 
     def score(self, engine: Engine, suite: str, only: Mapping[str, Sequence[str]] | None = None) -> list[Outcome]:
         """Return one outcome per item of a suite, from the model as it is now.
 
         Args:
-            only: of these tasks only these items, by hash; None: all.
+            only: of these tasks only these items, by hash; None: all. Items that are compared with the base need
+                `read_base` before.
 
         Raises:
             ScoreError: the model gives numbers that are not finite.
         """
-        if suite not in self._suites:
-            self.prepare(engine.tokenizer, suite)
-        prepared = self._suites[suite] if only is None else self._part(suite, only)
+        prepared = self._suite(engine, suite, only)
         answers = iter(_answers(prepared, engine))
         measured = [
             measured_outcome(asked, [*islice(answers, len(asked.requests))], suite, engine.max_length)
@@ -144,7 +95,24 @@ class Harness:
         ]
         return as_one_score(prepared.items, measured)
 
-    def _part(self, suite: str, only: Mapping[str, Sequence[str]]) -> _Suite:
+    def needs_base(self, engine: Engine, suite: str, only: Mapping[str, Sequence[str]] | None = None) -> bool:
+        """Tell whether some items are compared with the base, which has not read them; arguments as `score`."""
+        return bool(self._suite(engine, suite, only).unread_by_base(engine.max_length))
+
+    def read_base(self, engine: Engine, suite: str, only: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Keep what the base says where it is compared with; it must be the engine's model. Arguments as `score`."""
+        asked = self._suite(engine, suite, only)
+        unread = asked.unread_by_base(engine.max_length)
+        found = iter(engine.beliefs([*chain.from_iterable(unread)]) if unread else ())
+        for windows in unread:
+            asked.base[windows] = tuple(islice(found, len(windows)))
+
+    def _suite(self, engine: Engine, suite: str, only: Mapping[str, Sequence[str]] | None) -> Suite:
+        if suite not in self._suites:
+            self.prepare(engine.tokenizer, suite)
+        return self._suites[suite] if only is None else self._part(suite, only)
+
+    def _part(self, suite: str, only: Mapping[str, Sequence[str]]) -> Suite:
         """Give a part of a prepared suite, kept, since all candidates are scored on the same draw from a bank."""
         key = suite, tuple((task, tuple(items)) for task, items in sorted(only.items()))
         if key not in self._parts:
@@ -198,13 +166,14 @@ class Harness:
         try:
             instances = self._instances(task, item, encoder.tokenizer)
             repeats = task.repeats(item.member)
-            return tuple(
-                _request(instance, encoder, content_hash(f"{self._seed}:{item.hash}:{i}:{repeat}"))
+            asked = tuple(
+                request_of(instance, encoder, content_hash(f"{self._seed}:{item.hash}:{i}:{repeat}"))
                 for i, instance in enumerate(instances)
                 for repeat in range(repeats)
             )
         except Exception as error:  # templates, examples and task code raise whatever they like
             raise TaskError(f"task {task.info.name}, item {item.hash}: {error_text(error)}") from error
+        return tuple(map(to_base, asked)) if task.info.is_to_base else asked
 
     def _instances(self, task: LoadedTask, item: Item, tokenizer: PreTrainedTokenizerBase) -> list[Instance]:
         member = task.members[item.member]
@@ -232,7 +201,7 @@ class Harness:
         """Count about how many tokens a candidate reads; exact but for texts longer than the model's context."""
         if suite not in self._suites:
             return None
-        pairs, texts, prompts = _by_kind(self._suites[suite].of(task))
+        pairs, texts, prompts = by_kind(self._suites[suite].of(task))
         return (
             len(build_trie(dict(enumerate(pairs))))
             + sum(len(text.tokens) for text in texts)
@@ -246,42 +215,11 @@ def _range(numbers: Sequence[int]) -> int | str:
     return low if low == high else f"{low} to {high}"
 
 
-def _request(instance: Instance, encoder: Encoder, seed: str) -> Request:
-    if instance.request_type == "loglikelihood":
-        pair = encoder.pair(*instance.args)
-        return Request(instance, pair, len(pair.continuation))
-    if instance.request_type == "loglikelihood_rolling":
-        tokens = encoder.text(*instance.args)
-        if not tokens:
-            raise TaskError("a text must have a token")
-        return Request(instance, Text(tokens), len(tokens))
-    text, given = instance.args
-    options = normalize_gen_kwargs(given)
-    sampling = sampling_of(options, int(seed, 16) >> 1)  # torch takes 63 bits
-    return Request(instance, Prompt(encoder.text(text), tuple(options["until"]), options["max_gen_toks"], sampling), 0)
-
-
-def _by_kind(requests: Iterable[Request]) -> tuple[list[Pair], list[Text], list[Prompt]]:
-    """Return what the requests ask, the kinds apart, each in the order of the requests."""
-    asked = [request.encoded for request in requests]
-    return (
-        [pair for pair in asked if isinstance(pair, Pair)],
-        [text for text in asked if isinstance(text, Text)],
-        [prompt for prompt in asked if isinstance(prompt, Prompt)],
-    )
-
-
-def windows_of(text: Text, prefix: int, length: int) -> tuple[Pair, ...]:
-    """Cut a text into the pieces in which lm-eval predicts every token once, each after as much context as fits."""
-    windows = get_rolling_token_windows(list(text.tokens), prefix_token=prefix, max_seq_len=length, context_len=1)
-    pieces = map(make_disjoint_window, windows)
-    return tuple(Pair(tuple(context), tuple(tokens), asks_greedy=False) for context, tokens in pieces)
-
-
-def _answers(suite: _Suite, engine: Engine) -> list[Answered]:
+def _answers(suite: Suite, engine: Engine) -> list[Answered]:
     """Return the engine's answer to every request, in their order."""
     reading = suite.reading(engine.max_length)
-    pairs, _, prompts = _by_kind(suite.requests)
+    pairs, _, prompts = by_kind(suite.requests)
+    compared = iter(_answers_to_base(suite, engine, reading.to_base))
     scores = engine.loglikelihoods(reading.pairs)
     of_pairs, of_windows = iter(scores[: len(pairs)]), iter(scores[len(pairs) :])
     of_texts = (math.fsum(score for score, _ in islice(of_windows, count)) for count in reading.windows)
@@ -290,12 +228,25 @@ def _answers(suite: _Suite, engine: Engine) -> list[Answered]:
     def answer(request: Request) -> Answered:
         if isinstance(request.encoded, Pair):
             return Answered(next(of_pairs), request.length)
+        if isinstance(request.encoded, TextToBase):
+            return Answered(next(compared), request.length)
         if isinstance(request.encoded, Text):
             return Answered(next(of_texts), request.length)
         made = next(written)
         return Answered(made.text, made.tokens, broken_off=not made.ended, text=made.text)
 
     return [answer(request) for request in suite.requests]
+
+
+def _answers_to_base(suite: Suite, engine: Engine, texts: Sequence[tuple[Pair, ...]]) -> list[float]:
+    """Return the mean log-likelihood in nats of what the base expects of each text: minus its entropy and the KL."""
+    assert all(text in suite.base for text in texts), "the base has read them"
+    beliefs = [held for text in texts for held in suite.base[text]]
+    found = iter(engine.agreements([*chain.from_iterable(texts)], beliefs) if texts else ())
+    return [
+        math.fsum(islice(found, len(text))) - math.fsum(float(held.entropy.double().sum()) for held in suite.base[text])
+        for text in texts
+    ]
 
 
 def _chat(

@@ -36,6 +36,8 @@ def measured_outcome(
         answers, metrics = _metrics(asked, answered)
     if task.info.output_type == "loglikelihood_rolling":
         loglikelihood, size = bytes_of(member, item, metrics, answers[0])
+        if task.info.is_to_base:
+            loglikelihood, size = float(answers[0]), sum(answer.length for answer in answered)
         value, weight = -loglikelihood / math.log(2), float(size)
         loglikelihoods: tuple[float, ...] = (float(answers[0]),)
         measured, parts = None, NO_PARTS

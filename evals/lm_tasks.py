@@ -44,20 +44,29 @@ from evals.outcomes import (
     ACCURACIES,
     CERTIFY,
     HOLDOUT,
+    KL_TO_BASE,
     REST,
     SEARCH,
     SENTINEL,
     SPARE,
     SUITES,
     TASK,
+    TEXT,
     Chat,
     TaskInfo,
+    TaskKind,
     TaskSpec,
 )
 from evals.plain_text import read_pieces
 from evals.rows import Row, Rows, read_rows
 from evals.task_files import find_task_file, make_paths_absolute, names_a_file, require_sound, task_files_below
+from evals.teachers import BYTES_PER_TOKEN
 from evals.templates import Sandbox
+
+TO_BASE = (
+    "task {name}: forgetting is how far a merge's predictions lie from the base's (KL), as a share of the base's own "
+    f"entropy; the base has 0 %, whatever it predicts. A worker keeps {BYTES_PER_TOKEN} bytes for each token"
+)
 
 
 def load_tasks(specs: Sequence[TaskSpec], *, seed: int, chat: Chat, allow_task_code: bool) -> Harness:
@@ -94,7 +103,7 @@ def _load(spec: TaskSpec, *, seed: int, allow_task_code: bool) -> LoadedTask:
         if spec.kind == TASK:
             name, loaded = _lm_eval_tasks(spec.name, allow_task_code=allow_task_code)
         else:
-            name, loaded = _of_text(Path(spec.name))
+            name, loaded = _of_text(Path(spec.name), spec.kind)
     except Exception as error:  # lm-eval and datasets raise whatever their libraries do
         member = _half_built(error)
         if member is None and isinstance(error, TaskError):
@@ -115,7 +124,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     if spec.judge:
         require_written(spec, members, allow_task_code=allow_task_code)
     measured = choose_judged(name, members, spec.metric) if spec.judge else choose_metric(name, members, spec.metric)
-    metric = measured.metric
+    metric = KL_TO_BASE if spec.kind == KL_TO_BASE else measured.metric
     if len(members) > 1:
         require_pooled(name, loaded.get("groups", {}).values())
     items, choices = read_items(name, members, spec.group_by)
@@ -144,6 +153,7 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     classes = classes_of(name, measured.statistic, members, [item for found in items.values() for item in found])
     shots_from = ("task" if any(shots) else "") if spec.shots is None else "study"
     notes = metric_notes(name, members[0], metric, spec.metric)
+    notes += (TO_BASE.format(name=name),) if spec.kind == KL_TO_BASE else ()
     notes += _cluster_notes(name, suites)
     notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
     if spec.bank_items and not has_bank:
@@ -236,11 +246,12 @@ def _lm_eval_tasks(source: str, *, allow_task_code: bool) -> tuple[str, Any]:
     return name, manager.load([name])
 
 
-def _of_text(path: Path) -> tuple[str, Any]:
-    """Return a plain text's name, that of its file without the ending, and lm-eval's task of its items."""
+def _of_text(path: Path, kind: TaskKind) -> tuple[str, Any]:
+    """Return a plain text's name, made of its file's, and lm-eval's task of its items."""
+    name = path.stem if kind == TEXT else f"{kind}_{path.stem}"
     rows = [Row({"text": piece.text}, path, piece.line) for piece in read_pieces(path)]
     settings = {
-        "task": path.stem,
+        "task": name,
         "custom_dataset": Rows({"items": rows}),
         "test_split": "items",
         "output_type": "loglikelihood_rolling",
@@ -248,7 +259,7 @@ def _of_text(path: Path) -> tuple[str, Any]:
         "doc_to_target": "text",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    return path.stem, {"tasks": {path.stem: ConfigurableTask(config=settings)}}
+    return name, {"tasks": {name: ConfigurableTask(config=settings)}}
 
 
 def _tasks_of(path: Path, config: dict[str, Any]) -> dict[str, Entry]:

@@ -27,6 +27,8 @@ class Example:
         right: which choices are right; empty where the pairs are one text.
         lengths: what each choice's log-likelihood is divided by, as its metric does; 1 in most.
         weight: of the item in its task's loss: 1, or bytes, or tokens.
+        to_base: whether, where an objective is measured, its predictions are compared with the base's: the pairs have
+            agreements with the base then, in place of log-likelihoods.
     """
 
     task: str
@@ -35,6 +37,7 @@ class Example:
     right: tuple[int, ...]
     lengths: tuple[float, ...]
     weight: float
+    to_base: bool = False
 
     def loss(self, loglikelihoods: torch.Tensor) -> torch.Tensor:
         """Return the item's loss times its weight, nats for choices, bits for texts; log-likelihoods (C,) are nats."""

@@ -228,7 +228,8 @@ def sentinel_changes(scale: Scale, *, replicates: int = 1000, seed: int = 0) -> 
         samples = turned(task, _resampled_scores(table, replicates, _seed(seed, task.name)))  # (B, T)
         low, high = interval(samples - samples[:, base, None])
         change = scores - scores[base]
-        columns = {"score": table.scores, "change": change, "low": low, "high": high}
+        told = told_scores(task, table, scale.base)
+        columns = {"score": told, "change": change, "low": low, "high": high}
         frames.append(pd.DataFrame({"trial": table.trials, "task": task.name, **columns}))
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
@@ -265,9 +266,8 @@ def _measures(scale: Scale, replicates: int, seed: int) -> list[_Measure]:
                 what = f"expert {name} scores exactly as the base" if name else "the base scores exactly at chance"
                 raise TaskError(f"task {task.name} has no scale: {what}; use more items or another task")
             drawn = _relative(task, samples, at_base, at_expert)
-            measures.append(
-                _Measure(task.name, task.role, name, table.trials, table.scores, exact[0], drawn, task.weight)
-            )
+            told = told_scores(task, table, base)
+            measures.append(_Measure(task.name, task.role, name, table.trials, told, exact[0], drawn, task.weight))
     if not measures:
         raise TaskError("objectives need at least one domain and one general task")
     return [m if len(m.samples) == replicates else _refilled(m, replicates) for m in measures]
@@ -289,6 +289,18 @@ def _refilled(measure: _Measure, replicates: int) -> _Measure:
     samples = np.resize(measure.samples, (replicates, len(measure.trials))) if len(measure.samples) else np.nan
     filled = np.broadcast_to(samples, (replicates, len(measure.trials)))
     return replace(measure, samples=np.asarray(filled))
+
+
+def told_scores(task: TaskInfo, table: Table, base: int) -> Array:
+    """Return a task's scores as people are told them: of a distance to the base the distance alone, 0 for the base.
+
+    Args:
+        base: the trial that is the base.
+
+    Returns:
+        (T,) in the metric's unit; of KL in bits a token.
+    """
+    return table.scores - table.scores[table.column(base)] if task.is_to_base else table.scores
 
 
 def turned(task: TaskInfo, scores: Array) -> Array:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-TaskKind = Literal["task", "text"]  # one of lm-eval's, or a plain text file
+TaskKind = Literal["task", "text", "kl_to_base"]  # one of lm-eval's, or of a plain text file
 KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
-TASK, TEXT = KINDS
+TASK, TEXT, KL_TO_BASE = KINDS  # the last one is also the name of its metric
 SEARCH = "search"
 HOLDOUT = "holdout"
 SUITES = (SEARCH, HOLDOUT)
@@ -63,7 +63,8 @@ class TaskSpec:
             them is in another suite. "": a column that is known to hold such a thing, where items share it.
         shots: worked examples before each item; None: as many as the task itself asks for (its `num_fewshot`).
         metric: one of the task's metrics, with a filter after a comma where it has several; "" is the first usable one.
-        kind: what the name is of. A text is cut into items and scored in bits per byte.
+        kind: what the name is of. A text is cut into items and scored in bits per byte, or by how far a candidate's
+            predictions lie from the base's (KL).
         judge: a program and its arguments that give each written answer a number, in place of the task's metrics.
         weight: what it counts among the tasks of its objective, above 0.
     """
@@ -108,6 +109,11 @@ class TaskInfo:
     statistic: str = ""
     weight: float = 1.0
 
+    @property
+    def is_to_base(self) -> bool:
+        """Whether the distance to the base is measured, not an answer."""
+        return self.metric == KL_TO_BASE
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -116,8 +122,10 @@ class Outcome:
     Args:
         item: 16 hex digits of the item's content hash.
         value, weight: the task's score is sum(value) / sum(weight). Accuracy: 0 or 1, and 1; bits per byte: bits, and
-            bytes.
-        loglikelihoods: of each choice in order, in nats; empty for generated text.
+            bytes; KL to the base: the bits in which the candidate writes what the base expects, on average, and tokens.
+            The base needs its entropy, any other as much more as its divergence is.
+        loglikelihoods: of each choice in order, in nats; empty for generated text; KL to the base: the mean over what
+            the base expects.
         truncated: the item was longer than the model's context and was cut, as lm-eval cuts it.
         lengths: tokens of each choice in order, of the text, or of the answer that was written.
         broken_off: the answer was still being written when it reached the task's limit of tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals.objectives import Scale, experts_of, turned
+from evals.objectives import Scale, experts_of, told_scores, turned
 from evals.outcomes import TaskInfo
 from evals.score_table import Table, table_of
 
@@ -59,5 +59,5 @@ def _no_loss(task: TaskInfo, table: Table, base: int, experts: Mapping[str, int]
 
 
 def _pair(task: TaskInfo, table: Table, base: int, trial: int, name: str) -> str:
-    scores = table.scores
+    scores = told_scores(task, table, base)
     return f"{task.metric}: base {scores[table.column(base)]:.3f}, {name} {scores[table.column(trial)]:.3f}"

@@ -18,6 +18,7 @@ from optimizer.commands import (
     Commands,
     DomainText,
     GeneralText,
+    KlToBase,
     RunPath,
     Sets,
     Storage,
@@ -68,6 +69,7 @@ def init(
     general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
     domain_text: DomainText = None,
     general_text: GeneralText = None,
+    kl_to_base: KlToBase = None,
     from_evolve: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
@@ -80,6 +82,7 @@ def init(
 ) -> None:
     """Write a commented study file to start from."""
     from evals.documents import resolved_path
+    from evals.outcomes import KL_TO_BASE, TEXT
     from optimizer.study.from_evolve import study_from_evolve
     from optimizer.study.new_study import new_study
 
@@ -87,13 +90,14 @@ def init(
     if os.path.lexists(out) and not force:
         fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:
-        if base or domain or domain_text or general_text:
+        if base or domain or domain_text or general_text or kl_to_base:
             fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
         text = study_from_evolve(from_evolve, out, general or (), include or ())
     elif include:
         fail("--include goes with --from-evolve; in a study file it is evals.include", WRONG)
     elif base and experts:
-        texts = {"domain": domain_text or (), "general": general_text or ()}
+        asked = ("domain", TEXT, domain_text), ("general", TEXT, general_text), ("general", KL_TO_BASE, kl_to_base)
+        texts = [(role, kind, path) for role, kind, paths in asked for path in paths or ()]
         text = new_study(out, base, experts, domain=domain or (), general=general or (), texts=texts)
     else:
         fail("name the base and at least one expert: mergefront init BASE EXPERT", WRONG)

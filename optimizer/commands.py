@@ -29,6 +29,14 @@ GeneralText = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="A plain text of anything else; may be repeated.", show_default=False),
 ]
+KlToBase = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="A plain text over which a merge is compared with the base, as forgetting; may be repeated.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Storage = Annotated[
     str | None,

@@ -18,8 +18,8 @@ PROGRAMS = ("accept", "cli", "commands", "certify", "lost", "run_study", "learn"
 GROUND = ("errors", "exit_codes", "masking", "room", "strict_yaml", "words")  # all may import these
 DOORS = {
     "lm_eval": {
-        *("evals.lm_asked", "evals.lm_harness", "evals.lm_metric", "evals.lm_outcomes", "evals.lm_split"),
-        "evals.lm_tasks",
+        *("evals.lm_asked", "evals.lm_harness", "evals.lm_metric", "evals.lm_outcomes", "evals.lm_requests"),
+        *("evals.lm_split", "evals.lm_tasks"),
     },
     "datasets": {"evals.lm_tasks", "evals.rows"},
     "jinja2": {"evals.lm_harness", "evals.templates"},

@@ -17,6 +17,7 @@ from optimizer.runs.certificates import certified
 from optimizer.runs.frames import rows_of
 from optimizer.runs.guard_words import guard_sentence
 from optimizer.runs.manifest import read_manifest
+from optimizer.runs.measures import measures
 from optimizer.runs.path import path_of, recipe_at
 from optimizer.runs.scored import ScoredRun
 from optimizer.strict_yaml import LARGEST_FILE, read_yaml, shown
@@ -43,6 +44,7 @@ def export_trial(run: ScoredRun, trial: int, out: Path | None = None, *, describ
     scored = trial in run.points().index
     card = f"{describe(trial)} Intervals hold 95 %." if scored else f"Trial {trial} was not scored."
     guarded = [plain(said)] if scored and (said := guard_sentence(run, trial)) else []
+    guarded += map(plain, measures(run) if scored else ())
     card = "\n\n".join([card, *guarded, *(f"Certified: {plain(said)}" for said in certified(run.path, recipe.digest))])
     return export_model(
         recipe, sources, out or run.path / "exports" / f"trial-{trial}", scores=_scores(run, trial, scored), card=card

@@ -165,14 +165,19 @@ class RecordedRun:
         return found
 
     def scores(self, trial: int, suite: str) -> dict[str, float]:
-        """Return a trial's score on each task of a suite, in the metric's own unit."""
-        outcomes = self.outcomes(suite)
+        """Return a trial's score on each task of a suite, in the metric's own unit; the base has 0 of a distance to
+        it."""
+        outcomes, base = self.outcomes(suite), self.references[0] if self.references else None
         known = (
-            {number for number, kind in self.kinds.items() if kind.is_anchor} if self._is_drawn(trial, suite) else ()
+            {number for number, kind in self.kinds.items() if kind.is_anchor} if self._is_drawn(trial, suite) else set()
         )
-        scores = task_scores(outcomes[outcomes["trial"].isin({trial, *known})], suite)
-        scores = scores[scores["trial"] == trial]
-        return dict(zip(scores["task"], scores["score"], strict=True))
+        scores = task_scores(outcomes[outcomes["trial"].isin({trial, base, *known})], suite)
+        mine, of_base = (
+            dict(zip(rows["task"], rows["score"], strict=True))
+            for rows in (scores[scores["trial"] == number] for number in (trial, base))
+        )
+        from_base = {task.name: of_base.get(task.name, 0.0) for task in self.tasks if task.is_to_base}
+        return {task: score - from_base.get(task, 0.0) for task, score in mine.items()}
 
     def _is_drawn(self, trial: int, suite: str) -> bool:
         """Tell whether a trial was scored on some items of a bank, so that its scores are estimated from anchors'."""

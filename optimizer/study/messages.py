@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from evals.outcomes import KINDS, TASK
+from evals.outcomes import KINDS, KL_TO_BASE, TASK
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
 from optimizer.study.forms import TAGS
@@ -199,6 +199,9 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
     seen: set[tuple[str, str]] = set()
     for role, entries in study.evals.roles.items():
         for i, entry in enumerate(entries):
+            if role == "domain" and entry.kind == KL_TO_BASE:
+                rule = "how far a merge is from the base is no gain, so it stands under general or sentinel"
+                yield f"evals.{role}.{i}.{entry.kind}", f"{rule}; given {entry.source!r}; for a domain say text"
             if entry.expert and role != "domain":
                 yield f"evals.{role}.{i}.expert", f"only a domain task belongs to an expert; given {entry.expert!r}"
             if (entry.kind, entry.source) in seen:
@@ -219,7 +222,7 @@ def _entry_problem(entry: TaskEntry) -> str:
         return f"a plain text is no task; given {entry.source!r}; write {{text: {entry.source}}}" if is_text else ""
     for key in ("shots", "metric", "judge"):
         if value := getattr(entry, key):
-            return f"a text is scored as it is, in bits per byte, and has no {key}; given {value!r}; leave it out"
+            return f"a text is read as it is and has no {key}; given {value!r}; leave it out"
     return ""
 
 

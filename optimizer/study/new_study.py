@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evals.documents import checked_path, resolved_path
+from evals.outcomes import TaskKind
 from evals.plain_text import read_pieces
 from optimizer.errors import StudyFileError
 from optimizer.strict_yaml import dump_line, dump_scalar, shown
@@ -17,7 +18,6 @@ from optimizer.study.schema import EXPERT_NAME, NAME
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
 ITEMS = 100  # of a task that the search scores, and as many that judge the front
 SUITE_SHARE = 0.4  # of a text with fewer items than both and certificates take: for each of the two
-NOTHING: Mapping[str, Sequence[Path]] = {}
 Entry = str | Mapping[str, str | int]  # a task's name or path, or the keys of an entry
 
 
@@ -28,13 +28,13 @@ def new_study(
     *,
     domain: Sequence[str] = (),
     general: Sequence[str] = (),
-    texts: Mapping[str, Sequence[Path]] = NOTHING,
+    texts: Sequence[tuple[str, TaskKind, Path]] = (),
 ) -> str:
     """Write the text of a study file at `out` from a command line's words; existing paths are written from its folder.
 
     Args:
         experts: each a checkpoint, or NAME=checkpoint.
-        texts: plain text files by role, "domain" or "general", each scored as a task of its own.
+        texts: plain text files, each a task of its own, with its role ("domain" or "general") and what is measured.
 
     Raises:
         StudyFileError: a name cannot be used.
@@ -51,19 +51,19 @@ def new_study(
     for role, chosen in (("domain", domain), ("general", general)):
         entries = [
             *(source_from(task, folder) for task in chosen),
-            *(text_entry(p, folder) for p in texts.get(role, ())),
+            *(text_entry(path, kind, folder) for its_role, kind, path in texts if its_role == role),
         ]
         tasks |= {role: entries} if entries else {}
     return commented_study(source_from(base, folder), named, name=run_name(out, list(named)), **tasks)
 
 
-def text_entry(path: Path, folder: Path) -> Entry:
+def text_entry(path: Path, kind: TaskKind, folder: Path) -> Entry:
     """Write the entry of a plain text file, with as many items as it has where that is few; errors as `read_pieces`."""
     found = resolved_path(path, Path.cwd(), error=StudyFileError)
     pieces = len({piece.text for piece in read_pieces(found)})
     items = int(pieces * SUITE_SHARE)
     number = {"items": items, "holdout_items": items} if items < ITEMS else {}
-    return {"text": source_from(str(found), folder), **number}
+    return {kind: source_from(str(found), folder), **number}
 
 
 def run_name(out: Path, experts: Sequence[str]) -> str:

@@ -28,6 +28,12 @@ class TaskEntry(Section):
         min_length=1,
         description="Instead of a task: a plain text file, cut into items and scored in bits per byte.",
     )
+    kl_to_base: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Instead of a task, to measure forgetting without labels: a plain text file, over which a merge's "
+        "predictions are compared with the base's. General and sentinel tasks only.",
+    )
     expert: str = Field(default="", description="Domain tasks: the expert measured here. Default: every expert.")
     items: int | None = Field(
         default=None, ge=1, le=MOST_ITEMS, description="Items the search scores. Default: evals.items."

@@ -15,6 +15,7 @@ from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.guard_words import guard_sentence
 from optimizer.runs.limits import ALL, answer_to_limits
+from optimizer.runs.measures import measures
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
 from optimizer.views.front_rows import change_of
@@ -243,7 +244,7 @@ def findings(run: ScoredRun) -> list[str]:
         notes.append(run.why_empty)
     else:
         notes += weak_tasks(run.scale(SEARCH))
-    notes += guarded(run) + cut_short(run)
+    notes += measures(run) + guarded(run) + cut_short(run)
     notes += [f"The holdout scores cannot be used: {fault}"] if (fault := run.holdout_fault) else []
     trials = run.trials()
     failed = trials[(trials["state"] == "fail") & ~trials["reason"].str.startswith(NOT_COUNTED)]

@@ -13,6 +13,7 @@ from evals.outcomes import SUITES
 from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.limits import answer_to_limits
+from optimizer.runs.measures import measures
 from optimizer.runs.run_folder import is_locked
 from optimizer.runs.scored import ScoredRun
 from optimizer.runs.trial import TrialKind
@@ -45,7 +46,7 @@ def print_front(run: ScoredRun, console: Console) -> None:
     knee = run.knee()
     console.print(front_table(run, width=console.width))
     known = sentences.meanings(row.kind for row in front_rows(run, anchors=True))
-    if known := [*known, *([MEANING] if run.flagged else [])]:
+    if known := [*known, *measures(run), *([MEANING] if run.flagged else [])]:
         console.print("\n".join(known), end="\n\n", highlight=False, markup=False)
     print_flagged(run, console)
     if answers := limit_rows(run):

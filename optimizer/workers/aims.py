@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -63,10 +64,15 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An item as one of the terms has it."""
+    """An item as one of the terms has it.
+
+    Args:
+        taught: whether what counts is how far the candidate is from the term's teacher, not the item's labels.
+    """
 
     term: Term
     example: Example
+    taught: bool
 
 
 class Aims:
@@ -126,45 +132,52 @@ class Aims:
         return self._weights[task] / math.fsum(self._weights[name] for name in among)
 
     def parts(self, loss: Loss, examples: Sequence[Example]) -> list[Part]:
-        """Turn items into parts: one each on labels, one for each of their task's teachers otherwise."""
+        """Turn items into parts: one each on labels, one for each of their task's teachers otherwise.
+
+        An item that is compared with the base has no labels, and the base for its one teacher.
+        """
         if loss == "labels":
-            return [Part(Term(e.task, BASE), e) for e in examples]
+            return [Part(Term(e.task, BASE), e, e.to_base) for e in examples]
         taught_by = {task: [BASE] for task in self._general}
         for name, tasks in self._domain.items():
             for task in tasks:
                 taught_by.setdefault(task, []).append(name)
-        return [Part(Term(e.task, teacher), e) for e in examples for teacher in taught_by.get(e.task, ())]
+        return [Part(Term(e.task, teacher), e, True) for e in examples for teacher in taught_by.get(e.task, ())]
 
     def losses_at_start(self, loss: Loss, start: Recipe, parts: Sequence[Part]) -> dict[Term, float]:
         """Merge a start and read its losses on items kept apart, or give those that an earlier lesson read."""
         key = loss, start.digest, tuple(dict.fromkeys(part.term for part in parts))
         if key not in self._at_starts:
             self.candidate.merge(start)
-            self._at_starts[key] = self.losses(loss, parts)
+            self._at_starts[key] = self.losses(parts)
         return self._at_starts[key]
 
-    def losses(self, loss: Loss, parts: Sequence[Part]) -> dict[Term, float]:
+    def losses(self, parts: Sequence[Part]) -> dict[Term, float]:
         """Read the losses of what was merged last: on labels in the task's unit, else in bits a token."""
-        if not parts:
-            return {}
-        self.tokens += size_of([part.example for part in parts])
-        pairs = pairs_of([part.example for part in parts])
-        if loss == "labels":
-            found = [x for x, _ in self.candidate.engine.loglikelihoods(pairs)]
-        else:
-            found = self.candidate.engine.agreements(pairs, self.beliefs(parts))
-        losses = term_losses(loss, parts, torch.tensor(found, dtype=torch.float64))
-        return {term: float(value) for term, value in losses.items()}
+        losses: dict[Term, float] = {}
+        for alike in by_teaching(parts):
+            self.tokens += size_of([part.example for part in alike])
+            pairs = pairs_of([part.example for part in alike])
+            if alike[0].taught:
+                found = self.candidate.engine.agreements(pairs, self.beliefs(alike))
+            else:
+                found = [x for x, _ in self.candidate.engine.loglikelihoods(pairs)]
+            values = term_losses(alike, torch.tensor(found, dtype=torch.float64))
+            losses |= {term: float(value) for term, value in values.items()}
+        return losses
 
     def beliefs(self, parts: Sequence[Part]) -> list[Beliefs]:
         """Return what the parts' teachers hold likely, for each pair of each part."""
         return [held for part in parts for held in self._beliefs[part.term.teacher, part.example]]
 
     def _ends_on_labels(self) -> dict[str, dict[Term, float]]:
+        every = self.parts("labels", [*self._seen, *self._kept])
         ends = {}
         for name in (BASE, *self._experts):
             self.candidate.merge(self.only(name))
-            ends[name] = self.losses("labels", self.parts("labels", self._seen))
+            if name == BASE:
+                self._believe([part for part in every if part.taught])
+            ends[name] = self.losses(self.parts("labels", self._seen))
         return ends
 
     def _ends_of_teachers(self) -> dict[str, dict[Term, float]]:
@@ -176,9 +189,9 @@ class Aims:
             self.candidate.merge(self.only(name))
             self._believe([part for part in every if part.term.teacher == name])
             others = [part for part in seen if name != BASE and part.term.teacher == BASE]
-            ends[name] = {p.term: 0.0 for p in seen if p.term.teacher == name} | self.losses("teachers", others)
+            ends[name] = {p.term: 0.0 for p in seen if p.term.teacher == name} | self.losses(others)
         self.candidate.merge(self.only(BASE))
-        ends[BASE] |= self.losses("teachers", [part for part in seen if part.term.teacher != BASE])
+        ends[BASE] |= self.losses([part for part in seen if part.term.teacher != BASE])
         return ends
 
     def only(self, expert: str) -> Recipe:
@@ -187,6 +200,8 @@ class Aims:
         return Recipe("task_arithmetic", self._base, tuple(self._experts.items()), settings)
 
     def _believe(self, parts: Sequence[Part]) -> None:
+        if not parts:
+            return
         self.tokens += size_of([part.example for part in parts])
         found = iter(self.candidate.engine.beliefs(pairs_of([part.example for part in parts])))
         for part in parts:
@@ -211,7 +226,7 @@ class Aim:
     def read(self, recipe: Recipe, examples: Sequence[Example]) -> float:
         """Merge a recipe and read its loss; items that count nothing are left out."""
         self.of.candidate.merge(recipe)
-        return self._sum(self.of.losses(self.loss, self._parts(examples)))
+        return self._sum(self.of.losses(self._parts(examples)))
 
     def read_start(self, start: Recipe, kept: Sequence[Example]) -> float:
         """Read the loss of a start on the items kept apart, unless an earlier lesson began there."""
@@ -219,13 +234,14 @@ class Aim:
 
     def gradient(self, recipe: Recipe, examples: Sequence[Example]) -> tuple[Gradient, float]:
         """Merge a recipe, and find its loss and the gradient by its weights."""
-        parts, candidate = self._parts(examples), self.of.candidate
+        groups, candidate, value = by_teaching(self._parts(examples)), self.of.candidate, 0.0
         candidate.merge(recipe)
-        self.of.tokens += 3 * size_of([part.example for part in parts])
-        pairs = pairs_of([part.example for part in parts])
-        beliefs = self.of.beliefs(parts) if self.loss == "teachers" else None
         with candidate.gradients(recipe) as found:
-            value = candidate.engine.backward(pairs, lambda x: self._weighted(parts, x), beliefs)
+            for parts in groups:
+                self.of.tokens += 3 * size_of([part.example for part in parts])
+                beliefs = self.of.beliefs(parts) if parts[0].taught else None
+                pairs = pairs_of([part.example for part in parts])
+                value += candidate.engine.backward(pairs, partial(self._weighted, parts), beliefs)
         return found, value
 
     def _parts(self, examples: Sequence[Example]) -> list[Part]:
@@ -235,16 +251,23 @@ class Aim:
         return float(sum(self.factors[term] * value for term, value in losses.items()))
 
     def _weighted(self, parts: Sequence[Part], found: torch.Tensor) -> torch.Tensor:
-        losses = term_losses(self.loss, parts, found)
+        losses = term_losses(parts, found)
         return torch.stack([self.factors[term] * value for term, value in losses.items()]).sum()
 
 
-def term_losses(loss: Loss, parts: Sequence[Part], found: torch.Tensor) -> dict[Term, torch.Tensor]:
-    """Compute each term's loss from the log-likelihoods or agreements of all pairs one after another."""
+def by_teaching(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts of labels and those that a teacher has, each where there are some."""
+    groups = [part for part in parts if not part.taught], [part for part in parts if part.taught]
+    return [group for group in groups if group]
+
+
+def term_losses(parts: Sequence[Part], found: torch.Tensor) -> dict[Term, torch.Tensor]:
+    """Compute each term's loss from the log-likelihoods of all pairs one after another, or, if all are taught, from the
+    agreements."""
     terms = list(dict.fromkeys(part.term for part in parts))
     named = {term: str(i) for i, term in enumerate(terms)}
     examples = [replace(part.example, task=named[part.term]) for part in parts]
-    if loss == "teachers":  # bits a token, whatever the item is
+    if parts[0].taught:  # bits a token, whatever the item is
         tokens = [float(sum(len(pair.continuation) for pair in e.pairs)) for e in examples]
         examples = [replace(e, right=(), lengths=(), weight=n) for e, n in zip(examples, tokens, strict=True)]
     losses = task_losses(examples, found)

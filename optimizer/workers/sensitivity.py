@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
     from evals.outcomes import TaskInfo
+    from evals.teachers import Beliefs
 
 
 def measure(
@@ -54,7 +56,8 @@ def measure(
     if expert not in dict(start.experts):
         raise MergeError(f"the experts are {', '.join(dict(start.experts))}; given {expert!r}")
     begun, size = time.perf_counter(), size_of(examples)
-    sides = {objective: _Side.of(objective, examples, tasks, expert) for objective in OBJECTIVES}
+    beliefs = _beliefs_of_base(candidate, _on_path(start, expert, 0.0), [e for e in examples if e.to_base])
+    sides = {objective: _Side.of(objective, examples, tasks, expert, beliefs) for objective in OBJECTIVES}
     nodes, shares = (0.5 * x for x in np.polynomial.legendre.leggauss(points))  # on [-1, 1], of length 2
     tables: dict[str, list[tuple[float, ...]]] = {objective: [] for objective in OBJECTIVES}
     for at in (0.5 + nodes).tolist():
@@ -96,17 +99,34 @@ def some_of_each(examples: Sequence[Example], items: int, seed: int) -> list[Exa
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """The items of an objective, and what a unit of an item's loss counts in it, by task."""
+    """The items of an objective, and what a unit of an item's loss counts in it, by task.
+
+    Args:
+        beliefs: the base's, of the pairs of items that are compared with it.
+    """
 
     examples: list[Example]
     factors: dict[str, float]
+    beliefs: Mapping[Example, Sequence[Beliefs]]
 
     @classmethod
-    def of(cls, objective: Objective, examples: Sequence[Example], tasks: Sequence[TaskInfo], expert: str) -> _Side:
+    def of(
+        cls,
+        objective: Objective,
+        examples: Sequence[Example],
+        tasks: Sequence[TaskInfo],
+        expert: str,
+        beliefs: Mapping[Example, Sequence[Beliefs]],
+    ) -> _Side:
         names = [t.name for t in tasks if t.role == objective and t.expert in ("", expert)]
         mine = [e for e in examples if e.task in names]
         weights = {name: math.fsum(e.weight for e in mine if e.task == name) for name in names}
-        return cls(mine, {name: 1 / weight / len(names) for name, weight in weights.items()})
+        return cls(mine, {name: 1 / weight / len(names) for name, weight in weights.items()}, beliefs)
+
+    def beliefs_of(self, examples: Sequence[Example]) -> list[Beliefs] | None:
+        """Return the base's beliefs of examples that are all compared with it; None where none is."""
+        held = [self.beliefs[e] for e in examples if e.to_base]
+        return [of_pair for of_example in held for of_pair in of_example] if held else None
 
     def loss(self, examples: Sequence[Example], loglikelihoods: torch.Tensor) -> torch.Tensor:
         """Compute what some of the items add to the objective's loss."""
@@ -117,13 +137,26 @@ class _Side:
 def _gradient(candidate: Candidate, recipe: Recipe, expert: str, side: _Side) -> tuple[float, ...]:
     with candidate.gradients(recipe) as found:
         for batch in few_at_a_time(side.examples):
-            candidate.engine.backward(pairs_of(batch), partial(side.loss, batch))
+            candidate.engine.backward(pairs_of(batch), partial(side.loss, batch), side.beliefs_of(batch))
     return tuple(found[expert, tensor] for tensor in candidate.tensors)
 
 
 def _loss(candidate: Candidate, side: _Side) -> float:
-    found = [x for x, _ in candidate.engine.loglikelihoods(pairs_of(side.examples))]
-    return float(side.loss(side.examples, torch.tensor(found, dtype=torch.float64)))
+    plain = [e for e in side.examples if not e.to_base]
+    found = [x for x, _ in candidate.engine.loglikelihoods(pairs_of(plain))]
+    if beliefs := side.beliefs_of(compared := [e for e in side.examples if e.to_base]):
+        found += candidate.engine.agreements(pairs_of(compared), beliefs)
+    return float(side.loss([*plain, *compared], torch.tensor(found, dtype=torch.float64)))
+
+
+def _beliefs_of_base(
+    candidate: Candidate, base: Recipe, examples: Sequence[Example]
+) -> dict[Example, Sequence[Beliefs]]:
+    if not examples:
+        return {}
+    candidate.merge(base)
+    found = iter(candidate.engine.beliefs(pairs_of(examples)))
+    return {example: [*islice(found, len(example.pairs))] for example in examples}
 
 
 def _on_path(start: Recipe, expert: str, at: float) -> Recipe:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evals.outcomes import SEARCH, Chat, Outcome, TaskInfo, TaskSpec
 from optimizer.workers.memory import lack_of_memory_in_words
 from search_spaces.groups import PASSED, group_of
-from search_spaces.recipe import Recipe
+from search_spaces.recipe import Recipe, Setting
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -117,6 +117,9 @@ class Worker:
         """
         with lack_of_memory_in_words(self._sources.base.bytes):
             self._prepare(suite)
+            if self._harness.needs_base(self._engine, suite, only):
+                self.merge(self._base_recipe())
+                self._harness.read_base(self._engine, suite, only)
             start = time.perf_counter()
             self.merge(Recipe.from_json(recipe))
             merged = time.perf_counter()
@@ -229,6 +232,11 @@ class Worker:
         from optimizer.merging.gradients import weight_gradients
 
         return weight_gradients(self._engine.model, self._parameters, self._sources, recipe, self._cache)
+
+    def _base_recipe(self) -> Recipe:
+        """Give a recipe that is the base."""
+        nothing = tuple(Setting("weight", name, "", 0.0) for name in self._experts)
+        return Recipe("task_arithmetic", str(self._sources.base.folder), tuple(self._experts.items()), nothing)
 
     def _prepare(self, suite: str) -> None:
         if suite not in self._prepared:
