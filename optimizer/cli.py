@@ -23,6 +23,7 @@ from optimizer.commands import (
     Sets,
     Storage,
     StudyPath,
+    chosen_point,
     fail,
     print_json,
     say,
@@ -78,6 +79,7 @@ def init(
         list[str] | None,
         typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
     ] = None,
+    then_search: Annotated[bool, typer.Option("--search", help="Run the study at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file to start from."""
@@ -88,7 +90,8 @@ def init(
 
     resolved_path(out, Path.cwd(), where="--out")
     if os.path.lexists(out) and not force:
-        fail(f"{out} exists; name another file with --out, or replace it with --force", WRONG)
+        go_on = f"go on with it by `mergefront search {out}`, " if then_search else ""
+        fail(f"{out} exists; {go_on}name another file with --out, or replace it with --force", WRONG)
     if from_evolve is not None:
         if base or domain or domain_text or general_text or kl_to_base:
             fail("--from-evolve takes models and domain tasks from its file; give only --general and --out", WRONG)
@@ -106,6 +109,8 @@ def init(
     except OSError as error:
         fail(f"--out: {out} cannot be written: {error.strerror}; name a file in a folder that is there", WRONG)
     say(f"wrote {out}; edit it, then look at it with: mergefront check {out}")
+    if then_search:
+        search(out)
 
 
 @app.command()
@@ -243,7 +248,7 @@ def export(
     if knob is not None:
         say(f"wrote {export_knob(opened, knob, folder, describe=opened.describe)}")
         return
-    number = trial if trial is not None else _chosen(opened, max_forgetting, sure)
+    number = trial if trial is not None else chosen_point(opened, max_forgetting, sure)
     say(f"wrote {export_trial(opened, number, folder, describe=opened.describe)}")
     if number in opened.points().index:
         say(opened.describe(number))
@@ -389,16 +394,6 @@ def _opened(run: Path, storage: str | None) -> Run:
 
     run = checked_path(run, where="RUN")
     return open_run(run, storage=storage or stored_storage(run))
-
-
-def _chosen(run: Run, max_forgetting: float | None, sure: float) -> int:
-    """Choose the knee, or the best point that forgets little enough; exit with 3 where there is none."""
-    from optimizer.errors import NoPointError
-
-    try:
-        return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
-    except NoPointError as error:
-        fail(str(error), NOT_NOW)
 
 
 def main() -> None:

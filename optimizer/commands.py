@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, exit_code
+from optimizer.exit_codes import FAILED, INTERRUPTED, MENDABLE, NOT_NOW, exit_code
 from optimizer.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from optimizer.run import Run
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -84,6 +86,16 @@ def fail(text: str, code: int) -> NoReturn:
     """Print an error and end with an exit code."""
     say(f"error: {text}", error=True)
     raise typer.Exit(code)
+
+
+def chosen_point(run: Run, max_forgetting: float | None, sure: float) -> int:
+    """Choose the knee, or the best point that forgets little enough; exit with 3 where there is none."""
+    from optimizer.errors import NoPointError
+
+    try:
+        return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
+    except NoPointError as error:
+        fail(str(error), NOT_NOW)
 
 
 def terminal() -> Console:

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
+from optimizer.run import open_run
 from optimizer.study.study_file import dump_study, read_study
+from tests.pico import pico_expert, pico_llama
 
 
 def call(*words: str | Path) -> Result:
@@ -54,3 +56,30 @@ def test_init_says_what_is_wrong_with_a_text(tmp_path: Path) -> None:
         assert told.exit_code == 2
         assert message in told.stderr
         assert not (tmp_path / "study.yaml").exists()
+
+
+@pytest.mark.slow  # whole studies are run
+@pytest.mark.parametrize("general", ["--general-text", "--kl-to-base"])
+def test_one_command_goes_from_two_texts_to_a_front(
+    tmp_path: Path, texts: tuple[Path, Path], general: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = pico_llama(tmp_path / "base", layers=4)
+    pico_expert(base, tmp_path / "expert", scale=0.1)
+    told = call("init", "base", "expert", "--domain-text", texts[0].name, general, texts[1].name, "--search")
+    assert told.exit_code == 0, told.output
+    assert "Front of expert (+) with its knee (*)" in told.stdout
+    run = open_run(tmp_path / "runs" / "expert")
+    assert set(run.trials()["state"]) == {"complete"}
+    assert len(run.trials()) == 40
+    assert run.judging_suite == "holdout"
+    points = run.points("holdout").dropna(subset=["forgetting"])
+    assert points["forgetting"][0] == 0.0
+    if general == "--kl-to-base":
+        assert (points["forgetting"][1:] > 0).all()
+        (sentence,) = (line for line in run.findings() if "KL(base || merge)" in line)
+        for place in (told.stdout, (run.path / "report.html").read_text(), call("status", run.path).stdout):
+            assert sentence[:40] in " ".join(place.split())
+    again = call("init", "base", "expert", "--domain-text", texts[0].name, "--search")
+    assert again.exit_code == 2
+    assert "study.yaml exists; go on with it by `mergefront search study.yaml`" in again.stderr
