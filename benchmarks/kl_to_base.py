@@ -1,10 +1,10 @@
 """Does the distance to the base, which needs no labels, order merges as measured forgetting does?
 
-    python benchmarks/kl_to_base.py RUN [--items 30] [--moved OLD=NEW ...]
+    python benchmarks/kl_to_base.py RUN [--items 16] [--trials 14] [--moved OLD=NEW ...]
 
-Scores the trials of a finished run that were judged on holdout items on one more text, docstrings of packages on this
-machine, as `kl_to_base` and as bits per byte. Prints both beside the forgetting that the run measured, their rank
-correlation with it (Spearman), and what the compact form of the base's predictions leaves out of the divergence.
+Scores trials of a finished run that were judged on holdout items, in equal steps of what they forgot, on one more text:
+docstrings of packages on this machine. Prints the distance beside the forgetting that the run measured, their rank
+correlation (Spearman), and what the compact form of the base's predictions leaves out of the divergence.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn.functional import kl_div
 
-from evals.outcomes import HOLDOUT, KL_TO_BASE, SEARCH, TEXT, Outcome, TaskSpec
+from evals.outcomes import HOLDOUT, KL_TO_BASE, SEARCH, Outcome, TaskSpec
 from evals.teachers import Beliefs
 from evals.tokens import Pair
 from optimizer.run import open_run
 from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces import Recipe, Setting
 
-PACKAGES = ("numpy", "pandas", "scipy", "sklearn")
+PACKAGES = ("numpy", "pandas")
 SHORTEST = 250  # characters of a docstring's paragraph
 CHECKED = 8  # windows whose full divergences are computed
 
@@ -95,43 +96,38 @@ def _logits(worker: Worker, pair: Pair) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--items", type=int, default=30)
+    parser.add_argument("--items", type=int, default=16)
+    parser.add_argument("--trials", type=int, default=14)
     parser.add_argument("--moved", nargs="*", default=[], metavar="OLD=NEW", help="folders that lie elsewhere now")
     given = parser.parse_args()
     run = open_run(given.run)
     places = dict(entry.split("=", 1) for entry in given.moved)
-    judged = run.points(HOLDOUT)["forgetting"].dropna()
+    judged = run.points(HOLDOUT)["forgetting"].dropna().sort_values()
+    places_of = np.unique(np.linspace(0, len(judged) - 1, given.trials).round().astype(int))
+    first = [trial for trial, kind in run.kinds.items() if kind.stored == "base"]
+    judged = judged.loc[list(dict.fromkeys([*first, *judged.index[places_of]]))]
     recipes = {int(trial): moved(run.recipe(int(trial)), places) for trial in judged.index}
     base = next(recipes[trial] for trial, kind in run.kinds.items() if kind.stored == "base" and trial in recipes)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "docstrings.txt"
         text.write_text("\n\n".join(docstrings(PACKAGES)[: 4 * given.items]), encoding="utf-8")
-        tasks = tuple(
-            TaskSpec(str(text), "general", search_items=given.items, holdout_items=1, kind=kind)
-            for kind in (TEXT, KL_TO_BASE)
-        )
-        spec = WorkerSpec(base.base, base.experts, tasks, False, False, 0, "float32", "auto", 2, 0)
-        worker = Worker(spec)
-        rows, of_base = [], dict[str, list[Outcome]]()
+        task = TaskSpec(str(text), "general", search_items=given.items, holdout_items=1, kind=KL_TO_BASE)
+        worker = Worker(WorkerSpec(base.base, base.experts, (task,), False, False, 0, "float32", "auto", 2, 0))
+        rows, of_base = [], tuple[Outcome, ...]()
         for trial, recipe in recipes.items():
             begun = time.perf_counter()
             found = worker.evaluate(recipe.to_json(), SEARCH).outcomes
-            by_task = {info.name: [o for o in found if o.task == info.name] for info in worker.tasks}
-            of_base = of_base or by_task  # trial 0
-            shares = {info.metric: share(by_task[info.name], of_base[info.name]) for info in worker.tasks}
-            rows.append({"trial": trial, "kind": run.kinds[trial].label, "forgetting": judged[trial], **shares})
+            of_base = of_base or found  # the base is the first
+            figures = {"forgetting": judged[trial], KL_TO_BASE: share(found, of_base)}
+            rows.append({"trial": trial, "kind": run.kinds[trial].label, **figures})
             print(f"trial {trial}: {time.perf_counter() - begun:.0f} s", flush=True)
         table = pd.DataFrame(rows).set_index("trial")
         print(table.to_string(float_format=lambda value: f"{value:7.4f}"))
-        (compared,) = (name for name in of_base if name.startswith(KL_TO_BASE))
-        tokens = math.fsum(o.weight for o in of_base[compared])
-        entropy = math.fsum(o.value for o in of_base[compared]) / tokens
+        tokens = math.fsum(o.weight for o in of_base)
+        entropy = math.fsum(o.value for o in of_base) / tokens
         print(f"the base's entropy: {entropy:.3f} bits a token, {tokens:.0f} tokens")
-        changed = table[table["kind"] != "base"]
-        for name, rows_ in (("all", table), ("without the base", changed)):
-            ranks = rows_[["forgetting", KL_TO_BASE, "bits_per_byte"]].rank()
-            told = ", ".join(f"{metric} {ranks['forgetting'].corr(ranks[metric]):.2f}" for metric in ranks.columns[1:])
-            print(f"Spearman with forgetting on holdout items, {name} ({len(rows_)}): {told}")
+        ranks = table[["forgetting", KL_TO_BASE]].rank()
+        print(f"Spearman of {len(table)} trials: {ranks['forgetting'].corr(ranks[KL_TO_BASE]):.2f}", flush=True)
         windows = [pair for pair in worker.examples() if pair.to_base][:CHECKED]
         for name, weight in (("expert", 1.0), ("half of it", 0.5)):
             (expert, _), *_ = base.experts

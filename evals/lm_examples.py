@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evals.errors import TaskError
@@ -9,13 +10,15 @@ from evals.lm_asked import AskedItem
 from evals.lm_harness import Harness
 from evals.lm_outcomes import bytes_of
 from evals.lm_requests import windows_of
-from evals.lm_split import choice_index
+from evals.lm_split import choice_index, content_hash
 from evals.losses import Example
+from evals.plain_text import read_pieces
 from evals.tokens import Pair, Prompt, Text
 
 if TYPE_CHECKING:
     from evals.engine import Engine
 
+CALIBRATION_ITEMS = 100  # of a text, some 15,000 tokens
 SIZES = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode("utf-8"))}  # as lm-eval measures a choice
 
 
@@ -30,6 +33,22 @@ def examples(harness: Harness, suite: str, engine: Engine) -> list[Example]:
     first = [item for task in harness.tasks for item in task.items[suite][: task.info.drawn_items or None]]
     taught = {(item.member, item.hash) for item in first}
     return [_example(asked, engine) for asked in harness.asked(suite) if (asked.item.member, asked.item.hash) in taught]
+
+
+def text_examples(path: Path, engine: Engine) -> list[Example]:
+    """Make examples of a plain text: its items, or `CALIBRATION_ITEMS` of them in equal steps where it has more.
+
+    Raises:
+        TaskError: as of `read_pieces`.
+    """
+    pieces = read_pieces(path)
+    chosen = [pieces[i * len(pieces) // CALIBRATION_ITEMS] for i in range(min(len(pieces), CALIBRATION_ITEMS))]
+    return [_of_piece(piece.text, engine) for piece in (chosen if len(pieces) > CALIBRATION_ITEMS else pieces)]
+
+
+def _of_piece(text: str, engine: Engine) -> Example:
+    windows = windows_of(Text(engine.encoder.text(text)), engine.encoder.prefix, engine.max_length)
+    return Example("text", content_hash(text), windows, (), (), float(len(text.encode())))
 
 
 def _example(asked: AskedItem, engine: Engine) -> Example:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from evals.documents import checked_path
+from optimizer.commands import say
 from optimizer.errors import MergeError, StudyFileError
-from optimizer.run_study import worker_spec
+from optimizer.run_study import derived_folder, make_pool, worker_spec
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.search.plan import make_plan, require_own_names, require_sound
+from optimizer.search.derived import with_derived
+from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
 from optimizer.study.study_file import read_study
 from optimizer.workers.orders import BOUNDS, By, Derivation, Form, Learned, Lesson, Loss
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
-
-if TYPE_CHECKING:
-    from optimizer.study.study_file import Study
 
 
 def learn_weights(
@@ -48,7 +46,8 @@ def learn_weights(
     """
     if checked_path(out, where="--out", error=MergeError).exists():
         raise MergeError(f"a recipe is written to a new file, and {out} exists; name another one or remove it")
-    study = _sound(study_path, overrides)
+    ready = _ready(study_path, overrides)
+    study = with_derived(ready, derived_folder(ready.study), make_pool, say).study
     experts = tuple(study.models.experts.items())
     settings = tuple(Setting("weight", name, "", start / len(experts)) for name, _ in experts)
     lesson = Lesson(
@@ -87,7 +86,8 @@ def derive_expert(
         MergefrontError: the study is not usable, or the folder cannot be written.
         TaskError: a task has nothing to learn from.
     """
-    study = _sound(study_path, overrides)
+    _ready(study_path, overrides)
+    study = read_study(study_path, overrides)
     names = list(study.models.experts)
     if not expert and len(names) > 1:
         raise StudyFileError(f"name the expert to derive from with --expert: one of {', '.join(names)}")
@@ -97,9 +97,10 @@ def derive_expert(
     return Worker(worker_spec(study)).derive(path)[0]
 
 
-def _sound(study_path: Path, overrides: Sequence[str]) -> Study:
-    """Return the study, once its models and tasks are known to fit."""
+def _ready(study_path: Path, overrides: Sequence[str]) -> Ready:
+    """Open a study, and require that its models and tasks fit."""
     require_own_names()
-    study = read_study(study_path, overrides)
-    require_sound(make_plan(study))
-    return study
+    plan = make_plan(read_study(study_path, overrides))
+    if plan.study.models.derived:
+        count_tokens(plan)  # what they are made of is known by what is asked
+    return require_sound(plan)

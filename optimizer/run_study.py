@@ -20,6 +20,7 @@ from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.trial import Role, TrialKind
+from optimizer.search.derived import with_derived
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
 from optimizer.search.plan import Ready, count_tokens, make_plan, require_own_names, require_sound
@@ -66,7 +67,8 @@ def run_study(study_path: Path | str, overrides: Sequence[str], console: Console
         if known := is_run(study.run_path):  # a second driver is told at once, before any model is read
             held.enter_context(RunFolder(study.run_path).lock())
         require_usable(study.search.storage)
-        ready = _opened(study)
+        ready = with_derived(_opened(study), derived_folder(study), make_pool, partial(console.print, highlight=False))
+        study = ready.study
         tasks = ready.harness.infos
         renew_fingerprints(study.run_path, {model.dated: model.fingerprint for model in ready.models})
         run = RunFolder.create_or_resume(
@@ -114,6 +116,11 @@ def _search(ready: Ready, run: RunFolder, console: Console) -> None:
             events=partial(_tell_both, progress, run),
             preparation=preparation_of(ready.study),
         )
+
+
+def derived_folder(study: Study) -> Path:
+    """Return where a study's derived experts lie."""
+    return Path(study.runs).absolute() / DERIVED_FOLDER
 
 
 def preparation_of(study: Study) -> Preparation:

@@ -53,6 +53,8 @@ def cost_of(plan: Plan) -> Cost | None:
     forms = plan.study.anchors.derived if len(plan.experts) == 1 else ()
     learned = plan.study.search.learned
     prepared = STEP * learned.steps * learned.count + sum(FORMS[form] for form in forms)
+    own = plan.study.models.derived.values()
+    prepared += sum(FORMS[entry.form] / len(SHARES) for entry in own)
     derived = len(SHARES) * len(forms)
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + learned.count}
     anchors = derived + learned.count + (len(plan.space.anchors()) if plan.space is not None else 0)
@@ -62,7 +64,7 @@ def cost_of(plan: Plan) -> Cost | None:
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
         learning_bytes=_learning_bytes(plan.base, rows, round(width)) if learned.count else 0,
-        disk_bytes=derived * plan.base.bytes,
+        disk_bytes=(derived + len(own)) * plan.base.bytes,
         tokens=tokens,
         prepared=prepared,
         hours=work / _speed(plan.study) / 3600,

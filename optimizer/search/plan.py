@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from evals.errors import TaskError
 from evals.outcomes import SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
+from optimizer.search.derived import standing_in
 from optimizer.search.samplers import require_learns
 from optimizer.study.schema import Study
 from optimizer.study.space import space_of
@@ -48,9 +49,10 @@ class Plan:
 
     @property
     def models(self) -> dict[str, Checkpoint]:
-        """The models that could be opened, by their key in the study file."""
+        """The models that could be opened, by their key in the study file; without what stands for a derived one."""
         base = {} if self.base is None else {"models.base": self.base}
-        return base | {f"models.experts.{name}": expert for name, expert in self.experts.items()}
+        derived = self.study.models.derived
+        return base | {f"models.experts.{name}": e for name, e in self.experts.items() if name not in derived}
 
     def attempt(self, key: str, action: Callable[[], T]) -> T | None:
         """Return the action's result, or None and one more problem."""
@@ -75,8 +77,9 @@ class Ready:
 
     @property
     def models(self) -> list[Checkpoint]:
-        """The base and the experts."""
-        return [self.base, *self.experts.values()]
+        """The base and the experts, without what stands for a derived one."""
+        derived = self.study.models.derived
+        return [self.base, *(expert for name, expert in self.experts.items() if name not in derived)]
 
 
 def require_own_names(owners: Callable[[], Mapping[str, list[str]]] = packages_distributions) -> None:
@@ -92,8 +95,9 @@ def require_own_names(owners: Callable[[], Mapping[str, list[str]]] = packages_d
 
 
 def make_plan(study: Study) -> Plan:
-    """Open everything a study names, and gather all that is wrong."""
-    plan = Plan(study)
+    """Open everything a study names, and gather all that is wrong; an expert's source stands for what is derived."""
+    plan = Plan(standing_in(study))
+    study = plan.study
     _open_models(plan)
     if plan.base is not None:
         plan.space = plan.attempt("space", partial(space_of, study, plan.base.names))

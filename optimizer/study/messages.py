@@ -15,7 +15,7 @@ from evals.outcomes import KINDS, KL_TO_BASE, TASK
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
 from optimizer.study.forms import TAGS
-from optimizer.study.schema import Finding, ShapeEntry, SpaceSection, Study
+from optimizer.study.schema import Finding, Models, ShapeEntry, SpaceSection, Study
 from optimizer.study.section import Section
 from optimizer.study.task_entry import TaskEntry
 from optimizer.workers.ray_address import address_problem
@@ -98,7 +98,8 @@ def text_problems(value: object, place: tuple[str, ...] = ()) -> Iterator[Proble
 
 def contradictions(study: Study) -> Iterator[Problem]:
     """Yield the problem of everything that is well typed and cannot be meant."""
-    space, experts, storage = study.space, list(study.models.experts), study.search.storage
+    space, experts, storage = study.space, list(study.models.names), study.search.storage
+    yield from _derived_problems(study.models)
     if not space.takes_method_from_recipe:  # else what does not fit is found with the recipe
         yield from _range_problems(space)
         yield from _method_problems(space, len(experts))
@@ -111,6 +112,17 @@ def contradictions(study: Study) -> Iterator[Problem]:
         yield "name", f"must not end with a dot; given {study.name!r}"
     if study.workers.ray_address is not None:
         yield from _address_problems(study.workers.ray_address, study.workers.count)
+
+
+def _derived_problems(models: Models) -> Iterator[Problem]:
+    for name, entry in models.derived.items():
+        if name in models.experts:
+            yield f"models.derived.{name}", f"an expert has this name; given {name!r}; give the derived one another"
+        if entry.from_ not in models.experts:
+            close = difflib.get_close_matches(entry.from_, models.experts, n=1, cutoff=0.5)
+            mend = f'did you mean "{close[0]}"?' if close else f"they are {', '.join(models.experts)}"
+            rule = "must be one of models.experts"
+            yield f"models.derived.{name}.from", f"{rule}; given {entry.from_!r}; {mend}"
 
 
 def _method_problems(space: SpaceSection, experts: int) -> Iterator[Problem]:

@@ -127,6 +127,7 @@ models:
   base: {dump_scalar(base)}  # the checkpoint all experts were trained from: a folder or a hub id
   experts:  # a full checkpoint, or a LoRA adapter on the base
 {experts_text}
+  # derived: {{NAME: {{from: EXPERT, form: regmean, lambda: 0.4}}}}  # an expert to make of base and expert first
 
 space:
   method: task_arithmetic  # linear, slerp, ties, dare_ties, …; or several: [task_arithmetic, ties]

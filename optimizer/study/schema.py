@@ -54,13 +54,54 @@ Threads = Annotated[int | Literal["auto"], *count_or("auto", most=MOST_WORKERS)]
 Budget = Annotated[int | Literal["auto"], *count_or("auto", least=16)]
 
 
+class CalibrationTexts(Section):
+    """Two plain text files that a derived expert is made over, one for each side."""
+
+    domain: str = Field(min_length=1, description="What the expert reads.")
+    general: str = Field(min_length=1, description="What the base reads.")
+
+
+def _read_calibration(value: object) -> object:
+    return {"domain": value, "general": value} if isinstance(value, str) else value
+
+
+Calibration = Annotated[
+    CalibrationTexts, BeforeValidator(_read_calibration, json_schema_input_type=str | CalibrationTexts)
+]
+
+
+class DerivedEntry(Section):
+    """An expert that is made before the search, of the base and another expert."""
+
+    from_: str = Field(alias="from", min_length=1, description="Name of the expert it is derived from.")
+    form: Form = Field(default="regmean", description="The closed form.")
+    lambda_: float = Field(
+        default=0.4, alias="lambda", gt=0, lt=1, description="How far it goes from the base (0) to the expert (1)."
+    )
+    calibration: Calibration | None = Field(
+        default=None,
+        description="A plain text file, or one for each side, to read in place of the search items.",
+    )
+
+
+ExpertName = Annotated[str, Field(pattern=EXPERT_NAME)]
+
+
 class Models(Section):
     """The checkpoints: each a folder, the folder of a LoRA adapter, or a hub id."""
 
     base: str = Field(min_length=1, description="The checkpoint all experts were trained from.")
-    experts: dict[Annotated[str, Field(pattern=EXPERT_NAME)], Annotated[str, Field(min_length=1)]] = Field(
+    experts: dict[ExpertName, Annotated[str, Field(min_length=1)]] = Field(
         min_length=1, description="Name of each expert and its checkpoint, or a LoRA adapter on the base."
     )
+    derived: dict[ExpertName, DerivedEntry] = Field(
+        default={}, description="Name of each expert that the search makes first, by a closed form, and of what."
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all experts, those to be made too."""
+        return (*self.experts, *self.derived)
 
 
 class ShapeEntry(Section):

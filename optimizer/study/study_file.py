@@ -19,7 +19,7 @@ from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
 from optimizer.study.messages import contradictions, schema_problems, text_problems
-from optimizer.study.schema import Study, validate
+from optimizer.study.schema import DerivedEntry, Study, validate
 from optimizer.study.task_entry import TaskEntry
 from optimizer.words import count
 
@@ -132,9 +132,11 @@ def _origin_of(key: str, path: Path, overrides: Sequence[str]) -> str:
 def _with_absolute_paths(study: Study, path: Path) -> Study:
     """Make every path absolute from the folder of the study's file; a database's from here, as in any URL."""
     paths, models, evals = _Paths(path).including(study.evals.folders), study.models, study.evals
+    derived = {name: paths.derived(f"models.derived.{name}", entry) for name, entry in models.derived.items()}
     sources = {
         "base": paths.model("models.base", models.base),
         "experts": {name: paths.model(f"models.experts.{name}", source) for name, source in models.experts.items()},
+        "derived": derived,
     }
     tasks = {
         role: tuple(paths.task(f"evals.{role}.{i}.{entry.kind}", entry) for i, entry in enumerate(entries))
@@ -192,6 +194,14 @@ class _Paths:
         """Return a program's words, those that are files beside the study file by their whole path."""
         folder = self.file.resolve().parent
         return tuple(str(folder / word) if (folder / word).is_file() else word for word in words)
+
+    def derived(self, key: str, entry: DerivedEntry) -> DerivedEntry:
+        """Return a derived expert with its texts' paths made absolute."""
+        if entry.calibration is None:
+            return entry
+        given = {side: getattr(entry.calibration, side) for side in ("domain", "general")}
+        texts = {side: self.absolute(f"{key}.calibration.{side}", path) for side, path in given.items()}
+        return entry.model_copy(update={"calibration": entry.calibration.model_copy(update=texts)})
 
     def task(self, key: str, entry: TaskEntry) -> TaskEntry:
         """Return a task with its path made absolute; one of lm-eval's, which has neither slash nor .yaml, as it is."""

@@ -11,6 +11,7 @@ from rich.text import Text
 from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limit
 from optimizer.runs.limits import Limits
 from optimizer.search.cost import Cost, cost_of, count_numbers
+from optimizer.search.derived import said
 from optimizer.search.samplers import WITHOUT_LIMITS
 from optimizer.views.plain_table import table
 from optimizer.words import count, percent, printable
@@ -37,7 +38,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             table(
                 "Models",
                 ["", "source", "numbers", "size", "dtype"],
-                model_rows({"base": plan.base, **plan.experts}),
+                _model_rows(plan, plan.base),
                 right=["numbers", "size"],
             )
         )
@@ -62,6 +63,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(Text(f"{count(len(plan.problems), 'problem')}:", style="bold"))
     for problem in plan.problems:
         console.print(Text(printable(f"- {problem}")), soft_wrap=True)
+
+
+def _model_rows(plan: Plan, base: Checkpoint) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each model, those to be derived too."""
+    derived = plan.study.models.derived
+    known = {name: model for name, model in plan.experts.items() if name not in derived}
+    yield from model_rows({"base": base, **known})
+    yield from ((name, said(entry), "", "", "") for name, entry in derived.items())
 
 
 def model_rows(models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, ...]]:

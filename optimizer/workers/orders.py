@@ -81,9 +81,11 @@ class Derivation:
         expert: name of the expert.
         shares: how far each goes to the expert, above 0 and below 1.
         folder: where their folders are made.
+        texts: plain text files to read in place of the search items: the base on the first, the expert on the second.
     """
 
     form: Form
     expert: str
     shares: tuple[float, ...]
     folder: Path
+    texts: tuple[Path, Path] | None = None

@@ -169,17 +169,21 @@ class Worker:
             return measure(self, chosen, models, tasks=self.tasks, expert=expert, points=points)
 
     def derive(self, path: Derivation) -> list[Path]:
-        """Make the derived experts of a path from the search items, where they are not there yet.
+        """Make the derived experts of a path from the search items, or its texts, where they are not there yet.
 
         Raises:
             MergeError: a folder cannot be written, or a tensor is not finite.
-            TaskError: an item has nothing to learn from, or a loss is not finite.
+            TaskError: an item has nothing to learn from, a text cannot be used, or a loss is not finite.
             WorkerError: memory ran out.
         """
+        from evals.lm_examples import text_examples
         from optimizer.workers.deriver import Deriver
 
         tasks = {task.name: task for task in self._harness.infos}
         with lack_of_memory_in_words(self._sources.base.bytes):
+            if path.texts is not None:
+                general, domain = (text_examples(text, self._engine) for text in path.texts)
+                return Deriver(self.engine, self._parameters, self._sources, general, domain).derive(path)
             examples = self.examples()
             general = [e for e in examples if tasks[e.task].role == "general"]
             domain = [
