@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.outcomes import SUITES, TEXT
+from evals.outcomes import SUITES, TASK
 from evals.packing import PLAN
 from evals.task_files import files_of, names_a_file
 from optimizer.database.study_home import require_usable
@@ -118,11 +118,6 @@ def _search(ready: Ready, run: RunFolder, console: Console) -> None:
         )
 
 
-def derived_folder(study: Study) -> Path:
-    """Return where a study's derived experts lie."""
-    return Path(study.runs).absolute() / DERIVED_FOLDER
-
-
 def preparation_of(study: Study) -> Preparation:
     """Give the anchors that a worker prepares for a study."""
     learned = study.search.learned
@@ -174,11 +169,13 @@ def listings_of(study: Study) -> dict[str, Listing]:
     models, tasks = [study.models.base, *study.models.experts.values()], task_specs(study)
     found = {source: Listing.of_model(folder_of(source)) for source in models}
     for task in tasks:
-        if task.kind == TEXT:
+        if task.kind != TASK:
             found[task.name] = Listing.of(Path(task.name), [Path(task.name)])
         elif names_a_file(task.name):
             found[task.name] = Listing.of(Path(task.name), files_of(task.name, code=study.evals.allow_task_code))
-    return found
+    given = [entry.calibration for entry in study.models.derived.values() if entry.calibration]
+    texts = {text for calibration in given for text in (calibration.domain, calibration.general)}
+    return found | {text: Listing.of(Path(text), [Path(text)]) for text in texts}
 
 
 def derived_folder(study: Study) -> Path:

@@ -218,6 +218,9 @@ class StagedWorker:
 
     def derive(self, path: Derivation) -> list[Path]:
         shared = path.folder.parent.is_dir()  # the folder of runs is seen from here
+        if path.texts is not None:
+            general, domain = (Path(self._sources.find(str(text))) for text in path.texts)
+            path = replace(path, texts=(general, domain))
         made = self._worker.derive(path if shared else replace(path, folder=self._sources.root / "derived"))
         for folder in made:
             self._sources.give(folder, str(path.folder / folder.name))
