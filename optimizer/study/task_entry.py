@@ -62,6 +62,7 @@ class TaskEntry(Section):
     )
     judge: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
+        strict=False,  # a list of JSON has become one of Python here, before an entry's own reading
         description="A program and its arguments in place of the metrics: it reads written answers as JSON lines and "
         "writes a number for each, more is better. Needs evals.allow_task_code.",
     )

@@ -39,6 +39,10 @@ def test_init_writes_texts_with_items_as_they_have_them(tmp_path: Path, texts: t
     assert short.items == short.holdout_items == 7
     assert long.items is None
     assert "{text: './notes, mine.txt', items: 7, holdout_items: 7}" in out.read_text()
+    judged = read_study(out, ["evals.general.0={task: x, judge: [python, judge.py]}", "evals.allow_task_code=true"])
+    assert judged.evals.general[0].judge == ("python", "judge.py")
+    (tmp_path / "again.yaml").write_text(dump_study(judged))
+    assert read_study(tmp_path / "again.yaml") == judged
     (tmp_path / "again.yaml").write_text(dump_study(study))
     assert read_study(tmp_path / "again.yaml") == study
 
