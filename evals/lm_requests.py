@@ -81,7 +81,7 @@ class Suite:
 
 
 def request_of(instance: Instance, encoder: Encoder, seed: str) -> Request:
-    """Tokenise an instance.
+    """Make a request of an instance, with its tokens.
 
     Args:
         seed: of an answer that is sampled, hexadecimal.

@@ -17,7 +17,9 @@ from optimizer.commands import (
     AsJson,
     Commands,
     DomainText,
+    FromEvolve,
     GeneralText,
+    Include,
     KlToBase,
     RunPath,
     Sets,
@@ -71,14 +73,8 @@ def init(
     domain_text: DomainText = None,
     general_text: GeneralText = None,
     kl_to_base: KlToBase = None,
-    from_evolve: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
-    ] = None,
+    from_evolve: FromEvolve = None,
+    include: Include = None,
     then_search: Annotated[bool, typer.Option("--search", help="Run the study at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

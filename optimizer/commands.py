@@ -39,6 +39,14 @@ KlToBase = Annotated[
         show_default=False,
     ),
 ]
+FromEvolve = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Convert a mergekit-evolve configuration instead.", show_default=False),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Storage = Annotated[
     str | None,
