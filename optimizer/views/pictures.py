@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points
-LEGEND_MARK, LEGEND_LETTER = 60, 9  # pixels
+LEGEND_MARK, LEGEND_LETTER, SUBTITLE_LETTER = 60, 9, 8.5  # pixels
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v", "star": "*"}
 SYMBOLS |= {"x": "X", "cross": "P"}
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
@@ -51,14 +52,14 @@ class Picture:
 def picture(figure: go.Figure) -> Picture:
     """Draw a figure of a run with matplotlib, at the same size."""
     layout = figure.layout
-    still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI)
+    still = Figure(figsize=(layout.width / DPI, layout.height / DPI), dpi=DPI, layout="constrained")
     panels = _panels(figure)
     axes: list[Axes] = list(still.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0])
     for ax, (x_name, y_name) in zip(axes, panels, strict=True):
         _style(ax, layout[x_name], layout[y_name])
         for trace in sorted(figure.data, key=lambda trace: trace.legendrank or 1000):
             if _axis_name(trace.yaxis, "y") == y_name:
-                _draw(ax, trace)
+                _draw(ax, trace, layout[x_name])
     _legend(axes[0], layout.width)
     for shape in layout.shapes:
         _line(axes[0], shape)
@@ -67,8 +68,9 @@ def picture(figure: go.Figure) -> Picture:
     titles: dict[str, Any] = {"x": 0.012, "ha": "left", "va": "top"}
     inch = 1 / still.get_figheight()
     still.text(y=1 - 0.12 * inch, s=_plain(layout.title.text), fontsize=15, color=INK, **titles)
-    still.text(y=1 - 0.42 * inch, s=_plain(layout.title.subtitle.text), fontsize=11, color=GREY, **titles)
-    still.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.66 * inch))
+    lines = textwrap.wrap(_plain(layout.title.subtitle.text), int(layout.width / SUBTITLE_LETTER)) or [""]
+    still.text(y=1 - 0.42 * inch, s="\n".join(lines), fontsize=11, color=GREY, **titles)
+    still.set_layout_engine("constrained", rect=(0, 0, 1, 1 - (0.48 + 0.18 * len(lines)) * inch))
     return Picture(still)
 
 
@@ -93,12 +95,20 @@ def _style(ax: Axes, x: Any, y: Any) -> None:
             axis.grid(True, color=spec.gridcolor, linewidth=1)
         if spec.range is not None:
             ax.set(**{f"{name}lim": spec.range})
-        if spec.tickvals is not None:
+        if spec.tickvals is not None and spec.type != "category":
             axis.set_ticks(list(spec.tickvals), [html.unescape(text) for text in spec.ticktext or spec.tickvals])
         axis.set_label_text(_plain(spec.title.text), fontsize=13, color=INK)
 
 
-def _draw(ax: Axes, trace: Any) -> None:
+def _draw(ax: Axes, trace: Any, x: Any) -> None:
+    """Draw a trace.
+
+    Args:
+        x: the axis below it.
+    """
+    if trace.type == "heatmap":
+        _heat_map(ax, trace, x)
+        return
     if trace.type == "bar":
         ax.barh(list(trace.y), list(trace.x), height=trace.width, color=trace.marker.color, alpha=trace.marker.opacity,
                 label=_label(trace), zorder=2)  # fmt: skip
@@ -110,6 +120,21 @@ def _draw(ax: Axes, trace: Any) -> None:
             ends: dict[str, Any] = {f"{axis}err": [list(bars.arrayminus), list(bars.array)]}
             width = bars.thickness * POINTS
             ax.errorbar(trace.x, trace.y, **ends, fmt="none", ecolor=_colour(bars.color), elinewidth=width, zorder=3)
+
+
+def _heat_map(ax: Axes, trace: Any, x: Any) -> None:
+    """Draw a table of numbers as colours, its first row on top; what is not there stays empty."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("of the figure", list(map(tuple, trace.colorscale)))
+    image = ax.imshow(trace.z, aspect="auto", cmap=colours, vmin=trace.zmin, vmax=trace.zmax)
+    columns = list(trace.x)
+    ax.set_xticks([columns.index(name) for name in x.tickvals], [html.unescape(name) for name in x.ticktext])
+    ax.set_yticks(range(len(trace.y)), [html.unescape(name) for name in trace.y])
+    ax.tick_params(labelbottom=True)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.01, aspect=12, format=f"%{trace.colorbar.tickformat}")
+    bar.set_label(trace.colorbar.title.text, color=INK)
+    bar.outline.set_visible(False)
 
 
 def _scatter(ax: Axes, trace: Any) -> None:

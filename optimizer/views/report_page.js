@@ -30,6 +30,12 @@ function inLines(title, most) {
   return lines.join("<br>");
 }
 
+function fewerTicks(axis) {  // both ends and every third between, with room beside the ends
+  const {tickvals, ticktext} = axis, last = tickvals.length - 1;
+  const kept = tickvals.map((_, i) => i).filter((i) => i === 0 || i === last || (i > 1 && i < last - 1 && i % 3 === 1));
+  Object.assign(axis, {tickvals: kept.map((i) => tickvals[i]), ticktext: kept.map((i) => ticktext[i])});
+}
+
 const squeeze = {  // what a figure gives up where there is little room
   front({layout}) {
     layout.height = 430;
@@ -43,11 +49,7 @@ const squeeze = {  // what a figure gives up where there is little room
   },
   weights({layout}) {
     layout.height *= 0.9;
-    for (const axis of Object.keys(layout).filter((key) => key.startsWith("xaxis"))) {
-      const {tickvals, ticktext} = layout[axis], last = tickvals.length - 1;
-      const kept = tickvals.map((_, i) => i).filter((i) => i === 0 || i === last || (i > 1 && i < last - 1 && i % 3 === 1));
-      Object.assign(layout[axis], {tickvals: kept.map((i) => tickvals[i]), ticktext: kept.map((i) => ticktext[i])});
-    }
+    for (const axis of Object.keys(layout).filter((key) => key.startsWith("xaxis"))) fewerTicks(layout[axis]);
   },
   retention({data, layout}) {  // a task's name and figures stand above its bar
     const names = layout.yaxis.ticktext, most = layout.width / LETTER;
@@ -63,6 +65,15 @@ const squeeze = {  // what a figure gives up where there is little room
     Object.assign(layout.margin, {l: 4, r: 4});
   },
   hypervolume({layout}) { layout.height = 340; },
+  sensitivities({data, layout}) {  // one for each expert: the figure's name goes on with the expert's
+    for (const axis of Object.keys(layout).filter((key) => key.startsWith("xaxis"))) fewerTicks(layout[axis]);
+    for (const axis of Object.keys(layout).filter((key) => key.startsWith("yaxis"))) {
+      const kinds = data[0].y;
+      Object.assign(layout[axis], {tickvals: kinds, ticktext: kinds.map((kind) => cut(kind, 15))});
+    }
+    for (const note of layout.annotations) Object.assign(note, {text: inLines(note.text, 24), align: "left"});
+    for (const map of data) Object.assign(map.colorbar, {thickness: 8, title: undefined, nticks: 4, xpad: 4});
+  },
 };
 
 function squeezed(id, figure) {
@@ -74,7 +85,7 @@ function squeezed(id, figure) {
     if (title?.text) layout[key].title = {...title, text: inLines(title.text, layout.width / LETTER), font: {size: 13}};
   }
   for (const note of layout.annotations ?? []) note.font = {...note.font, size: 12};
-  squeeze[id]?.(figure);
+  squeeze[id.split("-")[0]]?.(figure);
 }
 
 function draw(id, stored) {

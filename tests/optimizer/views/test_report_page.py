@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from optimizer.run import open_run
+from optimizer.runs.sensitivities import Sensitivities, sensitivity_file
 from optimizer.views.report import report_html
 from tests.toy_run import toy_run
 
@@ -54,6 +55,10 @@ function faults(view, page) {
     const inside = figure.querySelectorAll(".gtitle, .xtitle, .ytitle, .annotation text");
     for (const text of legend ? [...inside, ...page.querySelectorAll("h2, figcaption p")] : [])
       if (meet(box(legend), box(text))) found.push(`the legend covers: ${text.textContent}`);
+    const ticks = [...figure.querySelectorAll(".xtick text, .x2tick text")];
+    ticks.forEach((tick, i) => ticks.slice(i + 1).forEach((other) => {
+      if (box(tick).width && meet(box(tick), box(other))) found.push(`${tick.textContent} covers ${other.textContent}`);
+    }));
     const titles = [...figure.querySelectorAll(".xtitle, .ytitle")];
     for (const title of titles)
       for (const tick of figure.querySelectorAll(".xtick text, .ytick text"))
@@ -96,6 +101,15 @@ async function measured(name, page, width, scheme) {
 """
 
 
+def sensitivities(expert: str) -> Sensitivities:
+    """Those of a model with thirty layers, all alike."""
+    kinds = ("input_layernorm", "post_attention_layernorm", "mlp.down_proj", "self_attn.q_proj")
+    inside = [f"model.layers.{layer}.{kind}.weight" for layer in range(30) for kind in kinds]
+    tensors = ("model.embed_tokens.weight", *inside, "model.norm.weight")
+    rows = (tuple(-0.001 for _ in tensors), tuple(0.002 for _ in tensors))
+    return Sensitivities(expert, tensors, (0.5,), (1.0,), rows[:1], rows[1:], -0.122, 0.244, 9, 30.0, 1.0)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What a browser says of each page at each width, by day and by night."""
@@ -106,6 +120,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "one": toy_run(folder / "toy", trials=12, derived=("regmean 0.2",), learned=(0.3, 0.6)),
         "two": toy_run(folder / "a-run-whose-name-is-as-long-as-it-may-be-and-has-no-space", trials=6, experts=LONG),
     }
+    sensitivity_file(runs["one"], "clinical").write_text(sensitivities("clinical").to_json())
     pages = json.dumps({name: report_html(open_run(path)) for name, path in runs.items()}).replace("<", "\\u003c")
     outer = folder / "outer.html"
     script = f"const pages = {pages}, cases = {json.dumps(CASES)};{MEASURE}"

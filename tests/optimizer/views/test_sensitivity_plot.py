@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
 from optimizer.runs.sensitivities import Sensitivities
+from optimizer.views.pictures import picture
 from optimizer.views.sensitivity_plot import heat_map
 
 TENSORS = (
@@ -15,14 +19,32 @@ TENSORS = (
 )  # fmt: skip
 
 
+DOMAIN = tuple(-0.1 * (i + 1) for i in range(8))
+GENERAL = tuple(0.01 * (i + 1) for i in range(8))
+
+
+def figure_of() -> go.Figure:
+    rows = (DOMAIN, DOMAIN), (GENERAL, GENERAL)
+    return heat_map(Sensitivities("a<b>", TENSORS, (0.25, 0.75), (0.5, 0.5), *rows, -3.6, 0.36, 9, 30.0, 1.0))
+
+
+def test_a_picture_of_it_has_its_numbers_and_names(tmp_path: Path) -> None:
+    still = picture(figure_of())
+    for ax, values in zip(still.figure.axes[:2], (DOMAIN, GENERAL), strict=True):
+        (image,) = ax.images
+        assert np.nansum(np.asarray(image.get_array(), dtype=float)) == pytest.approx(sum(values))
+        assert image.get_clim() == (-max(map(abs, values)), max(map(abs, values)))
+        assert [label.get_text() for label in ax.get_yticklabels()][-1] == "norm"
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["embed", "head"]
+    still.save(tmp_path / "still.png")
+    said = [text.get_text() for text in still.figure.texts]
+    assert "a<b>" in said[1]
+    assert "\n" in said[1]  # it is longer than the picture is wide
+
+
 def test_every_tensor_has_its_place_and_sign() -> None:
-    domain = tuple(-0.1 * (i + 1) for i in range(8))
-    general = tuple(0.01 * (i + 1) for i in range(8))
-    found = Sensitivities(
-        "a<b>", TENSORS, (0.25, 0.75), (0.5, 0.5), (domain, domain), (general, general), -3.6, 0.36, 9, 30.0, 1.0
-    )
-    figure = heat_map(found)
-    for panel, values in zip(figure.data, (domain, general), strict=True):
+    figure = figure_of()
+    for panel, values in zip(figure.data, (DOMAIN, GENERAL), strict=True):
         shown = np.array(panel.z, dtype=float)
         assert np.nansum(shown) == pytest.approx(sum(values))
         assert np.isfinite(shown).sum() == len(TENSORS)
