@@ -63,7 +63,9 @@ def is_plain(folder: Path) -> bool:
         _refuse(folder, f"{WEIGHTS_FILE} is missing (adapters are read from safetensors only)")
     config = _read_config(folder)
     is_factors = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    is_linear = not any(".lora_embedding_" in key for key in read_header(folder / WEIGHTS_FILE).entries)
+    # peft puts the base's own embeddings or head into the file where it adapts them
+    others = (".lora_embedding_", ".base_layer.")
+    is_linear = not any(word in key for key in read_header(folder / WEIGHTS_FILE).entries for word in others)
     return is_factors and is_linear and not any(config[key] and key not in NEUTRAL_KEYS for key in config)
 
 

@@ -11,19 +11,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.headers import read_json
 from optimizer.checkpoints.lora import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE, read_weights
-from optimizer.checkpoints.resident import resident_model
+from optimizer.checkpoints.resident import resident_model, tensor_places
 from optimizer.checkpoints.tensor_file import WEIGHTS_FILE as FOLDED_FILE
 from optimizer.checkpoints.tensor_file import write_tensors
 from optimizer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "num_vectors", "n_frequency")  # of tensors peft makes
 FORBIDDEN = ("megatron_config", "layer_replication", "loftq_config")  # import a module, change the depth, the base
@@ -76,6 +80,7 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
     _require_known(folder, config)
     weights = read_weights(folder)
     model = resident_model(base, dtype="float32", device="cpu")
+    parts = _parts_of_fused(model, base)
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws numbers that the file's then replace
             adapted: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
@@ -93,17 +98,57 @@ def _folded(folder: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
         merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # values that are not finite, and others
         _refuse(folder, f"peft says: {type(error).__name__}: {error!s:.300}")
-    return _by_name(folder, base, {name: p.detach() for name, p in merged.named_parameters()}, merged.base_model_prefix)
+    parameters = {name: parameter.detach() for name, parameter in merged.named_parameters()}
+    return _by_name(folder, base, parameters, merged.base_model_prefix, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where a tensor lies in a parameter that transformers makes of several, such as the experts of a mixture."""
+
+    parameter: str
+    offset: int  # numbers from the parameter's first
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        whole = parameters[self.parameter].contiguous()
+        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
+
+
+def _parts_of_fused(model: PreTrainedModel, base: Checkpoint) -> dict[str, _Part]:
+    """Find the tensors that are parts of a model's parameters; none where that cannot be told."""
+    try:
+        places = tensor_places(model, base)
+    except CheckpointError:
+        return {}
+    owners = {p.untyped_storage().data_ptr(): (name, p.detach()) for name, p in model.named_parameters()}
+    found = {}
+    for name, place in places.items():
+        owner, whole = owners.get(place.untyped_storage().data_ptr(), ("", place))
+        if owner and place.numel() < whole.numel():
+            offset = int(place.storage_offset()) - int(whole.storage_offset())
+            found[name] = _Part(owner, offset, tuple(place.shape), place.stride())
+    return found
 
 
 def _by_name(
-    folder: Path, base: Checkpoint, parameters: Mapping[str, torch.Tensor], prefix: str
+    folder: Path,
+    base: Checkpoint,
+    parameters: Mapping[str, torch.Tensor],
+    prefix: str,
+    parts: Mapping[str, _Part],
 ) -> dict[str, torch.Tensor]:
     left, tensors = dict(parameters), {}
     for name in base.names:
         spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         known = next((spelling for spelling in spellings if spelling in left), None)
-        tensors[name] = base.tensor(name) if known is None else left.pop(known)  # no parameter: a mask in an old file
+        part = parts.get(name)
+        if part is not None and part.parameter in parameters:
+            tensors[name] = part.of(parameters)
+            left.pop(part.parameter, None)
+        else:  # no parameter: a mask in an old file
+            tensors[name] = base.tensor(name) if known is None else left.pop(known)
         if tensors[name].shape != base.shape(name):
             _refuse(folder, f"{name} becomes {tuple(tensors[name].shape)}, and is {base.shape(name)} in the base")
     if left:

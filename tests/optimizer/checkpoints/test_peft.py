@@ -71,6 +71,35 @@ def test_a_folded_adapter_is_what_peft_merges(
         torch.testing.assert_close(expert.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
 
 
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "settings"),
+    [
+        ("llama", ("q_proj", "lm_head"), {}),
+        ("llama-tied", ("q_proj", "lm_head"), {}),
+        ("llama", ("embed_tokens", "lm_head"), {}),
+        ("qwen2_moe", ("q_proj",), {"target_parameters": list(EXPERTS)}),  # fused of a file's tensor for each expert
+        ("gpt_oss", ("q_proj",), {"target_parameters": list(EXPERTS)}),
+        ("llama4_text", (), {"target_parameters": ["feed_forward.experts.gate_up_proj"]}),
+    ],
+)
+def test_heads_embeddings_and_parameters_are_folded_by_peft(
+    family: str, targets: tuple[str, ...], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected = merged_by_peft(write_adapter(tmp_path, targets, family, **settings), tmp_path / "merged")
+    base = open_checkpoint(tmp_path / "base")
+    expert = open_checkpoint(tmp_path / "adapter", base=base)
+    changed = {name for name in base.names if not expert.tensor(name).equal(base.tensor(name))}
+    assert changed == {name for name in base.names if not expected[name].equal(base.tensor(name))}
+    words = [part.rsplit(".", 1)[-1] for part in settings.get("target_parameters", ())] or ["lm_head", "embed_tokens"]
+    assert any(word.split("_")[0] in name for word in words for name in changed)
+    for name in base.names:
+        torch.testing.assert_close(expert.tensor(name), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_from_peft_to_a_model(tmp_path: Path) -> None:
     expected = merged_by_peft(write_adapter(tmp_path, LLAMA), tmp_path / "merged")
     experts = {"law": str(tmp_path / "adapter")}
