@@ -17,6 +17,7 @@ from optimizer.commands import (
     AsJson,
     Commands,
     DomainText,
+    Download,
     FromEvolve,
     GeneralText,
     Include,
@@ -27,6 +28,7 @@ from optimizer.commands import (
     StudyPath,
     chosen_point,
     fail,
+    fetch,
     print_json,
     say,
     terminal,
@@ -116,6 +118,7 @@ def check(
     full: Annotated[
         bool, typer.Option("--full", help="Read every byte of the models: values are finite; give each file's sha256.")
     ] = False,
+    download: Download = False,
 ) -> None:
     """Say what a study would run, and all that does not fit."""
     from optimizer.search.plan import count_tokens, make_plan, read_in_full, require_own_names
@@ -123,7 +126,10 @@ def check(
     from optimizer.views.plan import print_plan
 
     require_own_names()
-    plan = make_plan(read_study(study, sets))
+    asked = read_study(study, sets)
+    if download:
+        fetch(asked.models)
+    plan = make_plan(asked)
     count_tokens(plan)
     digests = read_in_full(plan) if full else {}
     print_plan(plan, terminal())
@@ -143,10 +149,14 @@ def search(
     ray_address: Annotated[
         str | None, typer.Option(help="A Ray cluster to join.", show_default="a local one of our own")
     ] = None,
+    download: Download = False,
 ) -> None:
     """Run a study, or take it up where it was left."""
     from optimizer.run_study import run_study
+    from optimizer.study.study_file import read_study
 
+    if download:
+        fetch(read_study(study, sets).models)
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     run = run_study(study, overrides, terminal())

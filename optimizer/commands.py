@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from optimizer.run import Run
+    from optimizer.study.schema import Models
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -48,10 +49,21 @@ Include = Annotated[
     typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch models named by a hub id that the local cache lacks; never else.")
+]
 Storage = Annotated[
     str | None,
     typer.Option(envvar="MERGEFRONT_STORAGE", metavar="URL", help="The study's storage, where its URL has a password."),
 ]
+
+
+def fetch(models: Models) -> None:
+    """Download what a study names by hub ids into the local cache, and say where each lies."""
+    from optimizer.checkpoints.hub import download
+
+    for source, folder in download([models.base, *models.experts.values()]).items():
+        say(f"from the hub: {source} in {folder}")
 
 
 class Commands(TyperGroup):

@@ -28,7 +28,7 @@ DOORS = {
     "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},
-    "huggingface_hub": {"optimizer.checkpoints.opening"},
+    "huggingface_hub": {"optimizer.checkpoints.hub"},
     "pyarrow": {"optimizer.runs.outcome_files"},
     "plotly": {
         "optimizer.views.canvas",

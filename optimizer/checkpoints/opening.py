@@ -25,6 +25,7 @@ from optimizer.checkpoints.configs import LAYER_COUNT_KEYS, checked_config, list
 from optimizer.checkpoints.contents import Content, content_of
 from optimizer.checkpoints.gguf import dequantised, gguf_in
 from optimizer.checkpoints.headers import Entry, Header, read_header, read_json
+from optimizer.checkpoints.hub import HUB_ID, cached
 from optimizer.checkpoints.lora import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from optimizer.checkpoints.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.checkpoints.lora import is_plain, read_adapter
@@ -34,7 +35,6 @@ from optimizer.checkpoints.vocabulary import match_rows
 from optimizer.errors import CheckpointError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LAYER_OF = re.compile(r"(?:^|\.)([0-9]+)\.")
 MOST_NEIGHBOURS = 10_000  # folders looked at for a name near a wrong one
 
@@ -87,16 +87,13 @@ def folder_of(source: str) -> Path:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise CheckpointError(f"a checkpoint is a folder, or a hub id such as org/model; {_missing(folder)}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, local_files_only=True)).resolve()
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    found = cached(source)
+    if found is None:
         raise CheckpointError(
-            f"{_missing(folder)}, and {source!r} is not in the local hub cache; for a hub model run "
-            f"`hf download {source}`"
-        ) from error
+            f"{_missing(folder)}, and {source!r} is not in the local hub cache; for a hub model give --download to "
+            f"check or search, or run `hf download {source}`"
+        )
+    return found
 
 
 def _missing(folder: Path) -> str:

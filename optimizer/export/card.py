@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from optimizer.checkpoints.checkpoint import Checkpoint
-from optimizer.checkpoints.opening import HUB_ID
+from optimizer.checkpoints.hub import HUB_ID
 from optimizer.merging.merge import Sources
 from optimizer.strict_yaml import dump_yaml
 from search_spaces import METHODS, Recipe

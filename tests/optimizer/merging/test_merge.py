@@ -141,6 +141,28 @@ def test_linear_is_task_arithmetic_with_the_base_taking_the_rest(sources: Source
     assert torch.allclose(merged_tensor(name, sources, one).double(), wanted, rtol=step, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("of_base", "of_expert"), [("bfloat16", "float32"), ("float32", "float16"), ("float16", "bfloat16")]
+)
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "dare_ties"])
+def test_an_expert_may_be_stored_in_another_type(of_base: str, of_expert: str, method: str, tmp_path: Path) -> None:
+    base = pico_llama(tmp_path / "base", dtype=of_base)
+    expert = pico_expert(base, tmp_path / "law", scale=0.1)
+    tensors = load_file(expert / "model.safetensors")
+    stored = {name: tensor.to(getattr(torch, of_expert)) for name, tensor in tensors.items()}
+    save_file(stored, expert / "model.safetensors", metadata={"format": "pt"})
+    mixed = Sources.open(base, {"law": str(expert)})
+    chosen = recipe(method, (METHODS[method].scale, "", 0.37), experts=("law",))
+    same = pico_llama(tmp_path / "same", dtype=of_base)
+    wide = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
+    save_file(wide, expert / "model.safetensors", metadata={"format": "pt"})
+    as_float32 = Sources.open(same, {"law": str(expert)})
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        merged = merged_tensor(name, mixed, chosen)
+        assert merged.dtype == getattr(torch, of_base)
+        assert same_bits(merged, merged_tensor(name, as_float32, chosen))
+
+
 @pytest.mark.parametrize("weights", [(0.2, 0.5), (0.4, 0.0), (0.0, 0.0)])
 def test_shares_of_a_linear_merge_may_add_up_to_another_sum(weights: tuple[float, float], sources: Sources) -> None:
     given = [("weight", name, weight) for name, weight in zip(NAMES, weights, strict=True)]
