@@ -28,9 +28,9 @@ from optimizer.commands import (
     StudyPath,
     chosen_point,
     fail,
-    fetch,
     print_json,
     say,
+    study_of,
     terminal,
     version_asked,
 )
@@ -122,14 +122,10 @@ def check(
 ) -> None:
     """Say what a study would run, and all that does not fit."""
     from optimizer.search.plan import count_tokens, make_plan, read_in_full, require_own_names
-    from optimizer.study.study_file import read_study
     from optimizer.views.plan import print_plan
 
     require_own_names()
-    asked = read_study(study, sets)
-    if download:
-        fetch(asked.models)
-    plan = make_plan(asked)
+    plan = make_plan(study_of(study, sets, download=download))
     count_tokens(plan)
     digests = read_in_full(plan) if full else {}
     print_plan(plan, terminal())
@@ -153,10 +149,8 @@ def search(
 ) -> None:
     """Run a study, or take it up where it was left."""
     from optimizer.run_study import run_study
-    from optimizer.study.study_file import read_study
 
-    if download:
-        fetch(read_study(study, sets).models)
+    study_of(study, sets, download=download)
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     run = run_study(study, overrides, terminal())

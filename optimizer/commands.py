@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from optimizer.run import Run
-    from optimizer.study.schema import Models
+    from optimizer.study.schema import Study
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
@@ -58,12 +58,17 @@ Storage = Annotated[
 ]
 
 
-def fetch(models: Models) -> None:
-    """Download what a study names by hub ids into the local cache, and say where each lies."""
-    from optimizer.checkpoints.hub import download
+def study_of(path: Path, sets: Sequence[str], *, download: bool) -> Study:
+    """Read a study; where it is asked for, bring what it names by hub ids into the local cache, and say where it lies."""
+    from optimizer.study.study_file import read_study
 
-    for source, folder in download([models.base, *models.experts.values()]).items():
-        say(f"from the hub: {source} in {folder}")
+    study = read_study(path, sets)
+    if download:
+        from optimizer.checkpoints.hub import fetched
+
+        for source, folder in fetched([study.models.base, *study.models.experts.values()]).items():
+            say(f"from the hub: {source} in {folder}")
+    return study
 
 
 class Commands(TyperGroup):

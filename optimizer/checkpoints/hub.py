@@ -33,8 +33,8 @@ def cached(source: str) -> Path | None:
         return None
 
 
-def download(sources: Iterable[str]) -> dict[str, Path]:
-    """Fetch the models among some sources that are hub ids into the local cache; what is there already is looked up.
+def fetched(sources: Iterable[str]) -> dict[str, Path]:
+    """Put the models among some sources that are hub ids into the local cache; what is there already is looked up.
 
     Returns:
         The folder of each, by id.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from optimizer.checkpoints.hub import FETCHED, NOT_FETCHED, download, is_hub_id
+from optimizer.checkpoints.hub import FETCHED, NOT_FETCHED, fetched, is_hub_id
 from optimizer.errors import CheckpointError
 from tests.optimizer.checkpoints.test_opening import cached
 from tests.optimizer.small_study import write_study
@@ -53,9 +53,9 @@ def test_nothing_is_fetched_unless_asked_for(hub: list[str], tmp_path: Path) -> 
         refused.stdout.split()
     )
     assert hub == []
-    fetched = call(*words, "--download")
-    assert fetched.exit_code == 0, fetched.output
-    assert "from the hub: org/law in" in fetched.stdout
+    there = call(*words, "--download")
+    assert there.exit_code == 0, there.output
+    assert "from the hub: org/law in" in there.stdout
     assert hub == ["org/law"]
     assert call(*words).exit_code == 0
     assert hub == ["org/law"]
@@ -66,20 +66,20 @@ def test_nothing_is_fetched_unless_asked_for(hub: list[str], tmp_path: Path) -> 
 def test_what_the_hub_does_not_have_is_named(hub: list[str], tmp_path: Path) -> None:
     pico_llama(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"org/none cannot be downloaded from the hub \(OSError: 404.*HF_TOKEN"):
-        download(["org/none"])
-    assert download([str(tmp_path / "base"), "./base", "base"]) == {}
+        fetched(["org/none"])
+    assert fetched([str(tmp_path / "base"), "./base", "base"]) == {}
     assert hub == ["org/none"]
 
 
 @pytest.mark.parametrize(
-    ("name", "fetched"),
+    ("name", "wanted"),
     [("model-00001-of-2.safetensors", True), ("config.json", True), ("tokenizer.model", True),
      ("chat_template.jinja", True), ("pytorch_model.bin", False), ("modeling_own.py", False),
      ("onnx/model.safetensors", False), ("pytorch_model.bin.index.json", False), ("model.gguf", False)],
 )  # fmt: skip
-def test_weights_and_what_describes_them_are_fetched_and_no_code(name: str, fetched: bool) -> None:
+def test_weights_and_what_describes_them_are_fetched_and_no_code(name: str, wanted: bool) -> None:
     allowed = any(fnmatch(name, pattern) for pattern in FETCHED) and not any(fnmatch(name, p) for p in NOT_FETCHED)
-    assert allowed == fetched
+    assert allowed == wanted
 
 
 def test_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
