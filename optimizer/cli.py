@@ -22,10 +22,12 @@ from optimizer.commands import (
     GeneralText,
     Include,
     KlToBase,
+    RayAddress,
     RunPath,
     Sets,
     Storage,
     StudyPath,
+    WorkerCount,
     chosen_point,
     fail,
     print_json,
@@ -139,18 +141,15 @@ def check(
 def search(
     study: StudyPath,
     sets: Sets = [],  # noqa: B006  # typer makes a new list
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the study's")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to join.", show_default="a local one of our own")
-    ] = None,
+    workers: WorkerCount = None,
+    ray_address: RayAddress = None,
     download: Download = False,
 ) -> None:
     """Run a study, or take it up where it was left."""
     from optimizer.run_study import run_study
 
-    study_of(study, sets, download=download)
+    if download:
+        study_of(study, sets, download=True)
     given = {"workers.count": workers, "workers.ray_address": ray_address}
     overrides = [*sets, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     run = run_study(study, overrides, terminal())

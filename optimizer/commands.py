@@ -49,6 +49,10 @@ Include = Annotated[
     typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+WorkerCount = Annotated[
+    int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the study's")
+]
+RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster to join.", show_default="a local one of our own")]
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch models named by a hub id that the local cache lacks; never else.")
 ]
@@ -59,7 +63,7 @@ Storage = Annotated[
 
 
 def study_of(path: Path, sets: Sequence[str], *, download: bool) -> Study:
-    """Read a study; where it is asked for, bring what it names by hub ids into the local cache, and say where it lies."""
+    """Read a study; where asked, bring what it names by hub ids into the local cache, and say where that lies."""
     from optimizer.study.study_file import read_study
 
     study = read_study(path, sets)
