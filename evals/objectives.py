@@ -49,7 +49,8 @@ class Scale:
     @property
     def rows(self) -> pd.DataFrame:
         """The outcomes of the suite."""
-        return self.outcomes[self.outcomes["suite"] == self.suite]
+        is_of_it = self.outcomes["suite"] == self.suite
+        return self.outcomes if is_of_it.all() else self.outcomes[is_of_it]
 
     def table(self, task: str) -> Table:
         """Arrange a task's outcomes on the suite as arrays; errors as of `table_of`."""

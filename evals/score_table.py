@@ -17,6 +17,8 @@ from evals.task_rows import TaskRows, task_rows
 Array = NDArray[np.float64]
 
 LARGEST = 1e30  # of what an item adds to a score: sums of such numbers are finite
+NEEDED = ("trial", "item", "value", "weight", "inclusion", "statistic", "parts", "cluster")  # of outcomes
+OF_MARGINS = ("loglikelihoods", "lengths", "right")  # and where scores are estimated: lists take room and time
 AGREEMENT = 0.9  # of the answers that margins must tell, to be what the regression is on
 
 
@@ -84,7 +86,10 @@ def table_of(rows: pd.DataFrame, task: str) -> Table:
     Raises:
         TaskError: there are none, a trial lacks an item or has it twice, or a number is not usable.
     """
-    return table_from(task_rows(rows.loc[rows["task"] == task]), task)
+    is_of_task = (rows["task"] == task).to_numpy(bool)
+    is_drawn = "inclusion" in rows and bool((rows["inclusion"].to_numpy()[is_of_task] < 1).any())
+    needed = [name for name in rows.columns if name in (NEEDED + OF_MARGINS if is_drawn else NEEDED)]
+    return table_from(task_rows(rows.loc[is_of_task, needed]), task)
 
 
 def table_from(rows: TaskRows, task: str) -> Table:

@@ -106,9 +106,9 @@ def _joined_clusters(rows: Sequence[TaskRows]) -> NDArray[np.object_] | None:
 
 def clusters_in(rows: pd.DataFrame) -> NDArray[np.object_] | None:
     """Give the passage that the item of each row shares with others, "" for none: (R,); None where none is known."""
-    if "cluster" not in rows or not (told := rows["cluster"].fillna("") != "").any():
+    if "cluster" not in rows or not (told := rows["cluster"].notna() & (rows["cluster"] != "")).any():
         return None
-    return np.asarray(rows["cluster"].where(told, "").to_numpy(object))
+    return np.where(told, rows["cluster"].to_numpy(object), "")
 
 
 def rows_of(trial: int, outcomes: Iterable[Outcome], *, is_bank: bool) -> dict[str, TaskRows]:
@@ -135,7 +135,7 @@ def _of_outcomes(trial: int, rows: list[Outcome], *, is_bank: bool) -> TaskRows:
 
 
 def _parts_in(rows: pd.DataFrame) -> tuple[frozenset[str], tuple[Sequence[float] | None, ...]]:
-    if "statistic" not in rows or not (named := set(rows["statistic"].dropna()) - {""}):
+    if "statistic" not in rows or not (named := {*rows["statistic"].dropna().unique()} - {""}):
         return frozenset({""}), ()
     statistics = named | ({""} if not rows["statistic"].isin(named).all() else set())
     return frozenset(statistics), tuple(rows["parts"]) if "parts" in rows else ()

@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
     }
 )
 # unknown to earlier versions
+TEXTS = pa.dictionary(pa.int32(), pa.string())  # how they are read
+KINDS = [TEXTS if pa.types.is_string(field.type) else field.type for field in SCHEMA]
 LATER_COLUMNS = ("lengths", "broken_off", "right", "inclusion", "answer", "statistic", "parts", "cluster")
 TEXT_COLUMNS = ("task", "suite", "item", "statistic", "cluster")
 ANSWER = "answer"  # a text of any length
@@ -99,11 +101,36 @@ def read_outcomes(path: Path) -> pd.DataFrame:
 
 def outcomes_frame(table: pa.Table, trial: int) -> pd.DataFrame:
     """Return one trial's outcomes as readers use them: columns trial and OUTCOME_COLUMNS."""
-    frame = table.select(list(OUTCOME_COLUMNS)).to_pandas()
+    texts = {field.name: pa.string() for field in table.schema if pa.types.is_dictionary(field.type)}
+    plain = pa.schema([field.with_type(texts.get(field.name, field.type)) for field in table.schema])
+    frame = table.cast(plain).select(list(OUTCOME_COLUMNS)).to_pandas()
     frame[ANSWER] = frame[ANSWER].astype(object).where(frame[ANSWER].notna(), None)
     for name in ("cluster", "statistic"):
         frame[name] = frame[name].fillna("")
     frame.insert(0, "trial", trial)
+    return frame
+
+
+def joined_frame(tables: Mapping[int, pa.Table]) -> pd.DataFrame:
+    """Return the outcomes of many trials as readers use them: as `outcomes_frame`, in a quarter of the room. Lists are
+    left to Arrow, and texts of few values are categories.
+
+    Args:
+        tables: as of `sound_outcomes`, by trial.
+    """
+    if not tables:
+        return pd.DataFrame(columns=list(FRAME_COLUMNS))
+    table = pa.concat_tables([found.select(list(OUTCOME_COLUMNS)) for found in tables.values()]).unify_dictionaries()
+    for name in ("item", ANSWER):
+        table = table.set_column(OUTCOME_COLUMNS.index(name), name, table[name].cast(pa.large_string()))
+    frame = table.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None)
+    for name in ("cluster", "statistic"):
+        known = frame[name].cat
+        frame[name] = (frame[name] if "" in known.categories else known.add_categories([""])).fillna("")
+    for name in (ANSWER, "parts"):
+        if (is_there := frame[name].notna()).any():
+            frame[name] = frame[name].astype(object).where(is_there, None)
+    frame.insert(0, "trial", np.repeat([*tables], [len(found) for found in tables.values()]))
     return frame
 
 
@@ -125,7 +152,7 @@ def sound_outcomes(folder: Path, trial: int, suite: str, *, digest: str, tasks: 
         tasks: the run's, with the number of their items.
 
     Returns:
-        A table of SCHEMA.
+        A table of SCHEMA, but for its texts, which are of dictionaries.
 
     Raises:
         RunError: there are none, or they cannot be used; the file is named.
@@ -160,6 +187,8 @@ def _drawn(path: Path, table: pa.Table, tasks: Sequence[TaskInfo]) -> dict[str, 
     inclusion = pc.fill_null(table["inclusion"], 1.0)
     if not pc.all(pc.and_(pc.greater(inclusion, 0.0), pc.less_equal(inclusion, 1.0))).as_py():
         raise RunError(f"{path} holds an inclusion that is no probability")
+    if not any(task.drawn_items for task in tasks):
+        return {}
     found = table.filter(pc.less(inclusion, 1.0))["task"].value_counts().to_pylist()
     some = {row["values"] for row in found}
     counts = {row["values"]: row["counts"] for row in table["task"].value_counts().to_pylist()}
@@ -171,7 +200,7 @@ def _drawn(path: Path, table: pa.Table, tasks: Sequence[TaskInfo]) -> dict[str, 
 
 
 def _outcomes_table(path: Path) -> pa.Table:
-    """Read a stored outcomes file as a table of SCHEMA, with what it says of itself as metadata."""
+    """Read a stored outcomes file as `sound_outcomes` gives it, with what it says of itself as metadata."""
     if not path.is_file():
         raise RunError(f"{path} is {'not a file' if os.path.lexists(path) else 'missing'}")
     try:
@@ -180,17 +209,18 @@ def _outcomes_table(path: Path) -> pa.Table:
         # as a dictionary, a long text of many rows is held once
         texts = [name for name in (*TEXT_COLUMNS, ANSWER) if name in about.schema.names]
         with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
-            table = file.read()
+            table = file.read(use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
-    table = _with_plain_texts(path, table)
+    _require_short_texts(path, table)
     for field in SCHEMA:
         if field.name in LATER_COLUMNS and field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(len(table), field.type))
+            kind = TEXTS if pa.types.is_string(field.type) else field.type
+            table = table.append_column(field.name, pa.nulls(len(table), kind))
     facts = table.schema.metadata or {}
     missing = [name for name in FACTS if name.encode() not in facts]
     known = sorted(name for name in table.column_names if name in SCHEMA.names)
-    if missing or known != sorted(SCHEMA.names) or not table.select(SCHEMA.names).schema.equals(SCHEMA):
+    if missing or known != sorted(SCHEMA.names) or table.select(SCHEMA.names).schema.types != KINDS:
         raise RunError(
             f"{path} is not an outcomes file of this program: it has other columns, or no {', '.join(FACTS)}"
         )
@@ -208,19 +238,17 @@ def _require_small(path: Path, about: pq.FileMetaData) -> None:
         raise RunError(f"{path} may hold {MOST_VALUES:,} values in a column; it holds {most:,}")
 
 
-def _with_plain_texts(path: Path, table: pa.Table) -> pa.Table:
+def _require_short_texts(path: Path, table: pa.Table) -> None:
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             sizes = [pc.binary_length(chunk.dictionary).cast(pa.int64()) for chunk in table[i].chunks]
             if field.name == ANSWER:
-                used = zip(sizes, table[i].chunks, strict=True)
+                used = (pair for pair in zip(sizes, table[i].chunks, strict=True) if len(pair[0]))
                 written = sum(pc.sum(size.take(chunk.indices)).as_py() or 0 for size, chunk in used)
                 if written > MOST_ANSWERED:
                     raise RunError(f"{path} may hold answers of {MOST_ANSWERED:,} bytes; it holds {written:,}")
             elif (longest := max((pc.max(size).as_py() or 0 for size in sizes), default=0)) > LONGEST_TEXT:
                 raise RunError(f"{path} may hold texts of {LONGEST_TEXT:,} bytes; it holds one of {longest:,}")
-            table = table.set_column(i, field.with_type(pa.string()), table[i].cast(pa.string()))
-    return table
 
 
 def _facts(table: pa.Table) -> dict[str, str]:

@@ -23,7 +23,7 @@ from optimizer.database.study_home import stored_trials
 from optimizer.errors import RunError
 from optimizer.runs.lesson import LESSON_COLUMNS, read_lesson
 from optimizer.runs.manifest import read_manifest, tasks_of
-from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_frame, outcomes_path, sound_outcomes
+from optimizer.runs.outcome_files import joined_frame, outcomes_path, sound_outcomes
 from optimizer.runs.sensitivities import OBJECTIVES, Sensitivities, sensitivity_file
 from optimizer.runs.trial import BASE, STOPPED, Role, TrialKind
 from search_spaces.errors import SpaceError
@@ -46,6 +46,7 @@ class RecordedRun:
         self.name = path.resolve().name
         manifest = read_manifest(path)
         self.tasks = tasks_of(manifest, path / "tasks.json")
+        self._recipes: dict[int, Recipe] = {}
         self._frozen = {trial.number: trial for trial in stored_trials(path, manifest, storage)}
 
     # --- trials --------------------------------------------------------------------------------------------------
@@ -119,10 +120,12 @@ class RecordedRun:
         self.require_trial(trial)
         if "recipe" not in self._frozen[trial].user_attrs:
             raise RunError(f"trial {trial} of run {self.name} has no recipe: it is {self._ended(trial)}")
-        try:
-            return Recipe.from_json(self._frozen[trial].user_attrs["recipe"])
-        except SpaceError as error:
-            raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
+        if trial not in self._recipes:
+            try:
+                self._recipes[trial] = Recipe.from_json(self._frozen[trial].user_attrs["recipe"])
+            except SpaceError as error:
+                raise RunError(f"run {self.name}: the recipe of trial {trial} cannot be read: {error}") from error
+        return self._recipes[trial]
 
     def method(self, trial: int) -> str:
         """Return the merge method of a trial; empty where it has no recipe."""
@@ -216,18 +219,17 @@ class RecordedRun:
 
     def _read_outcomes(self, suite: str) -> tuple[pd.DataFrame, dict[int, str]]:
         """Read the stored outcomes of finished trials, and what is wrong with the files of others, by trial."""
-        frames, faults = [], {}
+        tables, faults = {}, {}
         for number, trial in self._frozen.items():
             path = outcomes_path(self.path, number, suite)
             if trial.state != TrialState.COMPLETE or (suite == HOLDOUT and not os.path.lexists(path)):
                 continue  # a file of a trial that is still open is not a point yet
             try:
                 digest = self.recipe(number).digest
-                rows = sound_outcomes(self.path, number, suite, digest=digest, tasks=self.tasks)
-                frames.append(outcomes_frame(rows, number))
+                tables[number] = sound_outcomes(self.path, number, suite, digest=digest, tasks=self.tasks)
             except RunError as error:
                 faults[number] = str(error)
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(FRAME_COLUMNS)), faults
+        return joined_frame(tables), faults
 
     @cached_property
     def _any_recipe(self) -> Recipe | None:
