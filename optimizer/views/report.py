@@ -42,6 +42,12 @@ WORDS = {
     "interval": "95 % of bootstrap samples of the items fall in it; the same items are drawn for every merge.",
     "front": "the merges that no other merge beats in both. The search chose it on its own items; items it never saw "
     "judge it, so the second pair of figures is the one to trust.",
+    "hypervolume": "the area between the front and a fixed corner: it grows whenever the front does.",
+    "resamplings": "the items drawn anew at random, a thousand times, some twice and some not at all: how often a "
+    "figure holds then says how much it hangs on which items there were.",
+    "certificate": "a statement on one merge, tested on items that nothing had looked at before. At 90 % confidence, "
+    "at most one of ten such statements is wrong.",
+    "lost, won": "answers that were right for the base and are wrong for the merge, and the other way round.",
     "knee": "the point of the front farthest above the straight line from base to expert.",
     "uniform line, depth slope": "what needs no search: one weight for all layers (WiSE-FT), or one that rises with "
     "depth (LiNeS). Between their points we interpolate.",
