@@ -26,6 +26,7 @@ ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "retry_of": int,
     "seconds": (int, float),
     "candidates": (int, float),
+    "stderr": list,
 }
 LONGEST_SHOWN = 200  # characters
 MEND = "it is left as it is. Restore a copy of it, or name another run folder"

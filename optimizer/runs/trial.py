@@ -20,6 +20,7 @@ DUPLICATE = "duplicate of"
 STOPPED = "stopped"  # user attribute of a trial that a race stopped: after what
 STAMP = "outcomes"  # user attribute: the stamp of the file of its search outcomes, as it was told
 COST = "candidates"  # user attribute: what it cost, as a multiple of what a searched trial reads at first
+STDERR = "stderr"  # user attribute: standard errors of its objectives, for a sampler that goes by them
 NOT_COUNTED = (DRIVER_DIED, DUPLICATE)  # failures that say nothing about a recipe
 
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
 
 MIDPOINT_EVERY = 2  # trials, in the second half of the budget
+REPLICATES = 100  # resamplings of a trial's items, for a sampler that goes by standard errors
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
 
@@ -154,6 +155,7 @@ class _Search:
         self.budget = settings.trials
         self.limits = Limits(settings.max_forgetting, settings.floors)
         self.ends, self.ended = Ends(settings, ledger), ""
+        self.replicates = REPLICATES if settings.sampler == "front" else 0
         self.scale: Scale | None = None  # once all references are scored
         self.failures = Failures()
         self.repeats = 0  # duplicates asked in a row
@@ -342,25 +344,27 @@ class _Search:
         """Tell the sampler of the limits as they are now, where trials were told of others."""
         for number in sorted(self.ledger.values.keys() - set(self.ledger.owed)):
             if self.ledger.constraints(number).keys() != set(self.limits.keys):
-                values, forgot = measured_of(number, scale, self.ledger) if self.limits else ((0.0,), {})
-                self.ledger.restate(number, self.limits.excesses(values[-1], forgot))
+                found = measured_of(number, scale, self.ledger) if self.limits else None
+                excesses = self.limits.excesses(found.values[-1], found.by_task) if found else {}
+                self.ledger.restate(number, excesses)
                 self.ledger.forget_rows()
 
     def _tell(self, number: int, seconds: float, scale: Scale) -> None:
         try:
-            values, forgot = measured_of(number, scale, self.ledger)
+            measured = measured_of(number, scale, self.ledger, replicates=self.replicates)
         except TaskError as error:
             self._failed(number, str(error))
             return
+        values = measured.values
         if not all(math.isfinite(value) for value in values):
             self._failed(number, f"objectives must be finite: {dict(zip(self.names, values, strict=True))}")
             return
-        excesses = self.limits.excesses(values[-1], forgot)
+        excesses = self.limits.excesses(values[-1], measured.by_task)
         found = self._race(number, scale, is_safe=bool(self.limits.floors) and max(excesses.values()) <= 0)
         if found is Verdict.GOES_ON:
             self.ledger.lengthen(number, seconds)
             return
-        self.ledger.tell(number, values, seconds, cost=cost_of_trial(number, self.ledger), excesses=excesses)
+        self.ledger.tell(number, measured, seconds, cost=cost_of_trial(number, self.ledger), excesses=excesses)
         self.failures.told()
         took = f"{seconds:.1f} s" if math.isfinite(seconds) else ""
         text = f"{took}, stopped: it is beaten".removeprefix(", ") if found is Verdict.STOPS else took

@@ -22,10 +22,11 @@ from optimizer.database.writer_storage import WriterStorage
 from optimizer.runs.front import front_without, losses, non_dominated
 from optimizer.runs.outcome_files import outcomes_of, outcomes_path, stamp_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import BASE, COST, DRIVER_DIED, NOT_COUNTED, STAMP, STOPPED, TrialKind
+from optimizer.runs.trial import BASE, COST, DRIVER_DIED, NOT_COUNTED, STAMP, STDERR, STOPPED, TrialKind
 from optimizer.search.answer_watch import AnswerWatch
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
+from optimizer.search.measured import Measured
 from optimizer.search.samplers import SampledStudy
 from optimizer.workers.pool import ScoreJob
 from search_spaces.choice import Choice
@@ -349,21 +350,22 @@ class Ledger:
         self.storage.set_trial_user_attr(self._id_of(number), STOPPED, is_stopped)  # written as it is told
 
     def tell(
-        self, number: int, values: tuple[float, ...], seconds: float, *, cost: float, excesses: Mapping[str, float]
+        self, number: int, measured: Measured, seconds: float, *, cost: float, excesses: Mapping[str, float]
     ) -> None:
         """Tell a trial's objectives, what it cost in candidates, and how far it is beyond the study's limits."""
         trial_id = self._id_of(number)
-        if math.isfinite(seconds):
-            self.storage.set_trial_user_attr(trial_id, "seconds", round(seconds, 3))
-        if stamp := self._stamps.pop(number, ""):
-            self.storage.set_trial_user_attr(trial_id, STAMP, stamp)
-        self.storage.set_trial_user_attr(trial_id, COST, round(cost, 3))
+        attributes: dict[str, object] = {COST: round(cost, 3)}
+        attributes |= {"seconds": round(seconds, 3)} if math.isfinite(seconds) else {}
+        attributes |= {STAMP: stamp} if (stamp := self._stamps.pop(number, "")) else {}
+        attributes |= {STDERR: [float(f"{error:.4g}") for error in measured.stderr]} if measured.stderr else {}
+        for key, value in attributes.items():
+            self.storage.set_trial_user_attr(trial_id, key, value)
         if excesses:
             self.storage.set_constraints(trial_id, excesses)
         fault("tell.before")
-        self.study.tell(number, values)
+        self.study.tell(number, measured.values)
         fault("tell.after")
-        self.values[number] = values
+        self.values[number] = measured.values
         if self._front is not None and number not in self.stopped:
             self._front = _not_beaten({n: self.values[n] for n in (*self._front, number)})
         self.finished += 1
@@ -374,8 +376,8 @@ class Ledger:
         self.storage.set_constraints(self._id_of(number), excesses)
 
     def constraints(self, number: int) -> dict[str, float]:
-        """Give what was told of a trial and the study's limits."""
-        return dict(self.storage.get_trial(self._id_of(number)).constraints)
+        """Give how far a trial was told to be beyond the study's limits."""
+        return self.storage.get_trial(self._id_of(number)).constraints
 
     def tell_failed(self, number: int, reason: str) -> None:
         """Tell that a trial failed, and why; whether it counts is the caller's."""

@@ -1,4 +1,4 @@
-"""Which sampler proposes the next recipe, and with which seed: Optuna's, and CMA-ES of our own."""
+"""Which sampler proposes the next recipe, and with which seed: Optuna's, and two of our own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 from optimizer.errors import StudyFileError
 from optimizer.runs.trial import TrialKind
 from optimizer.search.cmaes import ScalarisedCmaEs
+from optimizer.search.front_sampler import FrontSampler
 from search_spaces.choice import METHOD
 
-SAMPLERS = ("auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc")
+SAMPLERS = ("auto", "tpe", "gp", "front", "nsga2", "nsga3", "cmaes", "random", "qmc")
 WITHOUT_LIMITS = ("random", "qmc")  # which learn nothing; all others go by a trial's constraints
 GP_DIMENSIONS = 20
 GP_TRIALS = 200
@@ -53,6 +54,8 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
                 return optuna.samplers.GPSampler(
                     deterministic_objective=True, warn_independent_sampling=False, seed=mixed
                 )
+            case "front":
+                return FrontSampler(seed=mixed)
             case "nsga2":
                 return optuna.samplers.NSGAIISampler(population_size=_population(budget), seed=mixed)
             case "nsga3":

@@ -15,19 +15,27 @@ from evals.task_rows import joined, rows_by_task
 from optimizer.errors import SearchError
 from optimizer.runs.trial import BASE
 from optimizer.search.ledger import Ledger
+from optimizer.search.measured import Measured
 
 
 def objectives_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[float, ...]:
     """Return a trial's objectives, in the study's order; its outcomes are in the run folder, or it is in the scale."""
-    return measured_of(trial, scale, ledger)[0]
+    return measured_of(trial, scale, ledger).values
 
 
-def measured_of(trial: int, scale: Scale, ledger: Ledger) -> tuple[tuple[float, ...], dict[str, float]]:
-    """Return a trial's objectives as `objectives_of` does, and what it forgot of each general task."""
-    measured = draw_objectives(beside([trial], scale, ledger), replicates=0)
-    place = measured.column(trial)
-    values = tuple(float(measured.points[name][place]) for name in objective_names(list(scale.experts)))
-    return values, {task: float(shares[place]) for task, shares in measured.by_task.items()}
+def measured_of(trial: int, scale: Scale, ledger: Ledger, *, replicates: int = 0) -> Measured:
+    """Measure a trial; its outcomes are in the run folder, or it is in the scale.
+
+    Args:
+        replicates: resamplings of the items, for standard errors; 0 gives none.
+    """
+    drawn = draw_objectives(beside([trial], scale, ledger), replicates=replicates)
+    place, names = drawn.column(trial), objective_names(list(scale.experts))
+    return Measured(
+        tuple(float(drawn.points[name][place]) for name in names),
+        {task: float(shares[place]) for task, shares in drawn.by_task.items()},
+        tuple(float(drawn.samples[name][:, place].std()) for name in names) if replicates else (),
+    )
 
 
 def beside(trials: Iterable[int], scale: Scale, ledger: Ledger) -> Scale:

@@ -297,8 +297,9 @@ class SearchSection(Section):
         description="With evals.bank: a candidate that is beaten after evals.items stops, one near the front gets "
         "more.",
     )
-    sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "cmaes", "random", "qmc"] = Field(
-        default="auto", description="Who proposes the next weights. cmaes climbs one height: gain less forgetting."
+    sampler: Literal["auto", "tpe", "gp", "front", "nsga2", "nsga3", "cmaes", "random", "qmc"] = Field(
+        default="auto",
+        description="Who proposes the next weights. front widens the front; cmaes climbs gain less forgetting.",
     )
     max_forgetting: float | None = Field(
         default=None, ge=0, lt=1, description="The most a merge may forget, a share (0.05 is 5 %): the sampler's limit."

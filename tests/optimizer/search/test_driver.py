@@ -440,7 +440,7 @@ def test_the_smallest_budget_scores_the_references(bench: Bench) -> None:
     assert {t.state for t in trials_of(bench)[2:]} <= {WAITING}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "cmaes", "qmc", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "cmaes", "qmc", "gp", "front"])
 def test_every_sampler_proposes_points_of_the_space(bench: Bench, sampler: str) -> None:
     bench.search(trials=14, sampler=sampler)
     assert len({tuple(t.params.values()) for t in trials_of(bench)}) == 14

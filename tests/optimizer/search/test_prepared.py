@@ -41,7 +41,7 @@ def kinds_of(trials: list[FrozenTrial]) -> list[str]:
     return [trial.user_attrs.get("kind", "search") for trial in trials]
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "nsga2", "front", "random"])
 def test_prepared_anchors_come_after_the_others_and_the_rest_is_sampled(tmp_path: Path, sampler: str) -> None:
     bench = bench_of(tmp_path)
     bench.search(trials=BUDGET, sampler=sampler)
