@@ -197,8 +197,8 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, trials: int) -> di
         "models": {"base": str(base), "experts": {"code": str(expert)}},
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {
-            "domain": [task("code_text", 40, 80), task("code_words", 200, 400)],
-            "general": [task("english_text", 40, 80), task("english_words", 200, 400)],
+            "domain": [task("code_text", 40, 80), task("code_words", 150, 200)],
+            "general": [task("english_text", 40, 80), task("english_words", 150, 200)],
             "sentinel": [
                 {"task": str(OWN_TASKS / "minimal_pairs"), "holdout_items": 200},
                 {"task": str(inputs / "tasks" / "python_prose"), "holdout_items": 20},
@@ -207,7 +207,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, trials: int) -> di
         },
         "anchors": {"derived": ["regmean", "fisher"]},
         "search": {"trials": trials, "learned": 3},
-        "workers": {"count": 1},
+        "workers": {"count": 0},
         "runs": str(out.parent),
     }
 
