@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,8 +196,7 @@ class StagedWorker:
     """
 
     def __init__(self, spec: WorkerSpec, staging: str | None, ask: Ask) -> None:
-        root = Path(staging) if staging else Path(tempfile.gettempdir()) / "mergefront-sources"
-        self._sources = LocalSources(ask, root)
+        self._sources = LocalSources(ask, Path(staging) if staging else own_temporary())
         here = self._sources.find
         self._worker = Worker(
             replace(
@@ -233,6 +233,19 @@ class StagedWorker:
         theirs, here = Recipe.from_json(recipe), self._sources.find
         experts = tuple((name, here(source)) for name, source in theirs.experts)
         return replace(theirs, base=here(theirs.base), experts=experts).to_json()
+
+
+def own_temporary() -> Path:
+    """Make or find this user's folder for copies in the temporary folder, which nobody else may fill.
+
+    Raises:
+        WorkerError: another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"mergefront-sources-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise WorkerError(f"{folder} belongs to another user; remove it, or name another folder: workers.staging")
+    return folder
 
 
 @contextmanager

@@ -142,6 +142,15 @@ def test_files_of_a_task_are_all_that_it_reads(tmp_path: Path) -> None:
     assert tmp_path / "quiz" / "code.py" in files_of(str(task), code=True)
 
 
+def test_a_temporary_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert staging.own_temporary().stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(staging.os, "getuid", lambda: 12345)
+    (tmp_path / "mergefront-sources-12345").mkdir()
+    with pytest.raises(WorkerError, match=r"mergefront-sources-12345 belongs to another user.*workers\.staging"):
+        staging.own_temporary()
+
+
 @pytest.mark.parametrize("name", ["shared", "other"])
 def test_a_worker_elsewhere_gives_what_one_here_gives(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
