@@ -6,6 +6,7 @@ is refused by its name: a study that silently searched something else would be w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -189,15 +190,16 @@ class _Conversion:
         self._only(task, TASK_KEYS, f"{key}.")
         if not isinstance(task.get("name"), str) or not task["name"]:
             self._refuse(f"{key}.name", "must be a task's name", task.get("name"))
-        if task.get("weight", 1.0) != 1.0:
-            mend = "domain gain and forgetting are kept apart and a metric's direction is known: remove it"
-            self._refuse(f"{key}.weight", "has no counterpart", task["weight"], mend)
+        weight = task.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            mend = "a metric's direction is known, so that none counts against itself; remove it"
+            self._refuse(f"{key}.weight", "must be a number above 0", weight, mend)
         if not isinstance(task.get("metric", ""), str):
             self._refuse(f"{key}.metric", "must be a metric's name", task["metric"])
         metric, _, chosen = task.get("metric", "acc,none").partition(",")
         return {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"} | (
             {} if shots is None else {"shots": shots}
-        )
+        ) | ({"weight": float(weight)} if weight != 1.0 else {})
 
     def _mapping(self, key: str, value: object) -> Mapping[str, Any]:
         if not isinstance(value, Mapping):

@@ -66,6 +66,8 @@ def test_a_genome_becomes_a_study(folder: Path) -> None:
     for line, shots in (("num_fewshot: 0", 0), ("num_fewshot: null", None)):  # null: each task's own number
         none = converted(folder, GENOME, ("num_fewshot: 3", line))
         assert [entry.shots for entry in none.evals.domain] == [shots] * 3
+    weighty = converted(folder, GENOME, ("weight: 1.0", "weight: 0.5"))
+    assert [entry.weight for entry in weighty.evals.domain] == [0.5, 1, 1]
     single = converted(folder, GENOME, ("limit: 70", "limit: 70\nfewshot_as_multiturn: no"))
     assert (study.evals.fewshot_as_multiturn, single.evals.fewshot_as_multiturn) == (True, False)
     space = space_of(study, llama(4, tied=False))
@@ -123,7 +125,8 @@ def test_slerp_goes_from_its_first_model(folder: Path) -> None:
         ("layer_granularity: 2", "layer_granularity: 3", "genome.layer_granularity: must divide the base's 4 layers"),
         ("base_model: ./base", "base_model: org/base", "the base's layers must be counted.*space.shape"),
         ("layer_granularity: 2", "tokenizer_source: union", "genome.tokenizer_source: must be the base's"),
-        ("weight: 1.0", "weight: 0.5", "tasks.0.weight: has no counterpart; given 0.5.*remove it"),
+        ("weight: 1.0", "weight: -1.0", r"tasks.0.weight: must be a number above 0; given -1.0; .*remove it"),
+        ("weight: 1.0", "weight: x", "tasks.0.weight: must be a number above 0; given 'x'"),
         ("weight: 1.0", "weights: 1.0", "tasks.0.weights: is not known"),
         ("limit: 70", "shuffle: true", "shuffle: has no counterpart"),
         ("limit: 70", "random_init: true", "random_init: has no counterpart"),
