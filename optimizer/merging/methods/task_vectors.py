@@ -39,7 +39,7 @@ def linear(tensors: Tensors, values: Values) -> Blend:
 
     Source: arXiv 2203.05482 and, for one expert, arXiv 2109.01903.
     """
-    if (total := values.shared["sum"]) != 1.0:
+    if (total := values.shared.get("sum", 1.0)) != 1.0:
         return Mixture(total - math.fsum(values.weights), values.weights)
     return _sum_of_all(tensors, values, keep_whole)
 
