@@ -197,9 +197,11 @@ class _Conversion:
         if not isinstance(task.get("metric", ""), str):
             self._refuse(f"{key}.metric", "must be a metric's name", task["metric"])
         metric, _, chosen = task.get("metric", "acc,none").partition(",")
-        return {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"} | (
-            {} if shots is None else {"shots": shots}
-        ) | ({"weight": float(weight)} if weight != 1.0 else {})
+        return (
+            {"task": task["name"], "metric": metric if chosen in ("", "none") else f"{metric},{chosen}"}
+            | ({} if shots is None else {"shots": shots})
+            | ({"weight": float(weight)} if weight != 1.0 else {})
+        )
 
     def _mapping(self, key: str, value: object) -> Mapping[str, Any]:
         if not isinstance(value, Mapping):
