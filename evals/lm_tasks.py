@@ -156,6 +156,11 @@ def _measured(spec: TaskSpec, name: str, loaded: Any, *, seed: int, allow_task_c
     notes += (TO_BASE.format(name=name),) if spec.kind == KL_TO_BASE else ()
     notes += _cluster_notes(name, suites)
     notes += _certify_notes(name, spec, len(suites[CERTIFY]), len(items))
+    if measured.statistic:
+        notes += (
+            f"task {name}: its score, {metric}, is no mean over items, so it has intervals and no certificate; for one "
+            "name another metric",
+        )
     if spec.bank_items and not has_bank:
         notes += (
             f"task {name} has no bank: a bank needs {LEAST_DRAWN} items for each candidate and more for the anchors, "

@@ -147,7 +147,10 @@ def test_normalised_or_nonlinear_weights_are_refused(tmp_path: Path) -> None:
     for recipe in (
         Recipe("slerp", str(base), (("law", expert),), (Setting("t", "", "", 0.5),)),
         Recipe("ties", str(base), (("law", expert),), (Setting("weight", "law", "", 0.5),)),
+        Recipe(
+            "linear", str(base), (("law", expert),), (Setting("weight", "law", "", 0.5), Setting("sum", "", "", 2.0))
+        ),
     ):
         entered = weight_gradients(model, places, sources, recipe, MergeCache())
-        with pytest.raises(MergeError, match="weights are learned for"), entered:
+        with pytest.raises(MergeError, match="weights are learned (for|where)"), entered:
             pass

@@ -116,6 +116,20 @@ def test_without_a_base_the_rest_is_still_looked_at(study_path: Path) -> None:
     assert "3 problems" in printed(plan)
 
 
+def test_kinds_and_prompts_are_part_of_the_fingerprint_where_there_are_any(study_path: Path) -> None:
+    plain = fingerprint(require_sound(plan_of(study_path)))
+    assert not any(key.startswith("kind ") for key in plain["space"])
+    assert not {"system_instruction", "fewshot_as_multiturn"} & set(plain["evals"])
+    found = [
+        fingerprint(require_sound(plan_of(study_path, f"space.modules={{qk: [{pattern}]}}")))["space"]
+        for pattern in ("q_proj", "k_proj")
+    ]
+    assert found[0]["parameters"] == found[1]["parameters"]
+    assert [space["kind qk"] for space in found] == ["q_proj", "k_proj"]
+    told = fingerprint(require_sound(plan_of(study_path, "evals.system_instruction=Be brief.")))
+    assert told["evals"] == plain["evals"] | {"system_instruction": "Be brief."}
+
+
 def test_the_fingerprint_holds_what_a_score_depends_on_and_nothing_else(study_path: Path) -> None:
     same = fingerprint(require_sound(plan_of(study_path)))
     assert json.loads(json.dumps(same)) == same
