@@ -38,7 +38,7 @@ WORDS = {
     "domain gain": "what a merge adds to the base on the domain's tasks, as a share of what the expert adds: the base "
     "has 0 %, the expert 100 %.",
     "forgetting": "what a merge loses of the base's ability on the general tasks, as a share of it (above chance, "
-    "where there is a chance). The base forgets 0 %.",
+    "where there is a chance). The base forgets 0 %; what lies below is better than the base.",
     "interval": "95 % of bootstrap samples of the items fall in it; the same items are drawn for every merge.",
     "front": "the merges that no other merge beats in both. The search chose it on its own items; items it never saw "
     "judge it, so the second pair of figures is the one to trust.",

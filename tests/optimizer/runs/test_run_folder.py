@@ -13,7 +13,10 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import optuna
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,7 +25,7 @@ from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
-from optimizer.runs.outcome_files import FRAME_COLUMNS, outcomes_of
+from optimizer.runs.outcome_files import FRAME_COLUMNS, LATER_COLUMNS, joined_frame, outcomes_of, sound_outcomes
 from optimizer.runs.run_folder import RunFolder, is_locked
 from search_spaces.recipe import Recipe, Setting
 from tests.toy_run import toy_run
@@ -248,12 +251,38 @@ def test_outcomes_come_back_as_they_went(tmp_path: Path) -> None:
 def test_outcomes_of_an_earlier_version_have_no_value_where_it_had_no_column(tmp_path: Path) -> None:
     run = made(tmp_path / "toy")
     path = run.write_outcomes(7, "search", "d1", OUTCOMES)
-    pq.write_table(pq.read_table(path).drop_columns(["lengths", "broken_off", "right", "inclusion"]), path)
+    pq.write_table(pq.read_table(path).drop_columns([*LATER_COLUMNS]), path)
     frame = run.read_outcomes(7, "search")
     assert list(frame.columns) == list(FRAME_COLUMNS)
     assert frame["broken_off"].count() == 0
     assert frame["inclusion"].count() == 0
-    assert frame["inclusion"].count() == 0
+    assert set(frame["cluster"]) == set(frame["statistic"]) == {""}
+    assert set(frame["answer"]) == {None}
+
+
+def _table(run: RunFolder, trial: int, digest: str) -> pa.Table:
+    tasks = [replace(TASKS[0], search_items=len(OUTCOMES))]
+    return sound_outcomes(run.path, trial, "search", digest=digest, tasks=tasks)
+
+
+def test_outcomes_of_many_trials_are_as_those_of_each(tmp_path: Path) -> None:
+    run = made(tmp_path / "toy")
+    for trial, digest in ((7, "d1"), (9, "d2")):
+        run.write_outcomes(trial, "search", digest, OUTCOMES)
+    path = run.path / "outcomes" / "00009-search.parquet"
+    pq.write_table(pq.read_table(path).drop_columns([*LATER_COLUMNS]), path)
+    tables = {7: _table(run, 7, "d1"), 9: _table(run, 9, "d2")}
+    together = joined_frame(tables)
+    assert list(together.columns) == list(FRAME_COLUMNS)
+    for trial in tables:
+        own, one = together[together["trial"] == trial], run.read_outcomes(trial, "search")
+        for name in FRAME_COLUMNS:
+            found, expected = own[name].to_list(), one[name].to_list()
+            for value, other in zip(found, expected, strict=True):
+                if isinstance(other, np.ndarray):
+                    assert list(value) == list(other)
+                else:
+                    assert value == other or (pd.isna(value) and pd.isna(other)), name
 
 
 def test_a_damaged_outcomes_file_is_named(tmp_path: Path) -> None:
