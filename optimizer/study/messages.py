@@ -232,7 +232,7 @@ def _entry_problem(entry: TaskEntry) -> str:
     if entry.kind == TASK:
         is_text = entry.source.lower().endswith((".txt", ".md"))
         return f"a plain text is no task; given {entry.source!r}; write {{text: {entry.source}}}" if is_text else ""
-    for key in ("shots", "metric", "judge"):
+    for key in ("shots", "metric", "group_by", "judge"):
         if value := getattr(entry, key):
             return f"a text is read as it is and has no {key}; given {value!r}; leave it out"
     return ""

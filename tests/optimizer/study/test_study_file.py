@@ -364,6 +364,7 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
         ("- arc_easy", "- {task: x, text: y}", "evals.general.0: must name one of .*; given task: 'x' and text: 'y'"),
         ("- arc_easy", "- wiki.txt", "evals.general.0: a plain text is no task; .*; write {text: wiki.txt}"),
         ("- arc_easy", "- {text: wiki, shots: 2}", "evals.general.0: a text is read as it is .* no shots; given 2"),
+        ("- arc_easy", "- {kl_to_base: wiki, group_by: page}", "a text is read as it is and has no group_by; given"),
         ("- ./tasks/notes.yaml", "- {kl_to_base: x}", "evals.domain.0.kl_to_base: how far .*; for a domain say text"),
         ("- arc_easy", "- {text: x}\n    - {text: x}", "evals.general.1.text: a text may stand once"),
         ("    - ./tasks/notes.yaml", "    []", "evals.domain: must have at least 1 item"),
