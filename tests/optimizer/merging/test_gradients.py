@@ -152,5 +152,5 @@ def test_normalised_or_nonlinear_weights_are_refused(tmp_path: Path) -> None:
         ),
     ):
         entered = weight_gradients(model, places, sources, recipe, MergeCache())
-        with pytest.raises(MergeError, match="weights are learned (for|where)"), entered:
+        with pytest.raises(MergeError, match=r"weights are learned (for|where)"), entered:
             pass
