@@ -18,7 +18,9 @@ from optimizer.commands import (
     Commands,
     DomainText,
     Download,
+    Experts,
     FromEvolve,
+    Full,
     GeneralText,
     Include,
     KlToBase,
@@ -68,9 +70,7 @@ def options(
 @app.command()
 def init(
     base: Annotated[str, typer.Argument(help="The base: a folder or a hub id.", show_default=False)] = "",
-    experts: Annotated[
-        list[str] | None, typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
-    ] = None,
+    experts: Experts = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("study.yaml"),
     domain: Annotated[list[str] | None, typer.Option(help="A domain task; may be repeated.")] = None,
     general: Annotated[list[str] | None, typer.Option(help="A general task; may be repeated.")] = None,
@@ -117,9 +117,7 @@ def init(
 def check(
     study: StudyPath,
     sets: Sets = [],  # noqa: B006  # typer makes a new list
-    full: Annotated[
-        bool, typer.Option("--full", help="Read every byte of the models: values are finite; give each file's sha256.")
-    ] = False,
+    full: Full = False,
     download: Download = False,
 ) -> None:
     """Say what a study would run, and all that does not fit."""

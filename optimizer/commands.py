@@ -49,6 +49,12 @@ Include = Annotated[
     typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Experts = Annotated[
+    list[str] | None, typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
+]
+Full = Annotated[
+    bool, typer.Option("--full", help="Read every byte of the models: values are finite; give each file's sha256.")
+]
 WorkerCount = Annotated[
     int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the study's")
 ]
