@@ -29,6 +29,7 @@ from optimizer.commands import (
     Sets,
     Storage,
     StudyPath,
+    TrialNumber,
     WorkerCount,
     chosen_point,
     fail,
@@ -188,7 +189,7 @@ def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> Non
 @app.command()
 def show(
     run: RunPath,
-    trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
+    trial: TrialNumber,
     lost: Annotated[
         bool, typer.Option("--lost", help="List the items it lost and won against the base, with their texts.")
     ] = False,
@@ -291,7 +292,7 @@ def certify(
 @app.command()
 def accept(
     run: RunPath,
-    trial: Annotated[int, typer.Argument(help="The trial's number.", show_default=False)],
+    trial: TrialNumber,
     storage: Storage = None,
 ) -> None:
     """Accept a merge although a guard flags its answers."""
@@ -371,9 +372,7 @@ def derive(
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs/demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy model, trained in seconds.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Worker processes; 0 is this process.", show_default="the demo's")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; 0 is this.", show_default="the demo's")] = None,
 ) -> None:
     """Run a whole study of a real model, from nothing to an export."""
     from evals.documents import resolved_path

@@ -48,6 +48,7 @@ Include = Annotated[
     list[str] | None,
     typer.Option(metavar="FOLDER", help="With --from-evolve: its --task-search-path.", show_default=False),
 ]
+TrialNumber = Annotated[int, typer.Argument(help="The trial's number.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Experts = Annotated[
     list[str] | None, typer.Argument(metavar="EXPERT...", help="Experts: PATH, or NAME=PATH.", show_default=False)
