@@ -24,7 +24,10 @@ from pathlib import Path
 from benchmarks.merge_memory import write_model
 from optimizer.demo.models import byte_tokenizer
 from optimizer.demo.tasks import write_choice_task, write_text_task
+from optimizer.search.cost import cost_of
+from optimizer.search.plan import count_tokens, make_plan
 from optimizer.strict_yaml import dump_yaml
+from optimizer.study.study_file import read_study
 
 WORDS = [
     "a",
@@ -79,6 +82,15 @@ def write_study(root: Path, size: int) -> int:
     return model_bytes
 
 
+def activations(study_path: Path) -> int:
+    """Return the bytes that a step's forward pass stores, as `mergefront check` forecasts them."""
+    plan = make_plan(read_study(study_path, []))
+    count_tokens(plan)
+    cost = cost_of(plan)
+    assert cost is not None, plan.problems
+    return cost.learning_bytes
+
+
 def run(*words: str) -> tuple[float, float, float]:
     """Run a command line; return its most anonymous bytes, its most resident bytes, and its seconds."""
     begun = time.perf_counter()
@@ -116,9 +128,13 @@ def main() -> None:
         root = Path(folder)
         size = write_study(root, int(given.gb * 1e9))
         config = json.loads((root / "base" / "config.json").read_text())
-        print(f"base and expert: {size / 1e9:.2f} GB each, bf16, {config['num_hidden_layers']} layers\n")
-        print("| command | anonymous GB | models | resident GB, mapped pages too | s |\n|---|---:|---:|---:|---:|")
+        print(f"base and expert: {size / 1e9:.2f} GB each, bf16, {config['num_hidden_layers']} layers")
         study = str(root / "study.yaml")
+        bare, _, _ = run("check", study)
+        stored = activations(root / "study.yaml")
+        print(f"without a model: {bare / 1e9:.2f} GB; activations of a step, by formula: {stored / 1e9:.2f} GB\n")
+        print("| command | anonymous GB | beside process and activations, models | resident GB | s |")
+        print("|---|---:|---:|---:|---:|")
         commands = {
             f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
             "derive --form regmean": ("derive", study, str(root / "derived"), "--form", "regmean"),
@@ -126,7 +142,8 @@ def main() -> None:
         }
         for name, words in commands.items():
             own, whole, seconds = run(*words)
-            print(f"| {name} | {own / 1e9:.2f} | {own / size:.2f} | {whole / 1e9:.2f} | {seconds:.0f} |", flush=True)
+            beside = own - bare - (0 if "regmean" in name else stored)
+            print(f"| {name} | {own / 1e9:.2f} | {beside / size:.2f} | {whole / 1e9:.2f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
