@@ -1,6 +1,6 @@
 """Samplers beside one another on a function made like a merge: what their fronts truly cover, by budget.
 
-    python benchmarks/samplers.py [--seeds 5] [--trials 60] [--dimensions 40] [--noise 0.02] [--samplers tpe front ...]
+    python benchmarks/samplers.py [--seeds 5] [--trials 60] [--dimensions 40] [--noise 0.02] [--untold]
     python benchmarks/samplers.py --ask 1000
 
 Gain is concave in the weights and forgetting convex, with weights that matter unequally to both and neighbours that
@@ -67,7 +67,7 @@ class Merge:
         return self.covered(np.array(found))
 
 
-def run(name: str, merge: Merge, trials: int, noise: float, seed: int) -> list[float]:
+def run(name: str, merge: Merge, trials: int, noise: float, seed: int, *, is_told: bool) -> list[float]:
     """Give what a sampler's front truly covers after each trial."""
     d = len(merge.gains)
     rng = np.random.default_rng((seed, 1))
@@ -81,7 +81,8 @@ def run(name: str, merge: Merge, trials: int, noise: float, seed: int) -> list[f
         trial = study.ask(dict(space))
         true = merge.values(np.array([trial.params[name] for name in space]))
         seen = true + (0.0 if trial.user_attrs.get("kind") in ("base", "expert:x") else noise) * rng.normal(size=2)
-        trial.set_user_attr(STDERR, [noise, noise])
+        if is_told:
+            trial.set_user_attr(STDERR, [noise, noise])
         study.tell(trial, seen.tolist())
         truth, measured = np.vstack([truth, true]), np.vstack([measured, seen])
         found.append(merge.covered(truth[non_dominated(measured * [-1, 1])]))
@@ -98,7 +99,7 @@ def compare(names: Sequence[str], arguments: argparse.Namespace) -> None:
         best = merge.best()
         for name in names:
             began = time.process_time()
-            found = run(name, merge, arguments.trials, arguments.noise, seed)
+            found = run(name, merge, arguments.trials, arguments.noise, seed, is_told=not arguments.untold)
             seconds[name] += time.process_time() - began
             shares[name][seed] = [found[b - 1] / best for b in budgets]
     first = np.argmax(np.stack([shares[name] for name in names]), axis=0)  # (seeds, budgets)
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--samplers", nargs="+", choices=SAMPLERS[1:], default=["random", "qmc", "tpe", "nsga2", "cmaes", "front"]
     )
+    parser.add_argument("--untold", action="store_true", help="no sampler is told the noise")
     parser.add_argument("--ask", type=int, default=0)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -18,11 +18,15 @@ def everywhere(weight: float) -> dict[str, float]:
     return dict.fromkeys(SPACE.distributions(), weight)
 
 
-def ledger_of(values: list[tuple[float, float]], params: list[dict[str, float]]) -> Any:
-    """Trials on a front, of which some have no params."""
+def ledger_of(values: list[tuple[float, float]], params: list[dict[str, float]], *, limit: float = 9.0) -> Any:
+    """Trials on a front, of which some have no params, and what is told of a limit on forgetting."""
     trials = [SimpleNamespace(number=i, params=given) for i, given in enumerate(params)]
     return SimpleNamespace(
-        trials=lambda: trials, front=lambda: set(range(len(values))), values=dict(enumerate(values)), seen=set()
+        trials=lambda: trials,
+        front=lambda: set(range(len(values))),
+        values=dict(enumerate(values)),
+        seen=set(),
+        constraints=lambda number: {"max_forgetting": values[number][-1] - limit},
     )
 
 
@@ -36,3 +40,11 @@ def test_the_midpoint_lies_between_the_neighbours_farthest_apart() -> None:
     values = [(0.1, 0.0), (0.2, 0.1), (0.9, 0.5)]
     ledger = ledger_of(values, [everywhere(0.0), everywhere(0.25), everywhere(0.75)])
     assert front_midpoint(ledger, SPACE) == everywhere(0.5)
+
+
+def test_with_a_limit_only_the_gaps_up_to_it_are_filled() -> None:
+    values, params = [(0.0, 0.0), (0.3, 0.04), (0.4, 0.06), (1.0, 0.5)], [everywhere(w) for w in (0.0, 0.3, 0.4, 1.0)]
+    free = front_midpoint(ledger_of(values, params), SPACE)
+    limited = front_midpoint(ledger_of(values, params, limit=0.05), SPACE)
+    assert free == pytest.approx(everywhere(0.7))
+    assert limited == pytest.approx(everywhere(0.15))
