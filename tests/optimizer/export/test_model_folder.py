@@ -141,7 +141,7 @@ def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(
     assert "<b>" not in card
     for line in ("By *hand*.", "| embed | 0.125 |", "| law&#124;&lt;b&gt; | 0.5 | 0.3333 |", "| facts |  | 0.25 |"):
         assert line in card
-    assert "In every group: b weight 1." in card
+    assert "In every group: b weight 1, sum 1." in card
 
 
 def test_a_hub_id_is_named_in_full_and_a_folder_by_its_last_part(models: tuple[Path, dict[str, str]]) -> None:
