@@ -133,12 +133,16 @@ def _fitted(
 ) -> Table:
     """Make a table whose values share a line with their intervals where the console is wide enough.
 
+    In a narrow one intervals stand below their values, in a narrower one the words of titles below each other, too.
+
     Args:
         rows: given what stands between a value and its interval.
         width: of the console, in characters.
     """
+    stacked = {column: column.replace(" ", "\n") for column in columns}
     made = [table(title, columns, rows(seam), right=right) for seam in (" ", "\n")]
-    return made[0] if _width(made[0]) <= width else made[1]
+    made.append(table(title, [*stacked.values()], rows("\n"), right=[stacked[column] for column in right]))
+    return next((wide for wide in made if _width(wide) <= width), made[-1])
 
 
 def _width(made: Table) -> int:
