@@ -129,7 +129,10 @@ def require_fitting(sources: Sources, recipe: Recipe) -> None:
     """
     missing = sorted({name for name, _ in recipe.experts} - set(sources.experts))
     if missing:
-        raise MergeError(f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}")
+        source = Path(dict(recipe.experts)[missing[0]])
+        gone = f"; there is no folder {source}: restore it, or have `mergefront derive` make a derived expert anew"
+        given = f"recipe {recipe.digest} needs expert {missing[0]!r}; given: {sorted(sources.experts)}"
+        raise MergeError(given + (gone if source.is_absolute() and not source.is_dir() else ""))
     try:
         recipe.require_places(sources.base.names)
     except SpaceError as error:

@@ -349,6 +349,12 @@ def test_an_expert_the_recipe_needs_must_be_given(pico: Sources) -> None:
         merged_tensor("model.norm.weight", pico, recipe("linear", experts=("tax",)))
 
 
+def test_an_expert_whose_folder_is_gone_is_named_with_it(pico: Sources, tmp_path: Path) -> None:
+    lost = Recipe("linear", "base", (("tax", str(tmp_path / "gone")),), ())
+    with pytest.raises(MergeError, match=r"needs expert 'tax'.*no folder .*gone: restore it, or .*derive"):
+        merged_tensor("model.norm.weight", pico, lost)
+
+
 def test_experts_are_checked_against_the_base_when_sources_are_opened(pico: Sources, tmp_path: Path) -> None:
     deeper = pico_llama(tmp_path / "deeper", layers=3)
     with pytest.raises(CheckpointError, match="num_hidden_layers is 2 in the base and 3 in the expert"):
