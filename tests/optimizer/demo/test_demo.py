@@ -57,7 +57,7 @@ def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
 def test_a_second_time_starts_from_what_is_there(tiny_demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_demo.glob("outcomes/*")}
     command, environment = demo_command(tiny_demo), demo_environment(tiny_demo.parent)
-    subprocess.run(command, cwd=tiny_demo.parent, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=tiny_demo.parent, env=environment, check=True, capture_output=True, timeout=600)
     assert {path: path.stat().st_mtime_ns for path in tiny_demo.glob("outcomes/*")} == before
 
 
@@ -95,7 +95,7 @@ def test_killed_half_way_it_ends_with_as_many_trials(tiny_demo: Path, demo_input
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not (out / "front.json").exists()
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=600)
     states = open_run(out).trials()["state"].value_counts()
     undisturbed = open_run(tiny_demo).trials()["state"].value_counts()
     assert states["complete"] == undisturbed["complete"]

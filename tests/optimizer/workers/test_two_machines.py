@@ -29,7 +29,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[3]
 RAY = Path(sys.executable).with_name("ray")
-SECONDS = 240
+SECONDS = 600
 SEARCH = "import sys\nfrom optimizer.cli import app\nsys.argv[0] = 'mergefront'\napp()"
 
 
