@@ -145,6 +145,7 @@ def test_the_sign_test_is_the_exact_one(worse: int, better: int) -> None:
     assert sign_test(worse, better) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_flags_without_cause_are_as_rare_as_asked() -> None:
     """500 merges that break off, say nothing and stretch their answers as often as the base, on other items."""
     rng, flagged = np.random.default_rng(0), 0
