@@ -18,7 +18,7 @@ import json
 import keyword
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -29,7 +29,13 @@ from rich.console import Console
 from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from optimizer.demo.models import TrainingPlan, train_base, train_expert
-from optimizer.demo.tasks import OWN_TASKS, write_choice_task, write_python_prose, write_text_task
+from optimizer.demo.tasks import (
+    OWN_TASKS,
+    count_followers,
+    write_choice_task,
+    write_python_prose,
+    write_text_task,
+)
 from optimizer.run_study import run_study
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.strict_yaml import dump_yaml
@@ -153,21 +159,13 @@ def _training(texts: Iterable[str]) -> list[str]:
 
 def _write_tasks(folder: Path, english: Sequence[str], code: Sequence[str]) -> None:
     for side, texts, word in (("english", english, ENGLISH_WORD), ("code", code, CODE_WORD)):
-        followers = _followers(_training(texts), word)
+        followers = count_followers(_training(texts), word)
         held_out = sorted((text for text in texts if _hash(text) % 20 == 0), key=_hash)
         half = len(held_out) // 2
         write_text_task(folder / f"{side}_text", held_out[:half][:200])
         asked = (_cloze(text, followers, word) for text in held_out[half:])
         write_choice_task(folder / f"{side}_words", [row for row in asked if row][:800])
     write_python_prose(folder)
-
-
-def _followers(texts: Iterable[str], word: str) -> dict[str, Counter[str]]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for text in texts:
-        for before, after in pairwise(re.findall(word, text)):
-            counts[before][after] += 1
-    return counts
 
 
 def _cloze(text: str, followers: Mapping[str, Counter[str]], word: str) -> dict[str, object] | None:

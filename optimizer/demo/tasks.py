@@ -96,14 +96,18 @@ def write_clinical_text(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
 
 def write_clinical_words(folder: Path, terms: Sequence[ClinicalTerm]) -> Path:
     """Write held-out definitions broken off before a word, among three others that may follow the one before."""
-    followers: dict[str, Counter[str]] = defaultdict(Counter)
-    for term in terms:
-        if not term.held_out:
-            words = re.findall(r"[a-z]+", term.definition.lower())
-            for before, word in pairwise(words):
-                followers[before][word] += 1
+    followers = count_followers((term.definition.lower() for term in terms if not term.held_out), r"[a-z]+")
     asked = (_cloze(term, followers) for term in terms if term.held_out and term.asked)
     return write_choice_task(folder / "clinical_words", [row for row in asked if row])
+
+
+def count_followers(texts: Iterable[str], word: str) -> dict[str, Counter[str]]:
+    """Count what follows each word in some texts, by the word before; `word` is the pattern of one."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for text in texts:
+        for before, after in pairwise(re.findall(word, text)):
+            counts[before][after] += 1
+    return counts
 
 
 def _cloze(term: ClinicalTerm, followers: Mapping[str, Counter[str]]) -> dict[str, object] | None:

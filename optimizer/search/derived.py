@@ -18,6 +18,7 @@ from evals.outcomes import SEARCH
 from evals.plain_text import LARGEST_TEXT
 from optimizer.errors import MergeError
 from optimizer.runs.atomic_file import write_atomically
+from optimizer.study.experts import with_experts
 from optimizer.study.space import space_of
 from optimizer.workers.orders import Derivation
 from optimizer.workers.pool import DeriveJob
@@ -33,13 +34,6 @@ VERSION = 1
 WAIT = 3600.0  # seconds
 
 MakePool = Callable[["Study"], "SerialPool | RayPool"]
-
-
-def standing_in(study: Study) -> Study:
-    """Return the study with the expert that each derived one is made from in its place."""
-    models = study.models
-    standing = {name: models.experts[entry.from_] for name, entry in models.derived.items()}
-    return _with_experts(study, {**models.experts, **standing}) if standing else study
 
 
 def said(entry: DerivedEntry) -> str:
@@ -66,7 +60,7 @@ def with_derived(ready: Ready, folder: Path, make_pool: MakePool, say: Callable[
     if not derived:
         return ready
     sources = {name: source for name, source in ready.study.models.experts.items() if name not in derived}
-    plain = _with_experts(ready.study, sources)
+    plain = with_experts(ready.study, sources)
     keys = {name: _key(ready, entry) for name, entry in derived.items()}
     found = {name: _found(folder, key) for name, key in keys.items()}
     if missing := [name for name, path in found.items() if path is None]:
@@ -79,15 +73,11 @@ def with_derived(ready: Ready, folder: Path, make_pool: MakePool, say: Callable[
                 (folder / KNOWN).mkdir(exist_ok=True)
                 write_atomically(_known(folder, keys[name]), about.encode())
     experts = sources | {name: str(path) for name, path in found.items()}
-    study = _with_experts(ready.study, experts)
+    study = with_experts(ready.study, experts)
     study = study.model_copy(update={"models": study.models.model_copy(update={"derived": {}})})
     opened = {name: open_checkpoint(experts[name], base=ready.base) for name in derived}
     space = space_of(study, ready.base.names)
     return replace(ready, study=study, experts={**ready.experts, **opened}, space=space)
-
-
-def _with_experts(study: Study, experts: dict[str, str]) -> Study:
-    return study.model_copy(update={"models": study.models.model_copy(update={"experts": experts})})
 
 
 def _made(pool: SerialPool | RayPool, name: str, entry: DerivedEntry, folder: Path) -> Path:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 from evals.errors import TaskError
 from evals.outcomes import SUITES, TaskSpec
 from optimizer.errors import MergefrontError, RunError, StudyFileError
-from optimizer.search.derived import standing_in
 from optimizer.search.samplers import require_learns
+from optimizer.study.experts import standing_in
 from optimizer.study.schema import Study
 from optimizer.study.space import space_of
 from optimizer.study.tasks import task_specs

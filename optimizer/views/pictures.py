@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image  # with which matplotlib writes its own
 
 from optimizer.views.canvas import GREY, INK
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+COLOURS = 256  # of a notebook's picture
 DPI = 100  # plotly's pixels to an inch of picture
 POINTS = 72 / DPI  # one of plotly's pixels, in points
 LEGEND_MARK, LEGEND_LETTER, SUBTITLE_LETTER = 60, 9, 8.5  # pixels
@@ -43,8 +45,10 @@ class Picture:
         self.figure.savefig(path, dpi=2 * DPI)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        sink = io.BytesIO()
-        self.figure.savefig(sink, format="png", dpi=1.25 * DPI)
+        drawn, sink = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(drawn, format="png", dpi=1.25 * DPI)
+        # a palette makes a third of it, and nobody sees the difference in lines, letters and plain areas
+        Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(sink, "png", optimize=True)
         width, height = (round(inches * DPI) for inches in self.figure.get_size_inches())
         return sink.getvalue(), {"width": width, "height": height}
 

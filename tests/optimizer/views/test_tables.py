@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.run import Run, open_run
+from optimizer.views.front_rows import front_rows
 from optimizer.views.plain_table import table
 from optimizer.views.tables import front_document, print_front
 from optimizer.views.terminal import Terminal
@@ -37,6 +38,15 @@ def test_no_interval_is_broken_at_any_width(run: Run, width: int) -> None:
     assert "[" in tables
     assert re.findall(r"\[[^\]]*\n", tables) == []
     assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_no_word_of_a_kind_is_broken(run: Run, width: int) -> None:
+    front = printed(run, width).partition("For a limit")[0]
+    shown = front.partition("learned: ")[0].split()  # the table, without the sentences that explain it
+    labels = [row.kind.label for row in front_rows(run, anchors=True)]
+    assert any(label.startswith("derived regmean") for label in labels)
+    assert {word for label in labels for word in label.split()} <= set(shown)
 
 
 def test_words_give_way_to_numbers_where_there_is_little_room() -> None:

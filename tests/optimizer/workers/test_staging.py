@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from optimizer.search.prepared import SHARES
 from optimizer.study.study_file import read_study
 from optimizer.workers import staging
 from optimizer.workers.orders import Derivation, Lesson
+from optimizer.workers.ray_pool import library_versions, require_versions
 from optimizer.workers.staging import Listing, LocalSources, SourceServer, StagedWorker, below
 from optimizer.workers.worker import Worker
 from search_spaces.recipe import Recipe, Setting
@@ -149,6 +151,14 @@ def test_a_temporary_folder_of_another_user_is_refused(tmp_path: Path, monkeypat
     (tmp_path / "mergefront-sources-12345").mkdir()
     with pytest.raises(WorkerError, match=r"mergefront-sources-12345 belongs to another user.*workers\.staging"):
         staging.own_temporary()
+
+
+def test_a_machine_of_other_versions_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = library_versions()
+    require_versions(here)
+    monkeypatch.setattr("platform.node", lambda: "node-7")
+    with pytest.raises(WorkerError, match=rf"node-7 has torch {re.escape(here['torch'])} \(not 1\.0\); .*torch==1\.0"):
+        require_versions(here | {"torch": "1.0"})
 
 
 @pytest.mark.parametrize("name", ["shared", "other"])
