@@ -11,8 +11,6 @@ from rich.text import Text
 
 from optimizer.words import printable
 
-LONGEST_WORD = 16  # characters; a longer one, such as a path, may be broken
-
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
     """Make a plain table; cells are shown as they stand, without markup, and no narrow terminal breaks a word.
@@ -31,9 +29,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     for column, *below in zip(map(printable, columns), *cells, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        whole = column in right or not _breaks([column, *below])
-        least = None if whole else min(LONGEST_WORD, max(map(len, " ".join([column, *below]).split()), default=1))
-        made.add_column(Text(column), justify=side, overflow="fold", no_wrap=whole, min_width=least)
+        made.add_column(
+            Text(column), justify=side, overflow="fold", no_wrap=column in right or not _breaks([column, *below])
+        )
     for row in cells:
         made.add_row(*map(Text, row))
     return made
