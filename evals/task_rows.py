@@ -138,7 +138,9 @@ def _parts_in(rows: pd.DataFrame) -> tuple[frozenset[str], tuple[Sequence[float]
     if "statistic" not in rows or not (named := {*rows["statistic"].dropna().unique()} - {""}):
         return frozenset({""}), ()
     statistics = named | ({""} if not rows["statistic"].isin(named).all() else set())
-    return frozenset(statistics), tuple(rows["parts"]) if "parts" in rows else ()
+    if "parts" not in rows:
+        return frozenset(statistics), ()
+    return frozenset(statistics), tuple(rows["parts"].astype(object).where(rows["parts"].notna(), None))
 
 
 def _margins_in(rows: pd.DataFrame) -> tuple[Array, Array] | None:

@@ -128,9 +128,8 @@ def joined_frame(tables: Mapping[int, pa.Table]) -> pd.DataFrame:
     for name in ("cluster", "statistic"):
         known = frame[name].cat
         frame[name] = (frame[name] if "" in known.categories else known.add_categories([""])).fillna("")
-    for name in (ANSWER, "parts"):
-        if (is_there := frame[name].notna()).any():
-            frame[name] = frame[name].astype(object).where(is_there, None)
+    if (is_there := frame[ANSWER].notna()).any():
+        frame[ANSWER] = frame[ANSWER].astype(object).where(is_there, None)
     frame.insert(0, "trial", np.repeat([*tables], [len(found) for found in tables.values()]))
     return frame
 

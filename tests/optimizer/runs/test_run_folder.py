@@ -20,7 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evals.errors import TaskError
 from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
+from evals.score_table import table_of
+from evals.statistics import f1
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.run import open_run
@@ -283,6 +286,20 @@ def test_outcomes_of_many_trials_are_as_those_of_each(tmp_path: Path) -> None:
                     assert list(value) == list(other)
                 else:
                     assert value == other or (pd.isna(value) and pd.isna(other)), name
+
+
+def test_a_statistic_of_many_trials_is_made_of_what_each_stored(tmp_path: Path) -> None:
+    run = made(tmp_path / "toy")
+    counted = [replace(row, statistic="f1", parts=(i % 2, 1.0, i == 3), right=(0,)) for i, row in enumerate(OUTCOMES)]
+    for trial in (7, 9):
+        run.write_outcomes(trial, "search", "d", counted)
+    table = table_of(joined_frame({trial: _table(run, trial, "d") for trial in (7, 9)}), "notes")
+    assert table.scores.tolist() == table_of(run.read_outcomes(9, "search"), "notes").scores.tolist() * 2
+    assert table.scores[0] == pytest.approx(float(f1(np.array([2.0, 5.0, 1.0]))))
+    path = run.path / "outcomes" / "00009-search.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["parts"]), path)
+    with pytest.raises(TaskError, match="task notes must have parts"):
+        table_of(joined_frame({trial: _table(run, trial, "d") for trial in (7, 9)}), "notes")
 
 
 def test_a_damaged_outcomes_file_is_named(tmp_path: Path) -> None:
