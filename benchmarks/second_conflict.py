@@ -57,8 +57,8 @@ def main() -> None:
     given, console = options.parse_args(), Console()
     out = given.out.resolve()
     inputs = out.with_name(f"{out.name}-inputs")
-    english = _read_once(inputs / "english.json", _docstrings)
-    code = _read_once(inputs / "code.json", _bare_source)
+    english = read_once(inputs / "english.json", docstrings)
+    code = read_once(inputs / "code.json", _bare_source)
     base, expert = _models(inputs, _training(english), _training(code), console)
     _write_tasks(inputs / "tasks", english, code)
     study_file = inputs / "study.yaml"
@@ -71,7 +71,7 @@ def _models(inputs: Path, english: Sequence[str], code: Sequence[str], console: 
         if step % 20 == 0 or step == steps:
             console.print(f"  step {step} of {steps}, loss {loss:.2f}", highlight=False)
 
-    tokenizer = _tokenizer([*english, *code[: len(english) // 4]])
+    tokenizer = train_tokenizer([*english, *code[: len(english) // 4]])
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -86,7 +86,7 @@ def _models(inputs: Path, english: Sequence[str], code: Sequence[str], console: 
     return base, train_expert(base, code, inputs / "expert", EXPERT, progress)
 
 
-def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -100,7 +100,7 @@ def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
-def _read_once(file: Path, texts: Callable[[], Iterator[str]]) -> list[str]:
+def read_once(file: Path, texts: Callable[[], Iterator[str]]) -> list[str]:
     """Give the texts, each once; the file keeps them, since parsing the packages takes minutes."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _modules(package: str) -> Iterator[ast.Module]:
             continue  # templates that lie among the modules
 
 
-def _docstrings() -> Iterator[str]:
+def docstrings() -> Iterator[str]:
     """Yield the paragraphs of prose in the docstrings of the English packages, each on one line."""
     for package in ENGLISH:
         for module in _modules(package):
@@ -147,12 +147,12 @@ def _bare_source() -> Iterator[str]:
 
 
 @cache
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _training(texts: Iterable[str]) -> list[str]:
-    chosen = [text for text in texts if _hash(text) % 20]  # one in twenty is kept for the tasks
+    chosen = [text for text in texts if hash_of(text) % 20]  # one in twenty is kept for the tasks
     random.Random(0).shuffle(chosen)
     return chosen
 
@@ -160,15 +160,15 @@ def _training(texts: Iterable[str]) -> list[str]:
 def _write_tasks(folder: Path, english: Sequence[str], code: Sequence[str]) -> None:
     for side, texts, word in (("english", english, ENGLISH_WORD), ("code", code, CODE_WORD)):
         followers = count_followers(_training(texts), word)
-        held_out = sorted((text for text in texts if _hash(text) % 20 == 0), key=_hash)
+        held_out = sorted((text for text in texts if hash_of(text) % 20 == 0), key=hash_of)
         half = len(held_out) // 2
         write_text_task(folder / f"{side}_text", held_out[:half][:200])
-        asked = (_cloze(text, followers, word) for text in held_out[half:])
+        asked = (cloze(text, followers, word) for text in held_out[half:])
         write_choice_task(folder / f"{side}_words", [row for row in asked if row][:800])
     write_python_prose(folder)
 
 
-def _cloze(text: str, followers: Mapping[str, Counter[str]], word: str) -> dict[str, object] | None:
+def cloze(text: str, followers: Mapping[str, Counter[str]], word: str) -> dict[str, object] | None:
     """Break a text off before a word that three others might replace, all about as frequent after the word before."""
     draw = random.Random(text)
     for before, place in pairwise(re.finditer(word, text)):

@@ -126,7 +126,7 @@ def preparation_of(study: Study) -> Preparation:
         experts=tuple(study.models.experts.items()),
         folder=derived_folder(study),
         forms=study.anchors.derived,
-        learned=learned.count,
+        learned=study.search.lessons,
         by=learned.by,
         loss=learned.loss,
         steps=learned.steps,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import HOLDOUT, SEARCH, SUITES
 from optimizer.search.prepared import SHARES
-from optimizer.workers.orders import QUESTIONS, TEXTS
+from optimizer.workers.orders import QUESTIONS, STEP_COST, TEXTS
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors of the space
-STEP = 0.7  # of a lesson, in candidates: what a trial reads on the search suite
 FORMS = {"regmean": 3, "fisher": 9}  # candidates that the derived experts of a form cost together
 
 
@@ -51,19 +50,19 @@ def cost_of(plan: Plan) -> Cost | None:
     ]
     tokens = {**whole, SEARCH: whole[SEARCH] - round(sum(own * (1 - share) for own, share in shares))}
     forms = plan.study.anchors.derived if len(plan.experts) == 1 else ()
-    learned = plan.study.search.learned
-    prepared = STEP * learned.steps * learned.count + sum(FORMS[form] for form in forms)
+    lessons = plan.study.search.lessons
+    prepared = STEP_COST * plan.study.search.learned.steps * lessons + sum(FORMS[form] for form in forms)
     own = plan.study.models.derived.values()
     prepared += sum(FORMS[entry.form] / len(SHARES) for entry in own)
     derived = len(SHARES) * len(forms)
-    trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + learned.count}
-    anchors = derived + learned.count + (len(plan.space.anchors()) if plan.space is not None else 0)
+    trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + lessons}
+    anchors = derived + lessons + (len(plan.space.anchors()) if plan.space is not None else 0)
     bank = anchors * (whole[SEARCH] - tokens[SEARCH])  # what anchors read beyond what was drawn
     work = 2 * numbers * (sum(tokens[suite] * trials[suite] for suite in SUITES) + bank)
     return Cost(
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
-        learning_bytes=_learning_bytes(plan.base, rows, round(width)) if learned.count else 0,
+        learning_bytes=_learning_bytes(plan.base, rows, round(width)) if lessons else 0,
         disk_bytes=(derived + len(own)) * plan.base.bytes,
         tokens=tokens,
         prepared=prepared,
