@@ -22,6 +22,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
+from threadpoolctl import threadpool_limits
 
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.limits import ALL
@@ -67,7 +68,9 @@ class FrontSampler(BaseSampler):
         open_ones = [t for t in running if t.number != trial.number and search_space.keys() <= t.params.keys()]
         lows = np.array([d.low for d in search_space.values() if isinstance(d, FloatDistribution)])
         highs = np.array([d.high for d in search_space.values() if isinstance(d, FloatDistribution)])
-        x = self._propose(_points(told, search_space, lows, highs), told, _points(open_ones, search_space, lows, highs))
+        points, open_points = (_points(trials, search_space, lows, highs) for trials in (told, open_ones))
+        with threadpool_limits(1, user_api="blas"):  # threads that wait for a core a worker has take ten times as long
+            x = self._propose(points, told, open_points)
         weights = np.clip(lows + x * (highs - lows), lows, highs)
         return dict(zip(search_space, weights.tolist(), strict=True))
 

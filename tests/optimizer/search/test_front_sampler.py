@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from optimizer.runs.front import hypervolume
 from optimizer.search.front_sampler import FrontSampler, expected_improvement
-from optimizer.search.gaussian_process import LINEAR, NOISE, fit
+from optimizer.search.gaussian_process import LINEAR, NOISE, Posterior, fit
 from optimizer.search.samplers import make_sampler
 from tests.optimizer.fakes import Bench
 
@@ -48,6 +50,23 @@ def test_a_process_meets_its_points_and_knows_little_far_from_them() -> None:
     other = rng.random((40, 3))
     assert np.abs(process.predict(other)[0] - np.sin(3 * other[:, 0]) - other[:, 1]).max() < 0.2
     assert process.predict(np.full((1, 3), 3.0))[1][0] > 5 * deviation.max()
+
+
+def test_an_ask_leaves_the_other_cores_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def watched(*args: Any, **kwargs: Any) -> Posterior:
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr("optimizer.search.front_sampler.fit", watched)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=FrontSampler(seed=0))
+    with threadpool_limits(2, user_api="blas"):
+        for _ in range(7):
+            trial = study.ask(dict(SPACE))
+            study.tell(trial, [sum(trial.params.values()), trial.params["w0"] ** 2])
+    assert threads
+    assert set(threads) == {1}
 
 
 def test_what_is_noisy_is_believed_less() -> None:
