@@ -19,7 +19,7 @@ from evals.batches import Batch, packed_batches, plain_batches
 from evals.errors import ScoreError
 from evals.generation import Answer, answers
 from evals.layerwise import LayerByLayer
-from evals.memory import fits_whole, inner_size, recomputing
+from evals.memory import fits_whole, inner_size, recomputing, where_float64_is
 from evals.predictions import Predictions
 from evals.teachers import Beliefs, Taught
 from evals.tokens import Encoder, Pair, Prompt
@@ -212,20 +212,20 @@ class Engine:
 
     def _summed(self, batches: Sequence[Batch], requests: int, of: Found) -> torch.Tensor:
         """Sum what `of` finds (P,) in each batch over each request, in float64."""
-        sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
+        sums = where_float64_is(torch.zeros(requests, device=self.model.device)).double()
         with closing(self._read(batches)) as read:
             for batch, states in read:
                 found = of(batch, states.flatten(0, 1)[batch.nodes])
-                sums = sums.index_add(0, batch.request, found.double())
+                sums = sums.index_add(0, batch.request.to(sums.device), where_float64_is(found).double())
         return sums
 
     def _scored(self, batches: Sequence[Batch], requests: int) -> list[tuple[float, bool]]:
-        sums = torch.zeros(requests, dtype=torch.float64, device=self.model.device)
+        sums = where_float64_is(torch.zeros(requests, device=self.model.device)).double()
         greedy = torch.ones(requests, dtype=torch.bool, device=self.model.device)
         with torch.inference_mode(), closing(self._read(batches)) as read:  # else an error here leaves it open
             for batch, states in read:
                 logprobs, best = self._predictions.scores(batch, states.flatten(0, 1)[batch.nodes])
-                sums.index_add_(0, batch.request, logprobs.double())
+                sums.index_add_(0, batch.request.to(sums.device), where_float64_is(logprobs).double())
                 greedy[batch.request[~best]] = False  # also where it is not asked
         if not torch.isfinite(sums).all():
             bad = int((~torch.isfinite(sums)).sum())
@@ -256,8 +256,7 @@ class Engine:
             if batch.plan is None:
                 yield {"input_ids": batch.tokens}
             else:
-                masks = [] if flexes else batch.plan.masks(self.model.dtype)
-                trie = Reading(batch.plan, masks, inner, carried)
+                trie = Reading(batch.plan, None if flexes else self.model.dtype, inner, carried)
                 yield {"input_ids": batch.tokens, "position_ids": batch.depths, "trie": trie}
 
     def _states(self, **inputs: Any) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Memory for activations: what a backward pass needs of the forward pass, what is free, and recomputation.
+"""Devices: what a backward pass needs of the forward pass, what is free where layers lie, recomputation, float64.
 
 A layer that stores only its input is run again in the backward pass: the same numbers for a third more arithmetic.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
         told = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
@@ -51,9 +54,25 @@ def inner_size(config: PreTrainedConfig) -> int:
     return int(max(given) if isinstance(given, list) else given)
 
 
+def layers_by_device(model: PreTrainedModel) -> Counter[torch.device]:
+    """Count the layers on each device that a model lies on."""
+    try:
+        layers = layers_of(model)
+    except ValueError:
+        return Counter([model.device])
+    places = [next((parameter.device for parameter in layer.parameters()), model.device) for layer in layers]
+    return Counter(places or [model.device])
+
+
 def fits_whole(model: PreTrainedModel, tokens: int) -> bool:
-    """Tell whether all activations of a pass over so many tokens fit."""
-    return activation_bytes(model.config, tokens, model.dtype.itemsize) <= free_bytes(model.device) // SHARE
+    """Tell whether all activations of a pass over so many tokens fit, those of each layer on its device."""
+    needed, layers = activation_bytes(model.config, tokens, model.dtype.itemsize), layers_by_device(model)
+    return all(needed * n <= free_bytes(at) // SHARE * layers.total() for at, n in layers.items())
+
+
+def where_float64_is(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on its own device; on the CPU where the device has no float64 (Apple's MPS)."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 @contextmanager
@@ -64,10 +83,14 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
         ValueError: the model has no list of layers.
     """
     layers = layers_of(model)
+    own = [vars(layer).get("forward") for layer in layers]  # one that accelerate put there, where layers are spread
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's own is under it
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
+                del layer.forward  # the class's own is under it
+            else:
+                layer.forward = before

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -49,6 +49,7 @@ class Plan:
         blocks: of all the pass's nodes, for attention that takes a dense mask.
         carried: how many nodes of earlier passes stand before this one's.
         carry: (C,) the places of the nodes that the next pass carries.
+        elsewhere: the same plan on other devices, where layers of a model that is spread over several lie.
     """
 
     order: torch.Tensor
@@ -56,6 +57,7 @@ class Plan:
     blocks: list[Block]
     carried: int
     carry: torch.Tensor
+    elsewhere: dict[torch.device, Plan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trie: Trie, this: Pass, following: Pass | None, device: torch.device) -> Plan:
@@ -86,6 +88,16 @@ class Plan:
             tensor([place(node) for node in following.carried] if following else []),
         )
 
+    def at(self, device: torch.device) -> Plan:
+        """Return the same plan on a device; copied there once."""
+        if device == self.order.device:
+            return self
+        if device not in self.elsewhere:
+            blocks = [Block(b.nodes, b.keys if isinstance(b.keys, slice) else b.keys.to(device)) for b in self.blocks]
+            order, ends, carry = (tensor.to(device) for tensor in (self.order, self.ends, self.carry))
+            self.elsewhere[device] = Plan(order, ends, blocks, self.carried, carry)
+        return self.elsewhere[device]
+
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return 0 where a node reads another, its ancestor or itself, else the lowest number: (1, 1, L, S) a block."""
         return [self._mask(block, dtype) for block in self.blocks]
@@ -113,15 +125,24 @@ class Reading:
 
     Args:
         plan: of the pass.
-        masks: one for each of its blocks; none where FlexAttention reads it whole.
+        dtype: of the masks; None where FlexAttention reads the pass as a whole, without any.
         inner: the attention implementation that the model had.
         carried: keys and values (1, heads, C, width) of each layer, from the pass before; this one leaves its own.
+        masks: by device, one for each of the plan's blocks, made where the first layer there asks for them.
     """
 
     plan: Plan
-    masks: list[torch.Tensor]
+    dtype: torch.dtype | None
     inner: str
     carried: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+    masks: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)
+
+    def masks_at(self, device: torch.device) -> list[torch.Tensor]:
+        """Return the masks for a layer on a device."""
+        assert self.dtype is not None, "FlexAttention takes no masks"
+        if device not in self.masks:
+            self.masks[device] = self.plan.at(device).masks(self.dtype)
+        return self.masks[device]
 
 
 @contextmanager
@@ -166,16 +187,17 @@ def attend(
     Returns:
         (1, T, heads, width), and no weights.
     """
-    if trie.plan.carried:
+    plan = trie.plan.at(query.device)
+    if plan.carried:
         before = trie.carried[module]
         key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
-    if len(trie.plan.carry):
-        trie.carried[module] = key[:, :, trie.plan.carry], value[:, :, trie.plan.carry]
-    if not trie.masks:
+    if len(plan.carry):
+        trie.carried[module] = key[:, :, plan.carry], value[:, :, plan.carry]
+    if trie.dtype is None:
         return _flexibly(query, key, value, trie, **options), None
     inner = _inner(module, trie.inner, query.device)
     found = []
-    for block, mask in zip(trie.plan.blocks, trie.masks, strict=True):
+    for block, mask in zip(plan.blocks, trie.masks_at(query.device), strict=True):
         taken = query[:, :, block.nodes], key[:, :, block.keys], value[:, :, block.keys]
         found.append(inner(module, *taken, mask, **options)[0])
     return torch.cat(found, dim=1), None
@@ -224,8 +246,9 @@ def _flexibly(
         raise ValueError("FlexAttention stands in for plain scaled dot products only")
     options = {"FORCE_USE_FLEX_ATTENTION": True}  # one kernel, however short the pass
     found = _flex_attention()(
-        query, key, value, block_mask=trie.plan.tiles, scale=scaling, enable_gqa=True, kernel_options=options
-    )
+        query, key, value, block_mask=trie.plan.at(query.device).tiles, scale=scaling, enable_gqa=True,
+        kernel_options=options,
+    )  # fmt: skip
     transposed: torch.Tensor = found.transpose(1, 2)
     return transposed
 

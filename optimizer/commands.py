@@ -61,7 +61,7 @@ WorkerCount = Annotated[
 ]
 RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster to join.", show_default="a local one of our own")]
 Download = Annotated[
-    bool, typer.Option("--download", help="Fetch models named by a hub id that the local cache lacks; never else.")
+    bool, typer.Option("--download", help="Fetch models named by hub id or URL that are not here yet; never else.")
 ]
 Storage = Annotated[
     str | None,
@@ -70,15 +70,19 @@ Storage = Annotated[
 
 
 def study_of(path: Path, sets: Sequence[str], *, download: bool) -> Study:
-    """Read a study; where asked, bring what it names by hub ids into the local cache, and say where that lies."""
+    """Read a study; where asked, bring what it names by hub ids and URLs to this machine, and say where that lies."""
     from optimizer.study.study_file import read_study
 
     study = read_study(path, sets)
     if download:
         from optimizer.checkpoints.hub import fetched
+        from optimizer.checkpoints.urls import copied
 
-        for source, folder in fetched([study.models.base, *study.models.experts.values()]).items():
+        sources = [study.models.base, *study.models.experts.values()]
+        for source, folder in fetched(sources).items():
             say(f"from the hub: {source} in {folder}")
+        for source, folder in copied(sources, say).items():
+            say(f"copied: {source} in {folder}")
     return study
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -158,6 +159,7 @@ def make_pool(study: Study) -> SerialPool | RayPool:
         address=workers.ray_address,
         trial_seconds=study.search.trial_timeout and 60 * study.search.trial_timeout,
         device=workers.device,
+        gpus=None if workers.gpus == "auto" else workers.gpus,
         server=(SourceServer, listings_of(study), derived_folder(study)) if joins else None,
     )
 
@@ -198,6 +200,7 @@ def worker_spec(study: Study) -> WorkerSpec:
         device=workers.device,
         threads=share if workers.threads == "auto" else workers.threads,
         seed=evals.seed,
+        gpus=0 if workers.gpus == "auto" else math.ceil(workers.gpus),
     )
 
 

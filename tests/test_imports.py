@@ -29,6 +29,8 @@ DOORS = {
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},
     "huggingface_hub": {"optimizer.checkpoints.hub"},
+    "fsspec": {"optimizer.checkpoints.urls"},
+    "accelerate": {"optimizer.checkpoints.devices"},
     "pyarrow": {"optimizer.runs.outcome_files"},
     "plotly": {
         "optimizer.views.canvas",

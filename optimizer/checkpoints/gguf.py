@@ -7,7 +7,6 @@ bfloat16; files of float32 or float16 alone keep that.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ import torch
 
 from optimizer.checkpoints.configs import SETTINGS, refused, silent
 from optimizer.checkpoints.contents import full_digest
+from optimizer.checkpoints.hub import own_cache
 from optimizer.errors import CheckpointError
 
 SUFFIX = ".gguf"
@@ -37,8 +37,8 @@ def gguf_in(source: Path) -> Path | None:
 
 
 def kept_folder() -> Path:
-    """Give the folder in which dequantised models are kept: mergefront/gguf in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergefront" / "gguf"
+    """Give the folder in which dequantised models are kept."""
+    return own_cache("gguf")
 
 
 def dequantised(file: Path) -> Path:

@@ -5,6 +5,7 @@ What is fetched are weights as safetensors and what describes them; no pickle an
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,11 @@ from optimizer.errors import CheckpointError
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_FETCHED = ("*/*", "*.bin.index.json")  # other formats lie in folders of a repository
+
+
+def own_cache(kind: str) -> Path:
+    """Give the folder in which copies of a kind are kept: in mergefront in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergefront" / kind
 
 
 def is_hub_id(source: str) -> bool:

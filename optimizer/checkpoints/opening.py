@@ -31,8 +31,10 @@ from optimizer.checkpoints.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from optimizer.checkpoints.lora import is_plain, read_adapter
 from optimizer.checkpoints.peft_fold import fold_by_peft
 from optimizer.checkpoints.tensor_file import INDEX_FILE, WEIGHTS_FILE
+from optimizer.checkpoints.urls import copy_of, is_url, place_of, url_problem
 from optimizer.checkpoints.vocabulary import match_rows
 from optimizer.errors import CheckpointError
+from optimizer.masking import redacted
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LAYER_OF = re.compile(r"(?:^|\.)([0-9]+)\.")
@@ -43,7 +45,7 @@ def open_checkpoint(source: str | Path, *, base: Checkpoint | None = None) -> Ch
     """Open a checkpoint by its headers.
 
     Args:
-        source: a folder, a GGUF file, or a hub id whose files are in the local hub cache.
+        source: a folder, a GGUF file, a hub id whose files are in the local hub cache, or a URL whose are copied.
         base: for an expert, the checkpoint it was made from: an adapter stands on it, and the rows of other
             tokens are matched to its tokens by the two tokenizer.json.
 
@@ -68,11 +70,20 @@ def open_checkpoint(source: str | Path, *, base: Checkpoint | None = None) -> Ch
 
 
 def folder_of(source: str) -> Path:
-    """Find a checkpoint's folder: the path itself, or where the local hub cache has it.
+    """Find a checkpoint's folder: the path itself, where the local hub cache has it, or the copy of a URL's.
 
     Raises:
         CheckpointError: there is none.
     """
+    if is_url(source):
+        if problem := url_problem(source):
+            raise CheckpointError(f"{problem}; given {redacted(source)}")
+        if (copy := copy_of(source)) is None:
+            raise CheckpointError(
+                f"there is no copy of {source} on this machine; its safetensors, config and tokenizer would be copied "
+                f"to {place_of(source)}: give --download to check or search"
+            )
+        return copy
     folder = checked_path(source, error=CheckpointError)
     try:
         if (quantised := gguf_in(folder)) is not None:

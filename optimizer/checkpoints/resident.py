@@ -16,32 +16,40 @@ from torch import Tensor
 
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.configs import CONFIG_FILE, model_config, refused
+from optimizer.checkpoints.devices import Spread, devices_of, spread_over
 from optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def resident_model(base: Checkpoint, *, dtype: str, device: str) -> PreTrainedModel:
+def resident_model(base: Checkpoint, *, dtype: str, device: str, gpus: int = 0) -> PreTrainedModel:
     """Load the base's model on private copies of its tensors: writing into the mapped file's pages would cost memory.
 
     Args:
         dtype: "auto", "bf16" or "float32".
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
+        gpus: as in `devices_of`; over more than one the layers are spread.
 
     Raises:
         CheckpointError: the base is no causal language model, or its config asks for other tensors.
+        WorkerError: there is no such device.
     """
     target = {"auto": None, "bf16": torch.bfloat16, "float32": torch.float32}[dtype]
-    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    devices = devices_of(device, gpus)
     require_loadable(base)
+    spread = Spread.of(base, len(devices)) if len(devices) > 1 else None
     tensors = {}
     for name in base.names:
-        tensor = base.tensor(name)
+        tensor, place = base.tensor(name), devices[spread.device(name) if spread else 0]
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
     model: Any = _loaded(base, tensors)
     model.requires_grad_(False)
-    resident: PreTrainedModel = model.to(place).eval()
+    if spread:
+        spread_over(model, devices, spread)
+    else:
+        model.to(devices[0])
+    resident: PreTrainedModel = model.eval()
     return resident
 
 

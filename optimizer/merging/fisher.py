@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evals.memory import where_float64_is
+
 LEAST = 1e-6  # of the mean: rows that no item asks for go the same way as the line
 
 
@@ -29,7 +31,7 @@ class RowSquares:
 
     def means(self) -> dict[str, Tensor]:
         """Compute the mean square of each row (rows,), in the unit of the mean over all elements."""
-        total = sum(float(rows.sum(dtype=torch.float64)) for rows in self._sums.values())
+        total = sum(float(where_float64_is(rows).sum(dtype=torch.float64)) for rows in self._sums.values())
         count = sum(len(rows) * self._sizes[name] for name, rows in self._sums.items())
         unit = total / count or 1.0
         return {name: rows / self._sizes[name] / unit for name, rows in self._sums.items()}

@@ -118,6 +118,8 @@ def fits(needed: int, free: int) -> bool:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device."""
+    if device.type == "mps":
+        return memory.free_bytes(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 

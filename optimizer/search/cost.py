@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from optimizer.workers.orders import QUESTIONS, STEP_COST, TEXTS
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
+    from optimizer.checkpoints.devices import Spread
     from optimizer.search.plan import Plan
     from optimizer.study.schema import Study
 
@@ -35,6 +37,8 @@ class Cost:
     tokens: Mapping[str, int]  # of one trial, by suite; of banks, what is drawn
     prepared: float  # what preparing anchors costs, in candidates
     hours: float
+    on_gpus: tuple[int, ...] = ()  # of the model, on each GPU that it is spread over
+    learning_on_gpu: int = 0  # of learning_bytes, on the GPU with the most layers
 
 
 def cost_of(plan: Plan) -> Cost | None:
@@ -58,16 +62,32 @@ def cost_of(plan: Plan) -> Cost | None:
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + lessons}
     anchors = derived + lessons + (len(plan.space.anchors()) if plan.space is not None else 0)
     bank = anchors * (whole[SEARCH] - tokens[SEARCH])  # what anchors read beyond what was drawn
+    learning = _learning_bytes(plan.base, rows, round(width)) if lessons else 0
+    spread = _spread(plan.base, plan.study)
+    most_layers = max(map(spread.layers.count, set(spread.layers))) / len(spread.layers) if spread else 0
     work = 2 * numbers * (sum(tokens[suite] * trials[suite] for suite in SUITES) + bank)
     return Cost(
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
-        learning_bytes=_learning_bytes(plan.base, rows, round(width)) if lessons else 0,
+        learning_bytes=learning,
         disk_bytes=(derived + len(own)) * plan.base.bytes,
         tokens=tokens,
         prepared=prepared,
         hours=work / _speed(plan.study) / 3600,
+        on_gpus=tuple(round(held * width * numbers / plan.base.bytes) for held in spread.bytes) if spread else (),
+        learning_on_gpu=round(learning * most_layers),
     )
+
+
+def _spread(base: Checkpoint, study: Study) -> Spread | None:
+    """Tell how workers will spread the base; None where it lies on one device, or cannot be spread."""
+    from optimizer.checkpoints.devices import Spread
+    from optimizer.errors import CheckpointError
+
+    gpus = study.workers.gpus
+    with suppress(CheckpointError):  # which the plan has among its problems
+        return Spread.of(base, int(gpus)) if gpus != "auto" and gpus > 1 else None
+    return None
 
 
 def _learning_bytes(base: Checkpoint, rows: Sequence[Mapping[str, Any]], width: int) -> int:

@@ -107,9 +107,26 @@ def make_plan(study: Study) -> Plan:
     _open_tasks(plan)
     if plan.harness is not None:
         plan.attempt("search.floors", partial(_require_general, study.search.floors, plan.harness))
+    _look_for_devices(plan)
     if study.search.storage is not None:
         plan.attempt("search.storage", partial(_look_at_storage, study.search.storage))
     return plan
+
+
+def _look_for_devices(plan: Plan) -> None:
+    workers = plan.study.workers
+    if workers.device == "mps" and workers.ray_address is None:
+        from optimizer.checkpoints.devices import require_mps
+
+        plan.attempt("workers.device", require_mps)
+    if workers.gpus != "auto":
+        from optimizer.workers.gpus import require_gpus
+
+        plan.attempt("workers.gpus", partial(require_gpus, workers.gpus, workers.count, workers.ray_address))
+        if workers.gpus > 1 and plan.base is not None:
+            from optimizer.checkpoints.devices import Spread
+
+            plan.attempt("workers.gpus", partial(Spread.of, plan.base, int(workers.gpus)))
 
 
 def _require_general(floors: Mapping[str, float], harness: Harness) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from evals.outcomes import KINDS, KL_TO_BASE, TASK
+from optimizer.checkpoints.urls import is_url, url_problem
 from optimizer.masking import TOKEN, redacted
 from optimizer.strict_yaml import CONTROL, shown
 from optimizer.study.forms import TAGS
@@ -99,6 +100,7 @@ def text_problems(value: object, place: tuple[str, ...] = ()) -> Iterator[Proble
 def contradictions(study: Study) -> Iterator[Problem]:
     """Yield the problem of everything that is well typed and cannot be meant."""
     space, experts, storage = study.space, list(study.models.names), study.search.storage
+    yield from _source_problems(study.models)
     yield from _derived_problems(study.models)
     if not space.takes_method_from_recipe:  # else what does not fit is found with the recipe
         yield from _range_problems(space)
@@ -110,8 +112,18 @@ def contradictions(study: Study) -> Iterator[Problem]:
         yield "search.storage", f"{problem}; given {redacted(storage)!r}"
     if study.name.endswith("."):
         yield "name", f"must not end with a dot; given {study.name!r}"
+    if study.workers.gpus != "auto" and study.workers.device in ("cpu", "mps"):
+        rule = f"workers.device is {study.workers.device}, which takes no GPUs of CUDA"
+        yield "workers.gpus", f"{rule}; given {study.workers.gpus}; leave it out, or say device: auto"
     if study.workers.ray_address is not None:
         yield from _address_problems(study.workers.ray_address, study.workers.count)
+
+
+def _source_problems(models: Models) -> Iterator[Problem]:
+    sources = {"base": models.base, **{f"experts.{name}": source for name, source in models.experts.items()}}
+    for key, source in sources.items():
+        if is_url(source) and (problem := url_problem(source)):
+            yield f"models.{key}", f"{problem}; given {redacted(source)!r}"
 
 
 def _derived_problems(models: Models) -> Iterator[Problem]:

@@ -36,7 +36,7 @@ from optimizer.study.forms import (
     read_kinds,
     read_methods,
 )
-from optimizer.study.section import MOST_ITEMS, Certify, Holdout, Section, count_or
+from optimizer.study.section import MOST_ITEMS, Certify, Gpus, Holdout, Section, count_or
 from optimizer.study.task_entry import Tasks
 from optimizer.workers.orders import STEP_COST, STEPS, By, Form, Loss
 from search_spaces.shape import LEAST, WORDS, Kind
@@ -88,7 +88,7 @@ ExpertName = Annotated[str, Field(pattern=EXPERT_NAME)]
 
 
 class Models(Section):
-    """The checkpoints: each a folder, the folder of a LoRA adapter, or a hub id."""
+    """The checkpoints: each a folder, the folder of a LoRA adapter, a hub id, or the URL of a folder (s3://…)."""
 
     base: str = Field(min_length=1, description="The checkpoint all experts were trained from.")
     experts: dict[ExpertName, Annotated[str, Field(min_length=1)]] = Field(
@@ -362,7 +362,10 @@ class WorkersSection(Section):
         default=1, ge=0, le=MOST_WORKERS, description="Worker processes; 0: in this process, without Ray."
     )
     threads: Threads = Field(default="auto", description="CPU threads of each worker.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where a worker's model lives.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where a worker's model lives.")
+    gpus: Gpus = Field(
+        default="auto", description="GPUs of each worker: its model is spread over 2 or more; two workers share at 0.5."
+    )
     ray_address: str | None = Field(default=None, description="A Ray cluster to join. Default: a local one of our own.")
     staging: str | None = Field(
         default=None,

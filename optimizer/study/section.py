@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
 MOST_ITEMS = 1_000_000_000  # beyond any machine, within its integers
+MOST_GPUS = 64
 
 
 class Section(BaseModel):
@@ -38,5 +40,24 @@ def count_or(
     return PlainValidator(read), WithJsonSchema({"anyOf": schema})
 
 
+def _read_gpus(value: object) -> object:
+    """Read how many GPUs a worker has: whole ones, or one nth of one, within a hundredth of it."""
+    if value == "auto":
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        if value == (whole := round(value)) and 1 <= whole <= MOST_GPUS:
+            return whole
+        if value < 1 and 0.99 <= value * (n := round(1 / value)) <= 1 and n <= MOST_GPUS:
+            return value
+    raise ValueError(
+        "must be a whole number, a part of a GPU for n workers on each (0.5, 0.33, 0.25), or the word auto"
+    )
+
+
+Gpus = Annotated[
+    int | float | Literal["auto"],
+    PlainValidator(_read_gpus),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": MOST_GPUS}, {"const": "auto"}]}),
+]
 Holdout = Annotated[int | float | Literal["rest"], *count_or("rest", share=True)]
 Certify = Annotated[int | float | Literal["spare"], *count_or("spare", least=0, share=True)]

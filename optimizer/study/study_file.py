@@ -15,6 +15,7 @@ from evals.documents import resolved_path
 from evals.errors import TaskError
 from evals.outcomes import TASK
 from evals.task_files import tasks_by_name
+from optimizer.checkpoints.urls import is_url
 from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
@@ -184,7 +185,9 @@ class _Paths:
         return str(resolved_path(given, folder, where=f"{self.file}: {key}", error=StudyFileError))
 
     def model(self, key: str, given: str) -> str:
-        """Return a folder's absolute path; a hub id (`name/model`, where there is no such folder) as it stands."""
+        """Return a folder's absolute path; a URL, or a hub id (`name/model`, without such a folder), as it stands."""
+        if is_url(given):
+            return given
         looks_like_path = given.startswith((".", "/", "~")) or given.count("/") > 1
         found = self.absolute(key, given)
         is_there = Path(found).is_dir() or (given.endswith(".gguf") and Path(found).is_file())

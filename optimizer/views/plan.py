@@ -164,12 +164,40 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
             "",
             f"{_size(cost.learning_bytes)} more for activations while a worker learns; what does not fit is recomputed",
         )
+    yield from _gpu_rows(plan, cost)
     for suite, tokens in cost.tokens.items():
         yield f"{suite} suite", f"about {tokens:,} tokens a trial"
     if cost.prepared:
         text = f"about as much as {cost.prepared:.0f} trials"
         yield "learned, derived", text + (f", and {_size(cost.disk_bytes)} of disk" if cost.disk_bytes else "")
     yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
+
+
+def _gpu_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
+    """Yield how a candidate lies on GPUs, where the study says how many a worker has."""
+    gpus = plan.study.workers.gpus
+    if gpus == "auto" or gpus == 1:
+        return
+    from optimizer.checkpoints.devices import least_memory
+    from optimizer.merging.merge import DEVICE_ROOM  # both bring torch
+
+    here = least_memory() if plan.study.workers.ray_address is None else 0
+    if gpus < 1:
+        need, text = round(1 / gpus) * cost.resident_bytes, f"{round(1 / gpus)} workers share one"
+        yield "GPUs", f"{text}: {_size(cost.resident_bytes)} of models for each{_verdict(need, here, DEVICE_ROOM)}"
+    elif cost.on_gpus:
+        held = ", ".join(map(_size, cost.on_gpus))
+        text = f"a candidate is spread over {len(cost.on_gpus)}: {held} on each in turn"
+        yield "GPUs", text + _verdict(max(cost.on_gpus), here, DEVICE_ROOM)
+        if cost.learning_on_gpu:
+            yield "", f"{_size(cost.learning_on_gpu)} more on one of them while a worker learns"
+
+
+def _verdict(need: int, here: int, room: int) -> str:
+    """Say what a GPU of this machine has, and whether models and what scoring takes fit; nothing where it has none."""
+    if not here:
+        return ""
+    return f"; a GPU here has {_size(here)}{', TOO LITTLE' if need + room > here else ''}"
 
 
 def _kind_rows(space: Space | Choice, names: Sequence[str]) -> Iterator[tuple[str, str]]:

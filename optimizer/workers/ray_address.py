@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from optimizer.errors import WorkerError
 
@@ -42,8 +44,11 @@ def address_problem(address: str) -> str:
     return ""
 
 
-def require_cluster(address: str) -> None:
+def require_cluster(address: str) -> list[float]:
     """Make sure, within seconds, that a search can join the cluster at an address.
+
+    Returns:
+        How many GPUs each of its machines has.
 
     Raises:
         WorkerError: it cannot, and why; the address is named.
@@ -52,9 +57,12 @@ def require_cluster(address: str) -> None:
     if not trouble and address != "auto":
         host, _, port = address.rpartition(":")
         trouble = _greeted(host.strip("[]"), int(port))
-    trouble = trouble or _joined(address)
+    gpus: list[float] = []
+    if not trouble:
+        trouble, gpus = _joined(address)
     if trouble:
         raise WorkerError(f"{RULE}; given {address!r}: {trouble}. Left out, the search starts a cluster of its own")
+    return gpus
 
 
 def other_cluster() -> str:
@@ -101,19 +109,23 @@ def _answer(connection: socket.socket) -> bytes:
     return answer
 
 
-def _joined(address: str) -> str:
-    """Say what kept a process from joining the cluster, in words; empty where it joined."""
+def _joined(address: str) -> tuple[str, list[float]]:
+    """Say what kept a process from joining the cluster; empty where it joined, with the GPUs of each machine."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("ray_probe.py")), address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
-        return "Ray did not come to an end with it"
-    found: dict[str, object] = {}
+        return "Ray did not come to an end with it", []
+    found: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):  # Ray may print lines of its own
             found |= json.loads(line)
     if "joined" in found:
-        return ""
+        return "", found["gpus"]
+    return _why_not(found, done), []
+
+
+def _why_not(found: Mapping[str, Any], done: subprocess.CompletedProcess[str]) -> str:
     theirs = (found.get("ray"), found.get("python"))
     ours = (version("ray"), platform.python_version())
     if None not in theirs and theirs != ours:

@@ -107,6 +107,10 @@ class RayCluster:
             lines += [line for line in path.read_text(errors="replace").splitlines() if not line.startswith(":")]
         return "".join(f"\n    {line}" for line in lines[-TAIL_LINES:])
 
+    def gpus(self) -> list[float]:
+        """Return how many GPUs each machine has."""
+        return [node["Resources"].get("GPU", 0.0) for node in self.ray.nodes() if node["Alive"]]
+
     def describe_resources(self) -> str:
         """Say what the cluster has and what of it is free, in words."""
         return f"Ray offers {self.ray.cluster_resources()}, of which {self.ray.available_resources()} is free"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import WorkerError
+from optimizer.workers.gpus import gpu_share, require_among, share_of
 from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, WorkerLike, describe
 from optimizer.workers.ray_cluster import STARTS, RayCluster, ask
 
@@ -73,7 +74,8 @@ class RayPool(Closing):
         address: None for a private cluster (a running one is ignored), else HOST:PORT of one, or "auto".
         trial_seconds: a job that runs longer costs its worker's life (one that prepares an anchor may take its length
             times that); None is no limit.
-        device: "cpu" keeps workers off GPUs; else the GPUs Ray knows of are shared among them.
+        device: "cpu" and "mps" keep workers off the GPUs that Ray knows of.
+        gpus: of each worker; None: those that Ray knows of are shared among them.
         server: what machines of the cluster may ask the driver's for: its class and arguments. `make_worker` is then
             given the way to ask, a function of a method's name and arguments.
 
@@ -90,6 +92,7 @@ class RayPool(Closing):
         address: str | None = None,
         trial_seconds: float | None = None,
         device: str = "auto",
+        gpus: float | None = None,
         server: tuple[Callable[..., Any], *tuple[Any, ...]] | None = None,
     ) -> None:
         assert count >= 1, "a pool needs a worker"
@@ -104,11 +107,24 @@ class RayPool(Closing):
         self._opened = time.monotonic()
         if server is not None:
             self._make_worker = partial(make_worker, partial(ask, self._cluster.serve(*server)))
-        gpus = 0.0 if device == "cpu" else gpu_share(count, self._ray.cluster_resources().get("GPU", 0.0))
+        if device in ("cpu", "mps"):
+            each = 0.0
+        elif gpus is None:
+            each = gpu_share(count, self._ray.cluster_resources().get("GPU", 0.0))
+        else:
+            each = share_of(gpus)
+            self._require_gpus(gpus, count, joins=address is not None)
         self._host = self._ray.remote(_Host).options(
-            num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=1
+            num_cpus=1, num_gpus=each, max_restarts=0, max_task_retries=0, max_concurrency=1
         )
         self._slots = [self._new_slot() for _ in range(count)]
+
+    def _require_gpus(self, gpus: float, count: int, *, joins: bool) -> None:
+        try:
+            require_among(gpus, count, self._cluster.gpus(), joins=joins)
+        except WorkerError as error:
+            self._cluster.stop()
+            raise WorkerError(f"workers.gpus: {error}") from error
 
     @property
     def size(self) -> int:
@@ -223,8 +239,3 @@ def worker_environment(count: int, threads: int) -> dict[str, str]:
     if root.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     return environment
-
-
-def gpu_share(count: int, gpus: float) -> float:
-    """Return the part of a GPU each worker takes so that all fit: whole ones, or 1/n where n workers share one."""
-    return 1.0 / math.ceil(count / gpus) if gpus >= 1 else 0.0

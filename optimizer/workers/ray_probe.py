@@ -30,7 +30,7 @@ def probe(address: str) -> None:
     try:
         say(versions(address))
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        say({"joined": True})
+        say({"joined": True, "gpus": [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]})
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
 

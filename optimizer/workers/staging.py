@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.checkpoints.contents import content_of
 from optimizer.checkpoints.new_folder import new_folder
+from optimizer.checkpoints.urls import copy_file, is_url
 from optimizer.errors import CheckpointError, WorkerError
 from optimizer.workers.worker import Worker, WorkerSpec
 from search_spaces.recipe import Recipe
@@ -163,16 +165,26 @@ class LocalSources:
             if not tree.is_dir():
                 with new_folder(tree) as draft:
                     for name, size, _ in listing.files:
-                        self._copy(source, name, size, below(draft, name))
+                        to = below(draft, name)
+                        to.parent.mkdir(parents=True, exist_ok=True)
+                        if is_url(source):  # which each machine reads by itself
+                            self._read(source, Path(name).name, size, to)
+                        else:
+                            self._copy(source, name, size, to)
                     if not listing.is_at(draft):
                         raise WorkerError(f"{source} did not arrive as it is on the driver's machine; was it changed?")
         return below(tree, listing.place)
 
     def _copy(self, source: str, name: str, size: int, to: Path) -> None:
-        to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("wb") as stream:
             while stream.tell() < size and (chunk := self._ask("read", source, name, stream.tell())):
                 stream.write(chunk)
+
+    def _read(self, url: str, name: str, size: int, to: Path) -> None:
+        try:
+            copy_file(url, name, size, to)
+        except CheckpointError as error:
+            raise WorkerError(f"{platform.node()}: {error}") from error
 
     def give(self, made: Path, name: str) -> None:
         """Give a derived expert to the driver's machine, where it is not there yet."""

@@ -40,9 +40,10 @@ class WorkerSpec:
         allow_task_code: let task files run Python.
         token_budget: tokens per forward pass; 0: what the device has room for.
         dtype: of the resident model: "auto" (the base's own), "bf16" or "float32".
-        device: "auto" (cuda where there is one), "cpu" or "cuda".
+        device: "auto" (cuda where there is one), "cpu", "cuda" or "mps".
         threads: of torch, at least 1.
         seed: of the item split and of anything random in a task.
+        gpus: over which the model is spread; 0: on one device.
     """
 
     base: str
@@ -55,6 +56,7 @@ class WorkerSpec:
     device: str
     threads: int
     seed: int
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Worker:
 
         from evals.engine import Engine, budget_for
         from evals.lm_tasks import load_tasks
+        from evals.memory import layers_by_device
         from optimizer.checkpoints.configs import load_tokenizer
         from optimizer.checkpoints.resident import merge_target, resident_model, tensor_places
         from optimizer.merging.merge import DEVICE_ROOM, MergeCache, Sources, free_bytes
@@ -92,10 +95,10 @@ class Worker:
         base = self._sources.base
         self._tokenizer = load_tokenizer(base.folder)
         with lack_of_memory_in_words(base.bytes):
-            model = resident_model(base, dtype=spec.dtype, device=spec.device)
+            model = resident_model(base, dtype=spec.dtype, device=spec.device, gpus=spec.gpus)
         self._parameters = tensor_places(model, base)
         self._merged = merge_target(self._parameters, base)
-        room = min(DEVICE_ROOM, free_bytes(model.device))  # what merges leave to scoring
+        room = min(DEVICE_ROOM, *map(free_bytes, layers_by_device(model)))  # what merges leave to scoring
         self._engine = Engine(model, self._tokenizer, token_budget=spec.token_budget or budget_for(model, room))
         self._harness = load_tasks(spec.tasks, seed=spec.seed, chat=spec.chat, allow_task_code=spec.allow_task_code)
         self._prepared: set[str] = set()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.memory import where_float64_is
 from optimizer.merging.methods.blocks import Tensors, Values, row_width
 from optimizer.merging.methods.compiled import Array, kernels
 from optimizer.merging.methods.facts import Cut, RankTable
@@ -213,7 +214,7 @@ def _rank_weights(pair: Tensors) -> tuple[float, float]:
     width = row_width(pair.base)
     places = torch.linspace(0, 1, width, dtype=torch.float64) if width > 1 else torch.full((1,), 0.5).double()
     for delta in _deltas(pair):
-        columns = sorted_rows(delta.abs_()).double().sum(0).cpu()
+        columns = where_float64_is(sorted_rows(delta.abs_())).double().sum(0).cpu()
         plain += float(columns.sum())
         ranked += float(columns @ places)
     return plain, ranked
@@ -241,8 +242,8 @@ def _rescaled(pair: Tensors, values: Values, prune: Band) -> Band:
     keep = prune.walk()
     whole = kept = 0.0
     for delta in _deltas(pair):
-        whole += float(delta.abs().sum(dtype=torch.float64))
-        kept += float(keep(delta, 0).abs().sum(dtype=torch.float64))
+        whole += float(where_float64_is(delta.abs()).sum(dtype=torch.float64))
+        kept += float(where_float64_is(keep(delta, 0).abs()).sum(dtype=torch.float64))
     return replace(prune, scale=whole / kept) if whole >= 1e-7 and kept >= 1e-7 else prune
 
 

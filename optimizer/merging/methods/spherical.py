@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.memory import where_float64_is
 from optimizer.errors import MergeError
 from optimizer.merging.methods.blocks import Blend, Deltas, Factor, Line, Mixture, Tensors, Values, row_width
 from optimizer.merging.methods.facts import exact_sum
@@ -230,4 +231,4 @@ def _sum_along(block: Tensor, axis: Axis) -> Array:
     """Sum to float64 of shape (vectors,)."""
     if axis == "whole":
         return np.array([exact_sum(block)])
-    return block.double().sum(1 if axis == "rows" else 0).cpu().numpy()
+    return where_float64_is(block).double().sum(1 if axis == "rows" else 0).cpu().numpy()

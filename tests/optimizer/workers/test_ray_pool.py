@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from optimizer.errors import WorkerError
 from optimizer.workers.pool import Result, ScoreJob
 from optimizer.workers.ray_address import require_cluster
-from optimizer.workers.ray_pool import RayPool, Slot, gpu_share, worker_environment
+from optimizer.workers.ray_pool import RayPool, Slot, worker_environment
 from tests.conftest import ROOT
 from tests.optimizer.fakes import Bench, FakeWorker, ObedientWorker, Obey, processes_of
 from tests.optimizer.workers.test_pool import collect, recipes
@@ -41,15 +41,6 @@ def both_started(pool: RayPool) -> tuple[int, ...]:
     while len(pool.pids) < 2 and time.monotonic() < end:
         pool.wait(1.0)
     return pool.pids
-
-
-@pytest.mark.parametrize(
-    ("count", "gpus", "share"), [(2, 0, 0.0), (1, 1, 1.0), (2, 1, 0.5), (3, 2, 0.5), (2, 4, 1.0), (5, 2, 1 / 3)]
-)
-def test_every_worker_finds_its_share_of_a_gpu(count: int, gpus: float, share: float) -> None:
-    assert gpu_share(count, gpus) == share
-    if share:
-        assert count <= int(gpus) * int(1 / share + 1e-9)
 
 
 def test_cores_are_shared_among_workers_and_never_none(monkeypatch: pytest.MonkeyPatch) -> None:
