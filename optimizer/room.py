@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def require_room(folder: Path, needed: int) -> None:
     """Raise UnavailableError where a folder cannot take one more file of so many bytes; nothing is left in it."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, needed)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+            elif shutil.disk_usage(folder).free < needed:  # macOS
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         if error.errno in NO_ROOM:
             raise no_room(folder, needed, error) from error

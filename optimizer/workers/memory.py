@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,12 +25,22 @@ def lack_of_memory_in_words(model_bytes: int) -> Iterator[None]:
     except Exception as error:
         if not _is_lack_of_memory(error):
             raise
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         raise WorkerError(
-            f"out of memory: a worker holds a model ({model_bytes / GB:.2f} GB) and what scoring it takes, and "
-            f"{free / GB:.2f} GB of this machine are free; lower workers.count or evals.token_budget "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            f"out of memory: a worker holds a model ({model_bytes / GB:.2f} GB) and what scoring it takes, "
+            f"{_what_helps(error)} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def _what_helps(error: Exception) -> str:
+    import torch
+
+    from evals.memory import free_bytes
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "and its GPU has no room; lower evals.token_budget, or give each worker more GPUs: workers.gpus"
+    free = free_bytes(torch.device("cpu"))  # 0 where the system does not tell
+    told = f"and {free / GB:.2f} GB of this machine are free" if free else "which this machine has not"
+    return f"{told}; lower workers.count or evals.token_budget"
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.errors import UnavailableError
+from optimizer.room import require_room
 from optimizer.run import open_run
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import Bench
@@ -107,3 +108,11 @@ def bench_storage(bench: Bench) -> object:
     from optimizer.runs.run_folder import RunFolder
 
     return RunFolder(bench.folder).storage()
+
+
+def test_a_system_that_reserves_nothing_is_asked_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.posix_fallocate")  # as on macOS
+    require_room(tmp_path, 1)
+    with pytest.raises(UnavailableError, match=r"no space: .* needs .* \(No space left on device\)"):
+        require_room(tmp_path, 1 << 60)
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def end(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
-def search(study: Path, *overrides: str) -> subprocess.Popen[str]:
-    words = ["search", str(study), *(word for override in overrides for word in ("--set", override))]
+def search(study: Path, *overrides: str, words: Sequence[str] = ()) -> subprocess.Popen[str]:
+    words = ["search", str(study), *words, *(word for override in overrides for word in ("--set", override))]
     return subprocess.Popen(
         [sys.executable, "-c", SEARCH, *words],
         cwd="/",
@@ -124,6 +124,36 @@ def test_machines_without_the_drivers_disk_come_and_go(machines: Machines, tmp_p
     assert {recipe: ours[recipe] for recipe in shared} == {recipe: theirs[recipe] for recipe in shared}
     kinds = {kind for kind, *_ in theirs.values() if kind != "search"}  # a sampler is told in another order
     assert {kind for kind, *_ in (ours[recipe] for recipe in shared)} >= kinds
+
+
+def test_a_machine_reads_a_url_by_itself_and_is_named_where_it_cannot(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, store, staged = (tmp_path / name for name in ("cache", "store", "staged"))
+    staged.mkdir()
+    study = write_study(tmp_path / "study")
+    for name in ("base", "expert"):
+        shutil.move(study.parent / name, store / name)
+    urls = [f"models.base=file://{store}/base", f"models.experts.clinical=file://{store}/expert"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))  # of the driver; its machine scores nothing
+    alone = search(study, *urls, f"runs={tmp_path / 'apart'}", words=["--download"])
+    assert f"fetching file://{store}/base: 5 files" in alone.communicate(timeout=SECONDS)[0]
+    machines.start(0)
+    hidden = (study.parent, cache)
+    first = machines.start(1, *hidden, store)
+    joined = (f"workers.ray_address={machines.address}", f"workers.staging={staged}", "workers.count=1")
+    blind = search(study, *urls, *joined, f"runs={tmp_path / 'runs'}")
+    said, _ = blind.communicate(timeout=SECONDS)
+    assert blind.returncode == 1
+    assert f"a worker cannot be built: {os.uname().nodename}: file://{store}/base/config.json broke off" in said
+    assert not [*staged.glob("*/")]  # nothing half-made
+    end(first)
+    machines.start(1, *hidden)
+    seeing = search(study, *urls, *joined, f"runs={tmp_path / 'runs'}")
+    said, _ = seeing.communicate(timeout=SECONDS)
+    assert seeing.returncode == 0, said
+    assert len([*staged.rglob("urls/*/model.safetensors")]) == 2
+    assert scores_of(open_run(tmp_path / "runs/small")) == scores_of(open_run(tmp_path / "apart/small"))
 
 
 def scores_of(run: Run) -> dict[str, tuple[str, float, float]]:

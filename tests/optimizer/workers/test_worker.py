@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -167,6 +168,10 @@ def test_a_lack_of_memory_is_said_with_what_helps(spec: WorkerSpec, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(worker._harness, "score", greedy)
         with pytest.raises(WorkerError, match=words):
+            worker.evaluate(recipe(0.5), "search")
+        of_gpu = torch.OutOfMemoryError("CUDA out of memory")
+        patch.setattr(worker._harness, "score", Mock(side_effect=of_gpu))
+        with pytest.raises(WorkerError, match=r"its GPU has no room; lower evals\.token_budget, .*workers\.gpus"):
             worker.evaluate(recipe(0.5), "search")
     assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
     monkeypatch.setattr("optimizer.checkpoints.resident.resident_model", lambda *_, **__: greedy())
