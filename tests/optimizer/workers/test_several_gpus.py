@@ -39,7 +39,7 @@ from tests.two_devices import MixedDevicesError, PretendedDevices
 PLENTY = 1 << 40  # bytes free on a device that is not there
 
 
-@pytest.fixture(scope="module", params=["tied", "a head of its own"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("a head of its own", marks=pytest.mark.slow)])
 def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
     """Three layers, two experts, a task of every kind."""
     folder = tmp_path_factory.mktemp("spread")
@@ -198,6 +198,7 @@ def test_a_spread_model_derives_bit_for_bit_as_on_one_device(
     assert files[0]
 
 
+@pytest.mark.slow
 def test_a_spread_model_measures_the_same_sensitivities(three: Three, patch: pytest.MonkeyPatch) -> None:
     first, second = (worker.sensitivities("e", points=2) for worker in (three.one, three.two))
     assert replace(first, seconds=0) == replace(second, seconds=0)
@@ -211,6 +212,7 @@ def test_no_merge_asks_a_device_without_float64_for_it(method: str, three: Three
     assert len(found) == 3 * ITEMS
 
 
+@pytest.mark.slow
 def test_nothing_that_is_learned_or_derived_asks_such_a_device_for_float64(
     three: Three, patch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
