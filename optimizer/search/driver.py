@@ -96,7 +96,7 @@ def run_search(
             ledger = Ledger(storage, study, run, space, tasks, seed=settings.seed)
             reporter = Reporter(events, ledger, settings.trials)
             crew = Crew(pool, settings.max_attempts, require_unchanged, partial(reporter.trial, "retry"), interrupt)
-            search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space.groups))
+            search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space))
             search.resume()
             search.spend_budget()
             if preparation.learned:

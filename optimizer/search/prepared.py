@@ -18,8 +18,10 @@ from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
 from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss
 from optimizer.workers.pool import DeriveJob, Job, LearnJob
+from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe, Setting
+from search_spaces.space import Space
 
 SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
 LEARNED_ON: tuple[Form, float] = ("regmean", SHARES[1])  # the derived expert that lessons begin at
@@ -89,7 +91,7 @@ class Preparer:
 
     preparation: Preparation
     ledger: Ledger
-    groups: Sequence[str]  # of the checkpoint
+    space: Space | Choice
     _derivations: Mapping[TrialKind, tuple[Form, float]] = field(init=False)
     _preferences: Mapping[TrialKind, tuple[tuple[str, float], ...]] = field(init=False)
 
@@ -168,8 +170,8 @@ class Preparer:
         form, share = self._derivations[self.ledger.kinds[job.trial]]
         expert = f"{self.preparation.experts[0][0]}_{form}_{100 * share:.0f}"
         source = str(answer[SHARES.index(share)])
-        whole = tuple(Setting("weight", expert, group, 1.0) for group in self.groups)
-        return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), whole)
+        whole = tuple(Setting("weight", expert, group, 1.0) for group in self.space.groups)
+        return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), whole, kinds=self.space.kinds)
 
     def _path(self, kind: TrialKind) -> Derivation:
         form, _ = self._derivations[kind]

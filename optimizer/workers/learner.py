@@ -82,10 +82,12 @@ class Places:
     def recipe(self, start: Recipe, weights: Array) -> Recipe:
         """Give the start other weights; random masks stay the start's."""
         kept = [setting for setting in start.settings if setting.parameter != "weight"]
-        rows = zip(self.experts, weights.tolist(), strict=True)
-        mine = [Setting("weight", e, n, w) for e, row in rows for n, w in zip(self.names, row, strict=True)]
+        rows = [dict(zip(self.names, row, strict=True)) for row in weights.tolist()]
+        if kinds := start.kinds if any(setting.group for setting in kept) else ():  # places that groups do not reach
+            rows = [{tensor: row[place] for tensor, place in self.group_of_tensor.items()} for row in rows]
+        mine = [Setting("weight", e, n, w) for e, row in zip(self.experts, rows, strict=True) for n, w in row.items()]
         seed = start.mask_seed if METHODS[start.method].random else start.seed
-        return replace(start, settings=(*kept, *mine), seed=seed, kinds=())
+        return replace(start, settings=(*kept, *mine), seed=seed, kinds=kinds)
 
 
 class Descent:

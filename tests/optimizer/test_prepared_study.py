@@ -59,6 +59,16 @@ def test_a_derived_expert_lies_beside_the_runs_and_is_made_once(run: Run, study:
     assert run.points().loc[trials, kept].equals(again.points().loc[trials, kept])  # the same to the bit
 
 
+def test_kinds_of_modules_are_searched_beside_both(study: Path) -> None:
+    own = ["name=kinds", "space.modules={reads: [q_proj, k_proj], mlp: }", "space.method=ties", "search.trials=14"]
+    run = run_study(study, [*SETS, *own], Console(file=io.StringIO()))
+    assert set(run.trials()["state"]) == {"complete"}
+    searched, derived = (run.recipe(trial_of(run, role)) for role in (Role.SEARCHED, Role.DERIVED))
+    assert "layer.00.reads" in {setting.group for setting in searched.settings}
+    assert {setting.value for setting in derived.settings} == {1.0}
+    assert trial_of(run, Role.LEARNED) in run.points().index
+
+
 def test_both_are_exported_as_models_that_a_document_makes_again(run: Run, tmp_path: Path) -> None:
     for role in (Role.DERIVED, Role.LEARNED):
         trial = trial_of(run, role)

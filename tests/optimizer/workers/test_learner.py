@@ -36,6 +36,23 @@ def test_a_group_starts_at_the_mean_of_its_tensors_and_what_is_learned_knows_no_
     assert (learned.kinds, [(s.group, s.value) for s in learned.settings]) == ((), [("layer.00.attn", 0.7)])
 
 
+@pytest.mark.parametrize("by", ["tensor", "group"])
+def test_what_else_a_start_has_for_kinds_stays(by: str) -> None:
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qv"]
+    settings = [Setting("density", "", "", 0.5), Setting("density", "", "layer.00.reads", 0.25)]
+    start = Recipe(
+        "ties",
+        "base",
+        (("law", "expert"),),
+        (*settings, Setting("weight", "law", "", 0.5)),
+        kinds=(("reads", ("q_proj",)),),
+    )
+    places = Places.of(names, ["law"], by)
+    learned = places.recipe(start, places.weights(start) + 0.25)
+    assert [learned.value("density", group=name) for name in names] == [0.25, 0.5]
+    assert [learned.value("weight", expert="law", group=name) for name in names] == [0.75, 0.75]
+
+
 def lesson(study: Study, **changes: object) -> Lesson:
     start = Recipe(
         "task_arithmetic",
