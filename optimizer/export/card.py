@@ -90,7 +90,9 @@ def public_name(checkpoint: Checkpoint) -> str:
 
 def _recipe_table(recipe: Recipe, names: Iterable[str]) -> str:
     """Write a row per layer group (or tensor with numbers of its own), a column per number that differs."""
-    groups = [*place_tensors(names, recipe.kinds), *sorted(recipe.tensors)]
+    places, own = place_tensors(names, recipe.kinds), set(recipe.tensors)
+    groups = [place for place, tensors in places.items() if not own.issuperset(tensors)]
+    groups += [name for tensors in places.values() for name in tensors if name in own]
     columns: dict[str, list[float]] = {}
     for parameter in METHODS[recipe.method].parameters:
         for expert in [name for name, _ in recipe.experts] if parameter.scope == "expert" else [""]:

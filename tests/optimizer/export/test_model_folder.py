@@ -144,6 +144,20 @@ def test_the_card_has_front_matter_recipe_and_scores_and_no_local_path(
     assert "In every group: b weight 1, sum 1." in card
 
 
+def test_the_card_has_no_row_for_a_group_whose_tensors_all_have_weights_of_their_own(
+    models: tuple[Path, dict[str, str]],
+) -> None:
+    base, experts = models
+    sources = Sources.open(base, experts)
+    own = {name: 0.5 + i / 100 for i, name in enumerate(sources.base.names) if ".mlp." not in name or ".1." in name}
+    recipe = weighted("linear", experts, base, *(("weight", "a", name, value) for name, value in own.items()))
+    card = model_card(recipe, sources, title="x", scores={}, card="")
+    rows = [line.split(" | ")[0].strip("| ") for line in card.splitlines()]
+    assert own.keys() <= set(rows)
+    assert "layer.00.mlp" in rows
+    assert not {"embed", "layer.00.attn", "layer.01.attn", "head"} & set(rows)
+
+
 def test_a_hub_id_is_named_in_full_and_a_folder_by_its_last_part(models: tuple[Path, dict[str, str]]) -> None:
     checkpoint = open_checkpoint(models[0])
     assert public_name(checkpoint) == "Base-model"
