@@ -139,8 +139,6 @@ def _chunks(url: str, name: str, size: int) -> Iterator[bytes]:
             while chunk := remote.read(CHUNK):
                 done += len(chunk)
                 yield chunk
-    except GeneratorExit:  # who writes gave up
-        raise
     except Exception as error:
         raise CheckpointError(
             f"{url}/{name} broke off after {done:,} of {size:,} bytes ({_told(error)}); nothing of it was kept. Do the "
