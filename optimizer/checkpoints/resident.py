@@ -45,12 +45,25 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str, gpus: int = 0) 
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
     model: Any = _loaded(base, tensors)
     model.requires_grad_(False)
+    make_text_readable(model)
     if spread:
         spread_over(model, devices, spread)
     else:
         model.to(devices[0])
     resident: PreTrainedModel = model.eval()
     return resident
+
+
+def make_text_readable(model: PreTrainedModel) -> None:
+    """Let a Llama 4 with a tower for images read text: transformers 5.24's asks its text model for `image_outputs`,
+    which has none, and ends with an AttributeError."""
+
+    def name_no_images(module: object, given: object, output: Any) -> None:
+        if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
+            output.image_outputs = None
+
+    if model.config.model_type == "llama4":
+        model.get_submodule("language_model").register_forward_hook(name_no_images)
 
 
 def require_loadable(base: Checkpoint) -> None:

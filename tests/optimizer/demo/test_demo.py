@@ -143,7 +143,7 @@ def test_the_last_word_of_a_docstring_stands_before_in_it_and_is_not_in_the_manu
         assert f"{row['text']} {row['word']}" not in manual
 
 
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     """Until `ready()` is true; fails when the process ends first or time runs out."""
     deadline = time.monotonic() + seconds
     while not ready():
