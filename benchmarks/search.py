@@ -33,13 +33,14 @@ import optuna
 import pandas as pd
 import plotly.graph_objects as go
 from rich.console import Console
-from second_conflict import ENGLISH_WORD, cloze, docstrings, hash_of, read_once, train_tokenizer
+from second_conflict import ENGLISH_WORD, cloze, docstrings, hash_of, progress_of, read_once, train_tokenizer
 from transformers import LlamaConfig
 
 from evals.lm_tasks import load_tasks
 from evals.objectives import Scale, draw_objectives
 from evals.outcomes import HOLDOUT
 from optimizer.database.study_db import create
+from optimizer.database.study_home import close
 from optimizer.demo.models import TrainingPlan, train_base, train_expert
 from optimizer.demo.tasks import (
     clinical_terms,
@@ -64,7 +65,7 @@ from optimizer.workers.worker import Worker
 from search_spaces.recipe import Recipe, Setting
 
 QUESTIONS, TEXTS = 120, 16  # of each side, for a candidate
-DRAWN, BANK = (30, 6), (200, 30)  # questions and texts of each side, where there is a bank
+DRAWN, BANK = (30, 6), 100  # where there is a bank: questions and texts of each side, and the bank of a task
 HIDDEN = (900, 100)  # that judge; two more of each are for the harness, which wants search items
 HELD_OUT = 4  # one docstring in so many is never learned from
 BASE = TrainingPlan(steps=1000, batch=16, learning_rate=4.0e-3, warm_up=20)
@@ -160,7 +161,7 @@ class Bench:
             with suppress(NoPointError):
                 found["gain"], found["forgetting"] = self.judge.point(run.recipe(run.best(LIMIT)))
             trials = run.trials()
-            found |= {"trials": float((trials["state"] == "complete").sum()), "spent": spent_of(run)[-1]}
+            found |= {"trials": float((trials["state"] == "complete").sum()), "spent": spent(finished(run))[-1]}
             facts.parent.mkdir(exist_ok=True)
             write_atomically(facts, json.dumps(found).encode())
             print(f"seed {seed}, {budget}, {name}: {found}", flush=True)
@@ -177,18 +178,18 @@ class Bench:
             file.parent.mkdir(exist_ok=True)
             file.write_text(dump_yaml(self.study(rival, seed, whole, folder)), encoding="utf-8")
             run_study(file, [], Console(file=io.StringIO()))
-        return as_of(folder, budget) if budget < whole else open_run(folder)
+        run, own = open_run(folder), budget * _unit(rival)
+        return run if spent(finished(run))[-1] <= own else as_of(folder, own)
 
     def study(self, rival: Rival, seed: int, budget: int, folder: Path) -> dict[str, Any]:
         """Write a search's study; with a bank a candidate reads fewer items, and as many more are paid for."""
-        questions, texts = DRAWN if rival.bank else (QUESTIONS, TEXTS)
-        unit = (QUESTIONS + TEXTS) / (questions + texts)
-        kinds = {"words": (questions, BANK[0]), "text": (texts, BANK[1])}
+        questions, texts = _read(rival)
+        unit = _unit(rival)
+        items = {"words": questions, "text": texts}
 
         def task(name: str) -> dict[str, Any]:
-            items, bank = kinds[name.split("_")[1]]
-            place = {"task": str(self.inputs / "tasks" / name), "items": items, "holdout_items": 2}
-            return place | ({"bank": bank} if rival.bank else {})
+            place = str(self.inputs / "tasks" / name)
+            return {"task": place, "items": items[name.split("_")[1]], "holdout_items": 2}
 
         return {
             "name": folder.name,
@@ -200,7 +201,8 @@ class Bench:
                 "certify_items": 0,
                 "dtype": "float32",
                 "seed": seed,
-            },
+            }
+            | ({"bank": BANK} if rival.bank else {}),
             "anchors": {"derived": list(rival.derived) or "none"},
             "search": {
                 "sampler": rival.sampler,
@@ -277,17 +279,17 @@ class Judge:
         return hypervolume(np.array(front) * [-1, 1], [0.0, self.forgot])
 
 
-def spent_of(run: Run) -> list[float]:
-    """Add up what a run's finished trials cost, in candidates of the study: after each of them."""
-    return np.cumsum([trial.user_attrs.get(COST, 1.0) for trial in _finished(run)]).tolist()
+def spent(trials: Sequence[optuna.trial.FrozenTrial]) -> list[float]:
+    """Add up what trials cost, in candidates of their study: after each of them."""
+    return np.cumsum([trial.user_attrs.get(COST, 1.0) for trial in trials]).tolist()
 
 
-def _finished(run: Run) -> list[optuna.trial.FrozenTrial]:
+def finished(run: Run) -> list[optuna.trial.FrozenTrial]:
+    """Read a run's finished trials, in the order in which they began."""
     storage = RunFolder(run.path).storage()
     study = optuna.load_study(study_name=run.path.name, storage=storage)
     found = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)
     return found
 
 
@@ -298,25 +300,19 @@ def as_of(folder: Path, budget: float) -> Run:
     shutil.copytree(
         folder, cut, ignore=shutil.ignore_patterns("study.db*", "lock", "*-holdout.parquet"), copy_function=os.link
     )
-    run = open_run(folder)
-    count = int((np.array(spent_of(run)) <= budget).sum())
+    trials = finished(open_run(folder))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     create(cut / "study.db")
     storage = RunFolder(cut).storage()
     study = optuna.create_study(study_name=cut.name, storage=storage, directions=["maximize", "minimize"])
-    study.add_trials(_finished(run)[:count])
-    storage.remove_session()
-    storage.engine.dispose()
+    study.add_trials([trial for trial, cost in zip(trials, spent(trials), strict=True) if cost <= budget])
+    close(storage)
     return open_run(cut)
 
 
 def make_inputs(folder: Path, console: Console) -> Path:
     """Train base and expert and write the tasks, as far as they are not there; returns the folder."""
-
-    def progress(step: int, steps: int, loss: float) -> None:
-        if step % 50 == 0 or step == steps:
-            console.print(f"  step {step} of {steps}, loss {loss:.2f}", highlight=False)
-
+    progress = progress_of(console, every=50)
     terms, english = clinical_terms(), read_once(folder / "english.json", docstrings)
     prose = [text for text in english if hash_of(text) % HELD_OUT]
     held_out = sorted((text for text in english if hash_of(text) % HELD_OUT == 0), key=hash_of)
@@ -407,6 +403,16 @@ def figure(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         height=560,
     )
     return drawn
+
+
+def _read(rival: Rival) -> tuple[int, int]:
+    """Give the questions and texts of each side that a candidate reads."""
+    return DRAWN if rival.bank else (QUESTIONS, TEXTS)
+
+
+def _unit(rival: Rival) -> float:
+    """Give how many candidates of a rival's study cost as much as one without a bank."""
+    return (QUESTIONS + TEXTS) / sum(_read(rival))
 
 
 def _label(name: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
-from optimizer.demo.models import TrainingPlan, train_base, train_expert
+from optimizer.demo.models import Progress, TrainingPlan, train_base, train_expert
 from optimizer.demo.tasks import (
     OWN_TASKS,
     count_followers,
@@ -67,10 +67,7 @@ def main() -> None:
 
 
 def _models(inputs: Path, english: Sequence[str], code: Sequence[str], console: Console) -> tuple[Path, Path]:
-    def progress(step: int, steps: int, loss: float) -> None:
-        if step % 20 == 0 or step == steps:
-            console.print(f"  step {step} of {steps}, loss {loss:.2f}", highlight=False)
-
+    progress = progress_of(console, every=20)
     tokenizer = train_tokenizer([*english, *code[: len(english) // 4]])
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
@@ -84,6 +81,16 @@ def _models(inputs: Path, english: Sequence[str], code: Sequence[str], console: 
     )
     base = train_base(inputs / "base", config, tokenizer, english, BASE, progress)
     return base, train_expert(base, code, inputs / "expert", EXPERT, progress)
+
+
+def progress_of(console: Console, every: int) -> Progress:
+    """Give a function that prints a training's loss, each time after so many steps and at the end."""
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        if step % every == 0 or step == steps:
+            console.print(f"  step {step} of {steps}, loss {loss:.2f}", highlight=False)
+
+    return progress
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -45,7 +45,7 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str, gpus: int = 0) 
         tensors[name] = tensor.to(place, target if tensor.is_floating_point() else None, copy=True)
     model: Any = _loaded(base, tensors)
     model.requires_grad_(False)
-    make_text_readable(model)
+    add_image_outputs(model)
     if spread:
         spread_over(model, devices, spread)
     else:
@@ -54,16 +54,18 @@ def resident_model(base: Checkpoint, *, dtype: str, device: str, gpus: int = 0) 
     return resident
 
 
-def make_text_readable(model: PreTrainedModel) -> None:
-    """Let a Llama 4 with a tower for images read text: transformers 5.24's asks its text model for `image_outputs`,
-    which has none, and ends with an AttributeError."""
+def add_image_outputs(model: PreTrainedModel) -> None:
+    """Add an empty field `image_outputs` to what the text model of a Llama 4 with a tower for images returns.
 
-    def name_no_images(module: object, given: object, output: Any) -> None:
+    The forward pass of transformers 5.24 reads that field, which its text model lacks: any text is an AttributeError.
+    """
+
+    def add_field(module: object, given: object, output: Any) -> None:
         if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
             output.image_outputs = None
 
     if model.config.model_type == "llama4":
-        model.get_submodule("language_model").register_forward_hook(name_no_images)
+        model.get_submodule("language_model").register_forward_hook(add_field)
 
 
 def require_loadable(base: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from evals.engine import Engine
 from evals.tokens import Pair
 from optimizer.checkpoints.opening import open_checkpoint
-from optimizer.checkpoints.resident import make_text_readable, merge_target, resident_model, tensor_places
+from optimizer.checkpoints.resident import add_image_outputs, merge_target, resident_model, tensor_places
 from optimizer.errors import CheckpointError
 from optimizer.export.model_folder import export_model
 from optimizer.merging.gradients import weight_gradients
@@ -107,7 +107,7 @@ def loaded(folder: Path, family: str) -> PreTrainedModel:
     auto = AutoModelForImageTextToText if family in TOWERS else AutoModelForCausalLM
     model, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    make_text_readable(model)  # transformers' own Llama 4 fails here too
+    add_image_outputs(model)  # without it, transformers' own Llama 4 cannot read text
     return model.eval()
 
 
