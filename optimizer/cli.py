@@ -224,8 +224,11 @@ def export(
         float | None, typer.Option(help="The most domain gain that forgets at most so much: a share, 0.05 for 5 %.")
     ] = None,
     sure: Annotated[
-        float, typer.Option(help="With --max-forgetting: how sure, 0.9 for 90 % of resamplings.", min=0, max=1)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="With --max-forgetting: in what share of resamplings it must hold; 0.9 unless told.", min=0, max=1
+        ),
+    ] = None,
     knob: Annotated[
         float | None,
         typer.Option(help="A place from 0, the base, over the learned points, each at its p, to 1, the expert."),
@@ -234,7 +237,7 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Write one point as a model folder, with card and recipe."""
-    if sure and max_forgetting is None:
+    if sure is not None and max_forgetting is None:
         fail("--sure says how sure --max-forgetting must be: give both", WRONG)
     if sum((trial is not None, knee, max_forgetting is not None, knob is not None)) != 1:
         fail("name one point: --trial N, --knee, --max-forgetting SHARE or --knob PLACE", WRONG)

@@ -128,12 +128,13 @@ def fail(text: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def chosen_point(run: Run, max_forgetting: float | None, sure: float) -> int:
+def chosen_point(run: Run, max_forgetting: float | None, sure: float | None) -> int:
     """Choose the knee, or the best point that forgets little enough; exit with 3 where there is none."""
     from optimizer.errors import NoPointError
+    from optimizer.runs.front import SURE
 
     try:
-        return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=sure)
+        return run.knee() if max_forgetting is None else run.best(max_forgetting, sure=SURE if sure is None else sure)
     except NoPointError as error:
         fail(str(error), NOT_NOW)
 

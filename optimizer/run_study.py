@@ -21,6 +21,7 @@ from optimizer.run import open_run
 from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.run_folder import RunFolder, is_run, renew_fingerprints
 from optimizer.runs.trial import Role, TrialKind
+from optimizer.search.cost import paid_for
 from optimizer.search.derived import with_derived
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
@@ -115,19 +116,20 @@ def _search(ready: Ready, run: RunFolder, console: Console) -> None:
             tasks=ready.harness.infos,
             require_unchanged=partial(_require_unchanged, ready.models),
             events=partial(_tell_both, progress, run),
-            preparation=preparation_of(ready.study),
+            preparation=preparation_of(ready),
         )
 
 
-def preparation_of(study: Study) -> Preparation:
+def preparation_of(ready: Ready) -> Preparation:
     """Give the anchors that a worker prepares for a study."""
-    learned = study.search.learned
+    study, learned = ready.study, ready.study.search.learned
+    forms, lessons = paid_for(study, ready.space, ready.harness.infos)
     return Preparation(
         base=study.models.base,
         experts=tuple(study.models.experts.items()),
         folder=derived_folder(study),
-        forms=study.anchors.derived,
-        learned=study.search.lessons,
+        forms=forms,
+        learned=lessons,
         by=learned.by,
         loss=learned.loss,
         steps=learned.steps,

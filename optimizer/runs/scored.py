@@ -33,7 +33,7 @@ from optimizer.runs.front import (
     non_dominated,
 )
 from optimizer.runs.measured import MeasuredRun, losses_of
-from optimizer.runs.posterior import BELOW, front_chances, knee_by_samples
+from optimizer.runs.posterior import front_chances, knee_by_samples
 from optimizer.runs.trial import Role, roles_of
 from optimizer.words import listed, percent
 
@@ -188,13 +188,13 @@ class ScoredRun(MeasuredRun):
         rivals = losses_of(points, self.objectives)
         return int(rivals.index[knee_of(rivals, self._roles == Role.EXPERT, points["front"])])
 
-    def best(self, max_forgetting: float, *, sure: float = 0.0) -> int:
+    def best(self, max_forgetting: float, *, sure: float = SURE) -> int:
         """Find the front's point with the most domain gain that forgets at most so much, by the search items.
 
         Args:
             max_forgetting: a share: 0.05 is 5 %.
-            sure: how sure that must be, a share of resamplings (see `within`); 0 asks for the measured value alone, and
-                with a bank for one standard error below the limit.
+            sure: how sure that must be, a share of resamplings (see `within`). 0 asks for the measured value alone, and
+                mostly finds the point whose items flattered it most.
 
         Raises:
             NoPointError: no point forgets so little.
@@ -205,14 +205,13 @@ class ScoredRun(MeasuredRun):
         if not 0 <= sure <= 1:
             raise RunError(f"how sure to be is a share: 90 % is 0.9; given {sure:g}")
         self._require_points()
-        sure = sure or (1 - BELOW if self.is_estimated else 0.0)
         if (found := self._best(max_forgetting, sure)) is not None:
             return found
         front, asked = self.front(), percent(max_forgetting)
         if sure and (front["forgetting"] <= max_forgetting).any():
             raise NoPointError(
                 f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
-                "allow more forgetting, be less sure, or measure more items"
+                "allow more forgetting, be less sure (--sure), or measure more items"
             )
         raise NoPointError(
             f"no point of run {self.name} forgets at most {asked}; the least is {percent(front['forgetting'].min())}"

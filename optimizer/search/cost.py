@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.outcomes import HOLDOUT, SEARCH, SUITES
+from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskInfo
 from optimizer.search.prepared import SHARES
-from optimizer.workers.orders import QUESTIONS, STEP_COST, TEXTS
+from optimizer.workers.orders import QUESTIONS, STEP_COST, TEXTS, Form
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.checkpoints.devices import Spread
     from optimizer.search.plan import Plan
     from optimizer.study.schema import Study
+    from search_spaces.choice import Choice
+    from search_spaces.space import Space
 
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors of the space
-FORMS = {"regmean": 3, "fisher": 9}  # candidates that the derived experts of a form cost together
+FORMS: dict[Form, float] = {"regmean": 3, "fisher": 9}  # candidates that the derived experts of a form cost together
+LESSONS = 2 / 3  # of what anchors and derived experts leave of `search.candidates`: the rest is searched
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Cost:
     tokens: Mapping[str, int]  # of one trial, by suite; of banks, what is drawn
     prepared: float  # what preparing anchors costs, in candidates
     hours: float
+    lessons: int  # those that are paid for
+    forms: tuple[Form, ...]  # of derived anchors, likewise
     on_gpus: tuple[int, ...] = ()  # of the model, on each GPU that it is spread over
     learning_on_gpu: int = 0  # of learning_bytes, on the GPU with the most layers
 
@@ -53,8 +58,7 @@ def cost_of(plan: Plan) -> Cost | None:
         (row["search_tokens"] or 0, row["drawn_items"] / row["search_items"]) for row in rows if row["drawn_items"]
     ]
     tokens = {**whole, SEARCH: whole[SEARCH] - round(sum(own * (1 - share) for own, share in shares))}
-    forms = plan.study.anchors.derived if len(plan.experts) == 1 else ()
-    lessons = plan.study.search.lessons
+    forms, lessons = paid_for(plan.study, plan.space, plan.harness.infos)
     prepared = STEP_COST * plan.study.search.learned.steps * lessons + sum(FORMS[form] for form in forms)
     own = plan.study.models.derived.values()
     prepared += sum(FORMS[entry.form] / len(SHARES) for entry in own)
@@ -74,8 +78,37 @@ def cost_of(plan: Plan) -> Cost | None:
         tokens=tokens,
         prepared=prepared,
         hours=work / _speed(plan.study) / 3600,
+        lessons=lessons,
+        forms=forms,
         on_gpus=tuple(round(held * width * numbers / plan.base.bytes) for held in spread.bytes) if spread else (),
         learning_on_gpu=round(learning * most_layers),
+    )
+
+
+def paid_for(study: Study, space: Space | Choice | None, tasks: Sequence[TaskInfo]) -> tuple[tuple[Form, ...], int]:
+    """Say which forms of derived anchors, and how many lessons, `search.candidates` pays for; all where it is not set.
+
+    Forms come first, in the study's order; lessons have `LESSONS` of what is left.
+    """
+    forms = study.anchors.derived if len(study.models.experts) == 1 else ()
+    learned, candidates = study.search.learned, study.search.candidates
+    if candidates is None:
+        return forms, learned.count
+    each = anchor_cost(tasks)
+    left = candidates - each * (len(space.anchors()) if space is not None else 0)
+    made = []
+    for form in forms:
+        cost = FORMS[form] + each * len(SHARES)
+        if cost <= left:
+            made.append(form)
+            left -= cost
+    return tuple(made), min(learned.count, max(0, int(LESSONS * left / (STEP_COST * learned.steps + each))))
+
+
+def anchor_cost(tasks: Sequence[TaskInfo]) -> float:
+    """Compute what scoring an anchor costs, in candidates: 1, or more where it reads whole banks."""
+    return sum(task.search_items for task in tasks) / max(
+        1, sum(task.drawn_items or task.search_items for task in tasks)
     )
 
 

@@ -217,7 +217,7 @@ class _Search:
 
     def _has_ended(self) -> bool:
         """Tell whether the study's own end is reached, and a person why."""
-        if not self.ended and (reason := self.ends.reason(self.asked - self.ledger.finished)):
+        if not self.ended and (reason := self.ends.reason(self.in_hand)):
             self.ended = reason
             self.reporter.say("note", f"no more trials are started: {reason}")
         return bool(self.ended)
@@ -225,8 +225,12 @@ class _Search:
     @property
     def asked(self) -> int:
         """Trials of the budget that are finished or in hand."""
-        ledger = self.ledger
-        return ledger.finished + len(ledger.held) + len(self.crew.out.keys() - ledger.values.keys())
+        return self.ledger.finished + len(self.in_hand)
+
+    @property
+    def in_hand(self) -> set[int]:
+        """Trials that workers have, or that are scored and not told."""
+        return self.ledger.held.keys() | (self.crew.out.keys() - self.ledger.values.keys())
 
     def _ask(self) -> None:
         """Give a worker the next job: a trial that is owed, an anchor to prepare, or a recipe to be sampled."""

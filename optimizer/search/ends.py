@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from optimizer.runs.front import growth, losses
 from optimizer.runs.trial import Role
-from optimizer.search.cost import FORMS
+from optimizer.search.cost import FORMS, anchor_cost
 from optimizer.search.ledger import Ledger
-from optimizer.search.prepared import LESSON, SHARES
+from optimizer.search.prepared import DERIVATIONS, LESSON, REQUEST, SHARES
 from optimizer.words import count, percent
+from optimizer.workers.orders import STEP_COST
 
 if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
@@ -33,22 +35,25 @@ class Ends:
         """Whether the time is up."""
         return time.monotonic() >= self._deadline
 
-    def reason(self, in_hand: int) -> str:
+    def reason(self, in_hand: Iterable[int]) -> str:
         """Say why no trial is started any more, in words; empty where one may be.
 
         Args:
-            in_hand: trials that workers have, each of which costs one candidate or more.
+            in_hand: trials that are not told yet; what they are expected to cost counts as spent.
         """
         settings = self._settings
         if self.is_late:
             return f"{settings.timeout:g} minutes are over (search.timeout)"
-        if settings.candidates is not None and self._ledger.spent + in_hand >= settings.candidates:
+        if settings.candidates is not None and self._spent(in_hand) >= settings.candidates:
             return f"{settings.candidates:g} candidates are spent (search.candidates)"
         patience = settings.patience
         if patience is not None and (gained := self.gained(patience.trials)) is not None and gained <= patience.gain:
             last = count(patience.trials, "searched trial")
             return f"the last {last} added {percent(max(gained, 0.0))} to the hypervolume (search.patience)"
         return ""
+
+    def _spent(self, in_hand: Iterable[int]) -> float:
+        return self._ledger.spent + math.fsum(expected_cost(number, self._ledger) for number in in_hand)
 
     def gained(self, trials: int) -> float | None:
         """Compute what the last searched trials added to the hypervolume, a share of it; None before there are
@@ -80,11 +85,21 @@ def cost_of_trial(number: int, ledger: Ledger) -> float:
     return read / max(first, 1) + _preparing(number, ledger)
 
 
+def expected_cost(number: int, ledger: Ledger) -> float:
+    """Say what a trial that is not scored yet is expected to cost, in candidates."""
+    read = anchor_cost(ledger.tasks) if ledger.kinds[number].is_anchor else 1.0
+    return read + _preparing(number, ledger)
+
+
 def _preparing(number: int, ledger: Ledger) -> float:
+    """Say what a trial's preparing cost; what it is expected to, before it is done or where an earlier version did not
+    write it down."""
     kind = ledger.kinds[number]
-    if kind.role is Role.DERIVED:
-        return FORMS.get(kind.stored.split()[1], 0) / len(SHARES)
+    if kind in DERIVATIONS:
+        return FORMS[DERIVATIONS[kind][0]] / len(SHARES)
     if kind.role is Role.LEARNED:
-        with suppress(KeyError, ValueError, TypeError):  # a lesson of an earlier version
+        with suppress(KeyError, ValueError, TypeError):
             return float(json.loads(ledger.attribute(number, LESSON))["candidates"])
+        with suppress(KeyError, ValueError, TypeError):
+            return STEP_COST * json.loads(ledger.attribute(number, REQUEST))["steps"]
     return 0.0

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 from evals.outcomes import HOLDOUT
 from optimizer.runs.trial import Role, TrialKind
@@ -27,6 +28,9 @@ SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
 LEARNED_ON: tuple[Form, float] = ("regmean", SHARES[1])  # the derived expert that lessons begin at
 PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
 LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
+DERIVATIONS: dict[TrialKind, tuple[Form, float]] = {
+    TrialKind(f"derived {form} {share:g}"): (form, share) for form in get_args(Form) for share in SHARES
+}  # the kinds of derived anchors
 REQUEST, LESSON = "request", "lesson"  # user attributes of a learned trial: a lesson as it is given, what it gave
 
 
@@ -56,10 +60,10 @@ class Preparation:
     steps: int = STEPS
     seed: int = 0
 
-    def derivations(self) -> dict[TrialKind, tuple[Form, float]]:
+    def derived(self) -> list[TrialKind]:
         """Give the derived anchors, in the order in which they are made."""
         forms = self.forms if len(self.experts) == 1 else ()
-        return {TrialKind(f"derived {form} {share:g}"): (form, share) for form in forms for share in SHARES}
+        return [kind for form in forms for kind, (its_form, _) in DERIVATIONS.items() if its_form == form]
 
     def preferences(self) -> dict[TrialKind, tuple[tuple[str, float], ...]]:
         """Give the preference of each learned anchor: of each expert's domain, the general tasks having the rest.
@@ -92,11 +96,11 @@ class Preparer:
     preparation: Preparation
     ledger: Ledger
     space: Space | Choice
-    _derivations: Mapping[TrialKind, tuple[Form, float]] = field(init=False)
+    _derived: Sequence[TrialKind] = field(init=False)
     _preferences: Mapping[TrialKind, tuple[tuple[str, float], ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._derivations, self._preferences = self.preparation.derivations(), self.preparation.preferences()
+        self._derived, self._preferences = self.preparation.derived(), self.preparation.preferences()
 
     def next(self, out: Sequence[Job]) -> Job | None:
         """Make the trial of the anchor that is due, and give its job; None where none is due yet, or any more.
@@ -138,13 +142,13 @@ class Preparer:
     def _missing(self) -> tuple[list[TrialKind], list[TrialKind]]:
         """Derived and learned anchors that have no trial yet."""
         known = set(self.ledger.kinds.values())
-        return [k for k in self._derivations if k not in known], [k for k in self._preferences if k not in known]
+        return [k for k in self._derived if k not in known], [k for k in self._preferences if k not in known]
 
     def _due(self, out: Sequence[Job]) -> TrialKind | None:
         derived, learned = self._missing
         if derived:  # the first job of a form makes all of its folders, and the others find them
             making = [job.path.form for job in out if isinstance(job, DeriveJob)]
-            return next((kind for kind in derived if self._derivations[kind][0] not in making), None)
+            return next((kind for kind in derived if DERIVATIONS[kind][0] not in making), None)
         return learned[0] if learned and self._can_start(out) else None
 
     def _can_start(self, out: Sequence[Job]) -> bool:
@@ -167,14 +171,14 @@ class Preparer:
             self.ledger.note(job.trial, LESSON, json.dumps({"preference": dict(job.lesson.preference), **told}))
             return Recipe.from_json(answer.recipe)
         assert not isinstance(answer, Learned)
-        form, share = self._derivations[self.ledger.kinds[job.trial]]
+        form, share = DERIVATIONS[self.ledger.kinds[job.trial]]
         expert = f"{self.preparation.experts[0][0]}_{form}_{100 * share:.0f}"
         source = str(answer[SHARES.index(share)])
         whole = tuple(Setting("weight", expert, group, 1.0) for group in self.space.groups)
         return Recipe("task_arithmetic", self.preparation.base, ((expert, source),), whole, kinds=self.space.kinds)
 
     def _path(self, kind: TrialKind) -> Derivation:
-        form, _ = self._derivations[kind]
+        form, _ = DERIVATIONS[kind]
         return Derivation(form, self.preparation.experts[0][0], SHARES, self.preparation.folder)
 
     def _lesson(self, kind: TrialKind) -> Lesson:
@@ -198,7 +202,7 @@ class Preparer:
         """
         starts, ledger = list(self._starts()), self.ledger
         for number, recipe in starts:
-            if self._derivations.get(ledger.kinds[number]) == LEARNED_ON:
+            if DERIVATIONS.get(ledger.kinds[number]) == LEARNED_ON:
                 return recipe
         most = max(ledger.values[n][-1] for kind, n in ledger.references.items() if kind.role is Role.EXPERT)
         general = 1 - math.fsum(preference.values())

@@ -38,7 +38,7 @@ from optimizer.study.forms import (
 )
 from optimizer.study.section import MOST_ITEMS, Certify, Gpus, Holdout, Section, count_or
 from optimizer.study.task_entry import Tasks
-from optimizer.workers.orders import STEP_COST, STEPS, By, Form, Loss
+from optimizer.workers.orders import STEPS, By, Form, Loss
 from search_spaces.shape import LEAST, WORDS, Kind
 
 MOST_WORKERS, MOST_MINUTES = 1024, 1e7  # beyond any machine
@@ -312,7 +312,7 @@ class SearchSection(Section):
         gt=0,
         le=MOST_ITEMS,
         description="What the search may cost at most, in candidates: lessons, derived experts and banks count too. "
-        "Lessons get two thirds of it at most.",
+        "Those it does not pay for are left out.",
     )
     patience: PatienceEntry | None = Field(
         default=None, description="End when the last trials added little: {trials: 20, gain: 0.01}."
@@ -326,13 +326,6 @@ class SearchSection(Section):
     )
     max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
     storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
-
-    @property
-    def lessons(self) -> int:
-        """Learned anchors: as many as asked for, or as two thirds of `candidates` pay for."""
-        if self.candidates is None:
-            return self.learned.count
-        return min(self.learned.count, int(self.candidates * 2 / 3 / (STEP_COST * self.learned.steps)))
 
 
 def _read_derived(value: object) -> object:

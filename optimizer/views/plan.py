@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from evals.lm_harness import Harness
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.search.plan import Plan
-    from optimizer.study.schema import SearchSection
+    from optimizer.study.schema import SearchSection, Study
     from search_spaces.choice import Choice
     from search_spaces.space import Space
 
@@ -170,7 +170,20 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
     if cost.prepared:
         text = f"about as much as {cost.prepared:.0f} trials"
         yield "learned, derived", text + (f", and {_size(cost.disk_bytes)} of disk" if cost.disk_bytes else "")
+    if left_out := _left_out(plan.study, cost):
+        candidates = plan.study.search.candidates
+        yield "left out", f"{left_out}: {candidates:g} candidates do not pay for it (search.candidates)"
     yield "time", f"very roughly {_hours(cost.hours)} for {plan.study.search.trials} trials and the holdout"
+
+
+def _left_out(study: Study, cost: Cost) -> str:
+    """Name the derived anchors and lessons that the study asks for and its candidates do not pay for."""
+    forms = study.anchors.derived if len(study.models.experts) == 1 else ()
+    parts = [f"derived {form}" for form in forms if form not in cost.forms]
+    lessons = study.search.learned.count
+    if cost.lessons < lessons:
+        parts.append(f"{lessons - cost.lessons} of {count(lessons, 'learned point')}")
+    return ", ".join(parts)
 
 
 def _gpu_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:

@@ -224,7 +224,7 @@ def _limits(run: ScoredRun) -> str:
         )
         for row in answers
     ]
-    export = f"mergefront export {run.path.name} --max-forgetting {answers[0].limit:g} --sure {SURE:g}"
+    export = f"mergefront export {run.path.name} --max-forgetting {answers[0].limit:g}"
     return (
         "<section><h2>The most domain gain for a limit on forgetting</h2>"
         f'<p class="soft">Points that keep to it in {percent(SURE)} of resamplings of the search items.</p>'

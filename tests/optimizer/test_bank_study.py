@@ -93,4 +93,4 @@ def test_knee_and_limit_go_by_estimate_and_error(run: Run) -> None:
     assert (run.points()["front_chance"] > 0).any()
     limit = float(front["forgetting"].max()) + 0.01
     chosen = run.best(limit)
-    assert run.within(limit, "search")[chosen] >= 0.84
+    assert run.within(limit, "search")[chosen] >= 0.9

@@ -14,7 +14,7 @@ from optimizer.errors import SearchError
 from optimizer.run_study import make_pool, preparation_of, worker_spec
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search.driver import run_search
-from optimizer.search.plan import make_plan
+from optimizer.search.plan import make_plan, require_sound
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
 from optimizer.workers.pool import Only, SerialPool
@@ -45,21 +45,19 @@ def plant(expert: Path, bad: float) -> None:
 def searched(study: Study, pool: SerialPool) -> tuple[RunFolder, list[FrozenTrial]]:
     """The trials of a search that has to stop because of a tensor."""
     plan = make_plan(study)
-    assert not plan.problems
-    assert plan.space is not None
-    assert plan.harness is not None
-    tasks = plan.harness.infos
+    ready = require_sound(plan)
+    tasks = ready.harness.infos
     run = RunFolder.create_or_resume(study.run_path, "name: small\n", {}, tasks=tasks)
     with run.lock(), pytest.raises(SearchError, match=TENSOR):
         run_search(
             study.search,
             run,
-            space=plan.space,
+            space=ready.space,
             pool=pool,
             tasks=tasks,
             require_unchanged=lambda: None,
             events=print,
-            preparation=preparation_of(study),
+            preparation=preparation_of(ready),
         )
     return run, optuna.load_study(study_name=None, storage=run.storage()).get_trials(deepcopy=False)
 

@@ -110,14 +110,14 @@ def test_how_sure_a_limit_is_kept(run: Run) -> None:
 
 def test_the_surer_the_limit_the_less_is_taken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = float(run.front()["forgetting"].median())
-    bold, sure = run.best(limit), run.best(limit, sure=0.9)
+    bold, sure = run.best(limit, sure=0.0), run.best(limit)
     points = run.points()
     assert points["forgetting"][sure] < points["forgetting"][bold]
     assert run.within(limit, "search")[sure] >= 0.9 > run.within(limit, "search")[bold]
     assert run.how_sure(bold, limit).startswith("In ")
     monkeypatch.setattr(Run, "within", lambda *_: pd.Series(0.5, index=points.index))
-    with pytest.raises(RunError, match=r"in 90 % of resamplings; allow more forgetting"):
-        run.best(limit, sure=0.9)
+    with pytest.raises(RunError, match=r"in 90 % of resamplings; allow more forgetting, be less sure \(--sure\)"):
+        run.best(limit)
 
 
 def test_each_limit_has_the_point_that_keeps_to_it_by_the_search_items(run: Run) -> None:
@@ -125,7 +125,7 @@ def test_each_limit_has_the_point_that_keeps_to_it_by_the_search_items(run: Run)
     assert len(answers) >= 2
     assert answers["domain"].notna().all()
     for limit, trial, kept in answers[["limit", "trial", "kept"]].itertuples(index=False):
-        assert trial == run.best(limit, sure=0.9)
+        assert trial == run.best(limit)
         assert kept == run.within(limit, run.suite_of(trial))[trial]
         assert limit < run.reference()["forgetting"]
     assert [row["trial"] for row in front_document(run)["limits"]] == answers["trial"].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 from statistics import fmean
 
@@ -13,10 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 from optimizer.run import Run, open_run
 from optimizer.run_study import finish
 from optimizer.runs.limits import Limits, answer_to_limits, limits_of
+from optimizer.search.cost import paid_for
 from optimizer.search.samplers import SAMPLERS, make_sampler
 from optimizer.strict_yaml import dump_yaml
+from optimizer.study.schema import AnchorsSection
 from optimizer.views.sentences import limits, verdict
-from tests.optimizer.fakes import Bench
+from optimizer.workers.pool import LearnJob, Result, SerialPool
+from search_spaces.shape import Shape
+from tests.optimizer.fakes import Bench, FakeWorker, space_of, study_of, tasks_of
 
 pytestmark = pytest.mark.slow  # whole studies are run
 
@@ -149,6 +154,45 @@ def test_lessons_derived_experts_and_banks_cost_too(tmp_path: Path) -> None:
     assert cost["base"] == pytest.approx(whole, abs=1e-3)
     assert cost["derived regmean 0.4"] == pytest.approx(whole + 1, abs=1e-3)  # a third of three candidates
     assert next(c for kind, c in cost.items() if kind.startswith("learned")) == pytest.approx(whole + 18, abs=1e-3)
+
+
+def test_a_lesson_in_hand_counts_as_what_it_will_cost(tmp_path: Path) -> None:
+    class LessonsLast(SerialPool):
+        size = 2
+
+        def wait(self, timeout: float) -> list[Result]:
+            self._jobs = deque(sorted(self._jobs, key=lambda job: isinstance(job, LearnJob)))
+            return super().wait(timeout)
+
+    bench = Bench(tmp_path / "toy", learned=1)
+    bench.search(trials=60, candidates=30.0, pool=LessonsLast(FakeWorker))
+    spent = sum(t.user_attrs["candidates"] for t in trials_of(bench))
+    assert 29 < spent <= 30 + 18 - 16.8 + 1  # the fake lesson costs 18, and 16.8 were expected
+
+
+@pytest.mark.parametrize(
+    ("candidates", "forms", "lessons"),
+    [
+        (None, ("regmean", "fisher"), 5),
+        (13.0, (), 0),
+        (14.0, ("regmean",), 0),
+        (20.0, ("fisher",), 0),  # 12 of the 12 that the eight anchors leave
+        (26.0, ("regmean", "fisher"), 0),
+        (53.0, ("regmean", "fisher"), 1),
+        (400.0, ("regmean", "fisher"), 5),
+    ],
+)
+def test_what_candidates_pay_for(candidates: float | None, forms: tuple[str, ...], lessons: int) -> None:
+    wanted = {"derived": ["fisher"]} if candidates == 20.0 else {}
+    study = study_of("toy", ("clinical",), candidates=candidates).model_copy(
+        update={"anchors": AnchorsSection.model_validate(wanted)}
+    )
+    space = space_of(("clinical",), Shape("curve", 4))
+    assert len(space.anchors()) == 8
+    assert paid_for(study, space, tasks_of(("clinical",))) == (forms, lessons)
+    twice = paid_for(study, space, tasks_of(("clinical",), drawn=10))  # an anchor reads twice what is drawn
+    assert len(twice[0]) <= len(forms)
+    assert twice[1] <= lessons
 
 
 def test_a_search_ends_when_nothing_is_gained(bench: Bench) -> None:

@@ -193,7 +193,7 @@ def test_preferences_are_spread_over_the_front_and_with_several_experts_over_the
     one = Preparation("base", (("a", "A"),), Path(), learned=1).preferences()
     assert one == {TrialKind("learned p=0.60"): (("a", pytest.approx(0.6)),)}
     two = Preparation("base", (("a", "A"), ("b", "B")), Path(), learned=5, forms=("regmean",))
-    assert not two.derivations()
+    assert not two.derived()
     kinds = [kind.stored for kind in two.preferences()]
     assert kinds == ["learned p=0.32", "learned p=0.46 a", "learned p=0.60 b", "learned p=0.74", "learned p=0.88 a"]
     assert all(0 < sum(share for _, share in parts) < 1 for parts in two.preferences().values())

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from optimizer.strict_yaml import read_yaml
-from optimizer.study.schema import RANGES, SCHEMA_FILE, LearnedEntry, SearchSection, Study, schema_text, study_schema
+from optimizer.study.schema import RANGES, SCHEMA_FILE, Study, schema_text, study_schema
 from optimizer.study.study_file import read_study
 from search_spaces.parameters import METHODS
 
@@ -50,16 +50,3 @@ def test_a_range_can_be_given_for_each_number_that_may_vary_from_place_to_place(
     spaces = [spec for spec in METHODS.values() if not spec.unsearchable]
     varying = {number.name for spec in spaces for number in spec.parameters if number.scope != "recipe"}
     assert set(RANGES) == varying - {"sum"}  # read from a mergekit document, not searched
-
-
-@pytest.mark.parametrize(
-    ("candidates", "lessons"), [(None, 5), (25.0, 0), (26.0, 1), (60.0, 2), (120.0, 4), (126.0, 5), (1000.0, 5)]
-)
-def test_lessons_take_two_thirds_of_the_candidates_at_most(candidates: float | None, lessons: int) -> None:
-    assert SearchSection(candidates=candidates).lessons == lessons
-
-
-def test_shorter_lessons_are_more_for_the_same_price() -> None:
-    short = LearnedEntry(count=3, steps=6)
-    assert SearchSection(candidates=26.0, learned=short).lessons == 3
-    assert SearchSection(candidates=12.0, learned=short).lessons == 1

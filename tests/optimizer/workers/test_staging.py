@@ -14,7 +14,7 @@ import pytest
 from evals.outcomes import SEARCH
 from evals.task_files import files_of
 from optimizer.errors import WorkerError
-from optimizer.run_study import derived_folder, listings_of, preparation_of, worker_spec
+from optimizer.run_study import derived_folder, listings_of, worker_spec
 from optimizer.search.prepared import SHARES
 from optimizer.study.study_file import read_study
 from optimizer.workers import staging
@@ -178,7 +178,7 @@ def test_a_worker_elsewhere_gives_what_one_here_gives(
     assert there.evaluate(half, SEARCH).outcomes == here.evaluate(half, SEARCH).outcomes
     lesson = Lesson(half, ((spec.experts[0][0], 0.6),), "group", 2, (-1.0, 2.0), 0)
     assert there.learn(lesson).recipe == here.learn(lesson).recipe
-    path = Derivation("regmean", spec.experts[0][0], SHARES, preparation_of(study).folder)
+    path = Derivation("regmean", spec.experts[0][0], SHARES, derived_folder(study))
     folders = there.derive(path)
     assert all(folder.is_dir() and folder.parent == path.folder for folder in folders)
     apart = here.derive(replace(path, folder=tmp_path / "apart"))
