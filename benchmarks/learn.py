@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -28,15 +29,22 @@ from optimizer.runs.outcome_files import outcomes_path, read_outcomes, write_out
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
 from optimizer.workers.learner import Learner
-from optimizer.workers.orders import By, Derivation, Lesson, Loss
+from optimizer.workers.orders import By, Derivation, Form, Lesson, Loss
 from optimizer.workers.sensitivity import some_of_each
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
 DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
-BASE, EXPERT, UNIFORM, REGMEAN = "base", "expert", "uniform", "regmean"
+BASE, EXPERT, UNIFORM, REGMEAN, FISHER = "base", "expert", "uniform", "regmean", "fisher"
 MODELS = {BASE: (UNIFORM, 0.0), EXPERT: (UNIFORM, 1.0)}
-STARTS = {"start uniform 0.25": (UNIFORM, 0.25), "start uniform 0.5": (UNIFORM, 0.5), "start regmean": (REGMEAN, 0.4)}
+STARTS = {
+    "start uniform 0.25": (UNIFORM, 0.25),
+    "start uniform 0.5": (UNIFORM, 0.5),
+    "start regmean": (REGMEAN, 0.4),
+    "start fisher 0.2": (FISHER, 0.2),
+    "start fisher 0.4": (FISHER, 0.4),
+    "start fisher 0.6": (FISHER, 0.6),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,7 @@ class Row:
     """One way to learn; the defaults are the product's.
 
     Args:
-        start: uniform weights, or RegMean, and how far to the expert.
+        start: uniform weights, RegMean or Fisher, and how far to the expert.
         items: of each task, at most; 0 is all.
         pulled: whether weights may be pulled towards their mean.
     """
@@ -92,6 +100,11 @@ def rows() -> dict[str, Row]:
         "from regmean 0.4": replace(plain, start=(REGMEAN, 0.4)),
         "from regmean 0.4, for 0.35": replace(plain, start=(REGMEAN, 0.4), preference=0.35),
         "from regmean 0.4, for 0.8": replace(plain, start=(REGMEAN, 0.4), preference=0.8),
+        "from fisher 0.4": replace(plain, start=(FISHER, 0.4)),
+        "from fisher 0.4, for 0.35": replace(plain, start=(FISHER, 0.4), preference=0.35),
+        "from fisher 0.4, for 0.8": replace(plain, start=(FISHER, 0.4), preference=0.8),
+        "from fisher 0.4, teachers": replace(plain, start=(FISHER, 0.4), loss="teachers"),
+        "from fisher 0.2": replace(plain, start=(FISHER, 0.2)),
         "for 0.35": replace(plain, preference=0.35),
         "for 0.8": replace(plain, preference=0.8),
         "30 items a task": replace(plain, items=30),
@@ -112,11 +125,11 @@ class Bench:
         self.done = {name: Done(**row) for name, row in found.items()}
 
     def recipe(self, form: str, share: float) -> Recipe:
-        """Make a start: RegMean's expert is derived where it is not there yet."""
+        """Make a start: a derived expert is made where it is not there yet."""
         name, source, weight = self.expert, self.source, share
-        if form == REGMEAN:
-            path = Derivation("regmean", self.expert, (share,), (self.folder / "derived").absolute())
-            name, source, weight = f"{self.expert}_regmean", str(self.worker.derive(path)[0]), 1.0
+        if form != UNIFORM:
+            path = Derivation(cast(Form, form), self.expert, (share,), (self.folder / "derived").absolute())
+            name, source, weight = f"{self.expert}_{form}_{100 * share:.0f}", str(self.worker.derive(path)[0]), 1.0
         return Recipe("task_arithmetic", self.base, ((name, source),), (Setting("weight", name, "", weight),))
 
     def learn(self, row: Row) -> Done:

@@ -70,8 +70,15 @@ class Sources:
 
         Raises:
             CheckpointError: one cannot be read, or does not fit the base.
+            MergeError: one has the name of another that is open.
         """
-        missing = {name: source for name, source in experts if name not in self.experts and Path(source).is_dir()}
+        found = {name: source for name, source in experts if Path(source).is_dir()}
+        for name, source in found.items():
+            if name in self.experts and not self.experts[name].folder.samefile(source):
+                raise MergeError(
+                    f"two experts are called {name!r}: {self.experts[name].folder} is open, the recipe names {source}"
+                )
+        missing = {name: source for name, source in found.items() if name not in self.experts}
         added = {name: open_checkpoint(source, base=self.base) for name, source in missing.items()}
         for expert in added.values():
             require_compatible(self.base, expert)

@@ -8,8 +8,7 @@ a search that was killed gives the same lesson again.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -17,6 +16,7 @@ from typing import get_args
 from evals.outcomes import HOLDOUT
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
+from optimizer.search.starts import best_start
 from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss
 from optimizer.workers.pool import DeriveJob, Job, LearnJob
 from search_spaces.choice import Choice
@@ -25,7 +25,6 @@ from search_spaces.recipe import Recipe, Setting
 from search_spaces.space import Space
 
 SHARES = (0.2, 0.4, 0.6)  # of the way from base to expert
-LEARNED_ON: tuple[Form, float] = ("regmean", SHARES[1])  # the derived expert that lessons begin at
 PREFERENCES = (0.25, 0.95)  # of the domain; learned anchors divide what lies between
 LEAN = 0.6  # with several experts: the part of a domain's preference that one of them may have
 DERIVATIONS: dict[TrialKind, tuple[Form, float]] = {
@@ -194,31 +193,10 @@ class Preparer:
         )
 
     def _start(self, preference: Mapping[str, float]) -> Recipe:
-        """Give RegMean's middle expert where there is one, else the anchor that is best by a preference.
-
-        Which anchor is best on search items is decided by their noise; RegMean's deltas were the better ones to learn
-        on whatever the preference. Best is the domains' gain against forgetting, in shares of the most that an expert
-        forgets.
-        """
-        starts, ledger = list(self._starts()), self.ledger
-        for number, recipe in starts:
-            if DERIVATIONS.get(ledger.kinds[number]) == LEARNED_ON:
-                return recipe
-        most = max(ledger.values[n][-1] for kind, n in ledger.references.items() if kind.role is Role.EXPERT)
-        general = 1 - math.fsum(preference.values())
-
-        def worth(number: int) -> float:
-            *gains, forgetting = ledger.values[number]
-            won = math.fsum(share * gain for share, gain in zip(preference.values(), gains, strict=True))
-            return won - general * forgetting / max(most, 1e-9)
-
-        return max(starts, key=lambda pair: (worth(pair[0]), -pair[0]))[1]
-
-    def _starts(self) -> Iterator[tuple[int, Recipe]]:
-        for number in self.ledger.finished_anchors():
-            recipe = Recipe.from_json(self.ledger.recipes[number])
-            if self.ledger.kinds[number].role is not Role.LEARNED:
-                yield number, _as_task_arithmetic(recipe)
+        """Give the best anchor that was not learned, as task arithmetic."""
+        anchors = [n for n in self.ledger.finished_anchors() if self.ledger.kinds[n].role is not Role.LEARNED]
+        found = best_start(anchors, preference, self.ledger)
+        return _as_task_arithmetic(Recipe.from_json(self.ledger.recipes[found]))
 
 
 def _as_task_arithmetic(recipe: Recipe) -> Recipe:

@@ -7,7 +7,6 @@ experts, and the losses at a start. Every token that is read is counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,16 +19,13 @@ from evals.losses import Example, pairs_of, task_losses
 from evals.packing import build_trie
 from optimizer.merging.gradients import Gradient
 from optimizer.workers.orders import Loss
+from optimizer.workers.weighing import BASE, counts, scale
 from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
     from evals.engine import Engine
     from evals.outcomes import TaskInfo
     from evals.teachers import Beliefs
-
-BASE = ""  # as the name of a model
-LEAST_SCALE = 0.05  # of a task's loss at the base: an expert that hardly moved it gives no scale
-LEAST_DIVERGENCE = 1e-4  # bits per token: below it a teacher's two sides are one model, up to rounding
 
 
 class Candidate(Protocol):
@@ -104,7 +100,7 @@ class Aims:
             name: [t.name for t in tasks if t.role == "domain" and t.expert in ("", name)] for name in experts
         }
         self._general = [t.name for t in tasks if t.role == "general"]
-        self._weights = {t.name: t.weight for t in tasks}
+        self._tasks = tasks
         self._ends: dict[Loss, dict[str, dict[Term, float]]] = {}  # by model, on the items learned from
         self._beliefs: dict[tuple[str, Example], tuple[Beliefs, ...]] = {}
         self._at_starts: dict[tuple[Loss, str, tuple[Term, ...]], dict[Term, float]] = {}  # on the items kept apart
@@ -115,21 +111,12 @@ class Aims:
             self._ends[loss] = self._ends_on_labels() if loss == "labels" else self._ends_of_teachers()
         ends = self._ends[loss]
         factors = dict.fromkeys(ends[BASE], 0.0)
-        for name, share in preference.items():
-            for task in self._domain[name]:
-                term = Term(task, name if loss == "teachers" else BASE)
-                won = ends[BASE][term] - ends[name][term]
-                factors[term] += share * self._counts(task, self._domain[name]) / _scale(won, ends[BASE][term])
-        for task in self._general:
-            term = Term(task, BASE)
-            lost = max(ends[name][term] for name in self._experts) - ends[BASE][term]
-            share = (1 - math.fsum(preference.values())) * self._counts(task, self._general)
-            factors[term] += share / _scale(lost, ends[BASE][term])
+        for task, name, share in counts(preference, self._tasks):
+            term = Term(task, name if loss == "teachers" else BASE)
+            at_base = ends[BASE][term]
+            between = at_base - ends[name][term] if name else max(ends[e][term] for e in self._experts) - at_base
+            factors[term] += share / scale(between, at_base)
         return Aim(self, loss, factors)
-
-    def _counts(self, task: str, among: Sequence[str]) -> float:
-        """Give what a task counts among those of its side, a share."""
-        return self._weights[task] / math.fsum(self._weights[name] for name in among)
 
     def parts(self, loss: Loss, examples: Sequence[Example]) -> list[Part]:
         """Turn items into parts: one each on labels, one for each of their task's teachers otherwise.
@@ -277,7 +264,3 @@ def term_losses(parts: Sequence[Part], found: torch.Tensor) -> dict[Term, torch.
 def size_of(examples: Sequence[Example]) -> int:
     """Count the distinct tokens that are read."""
     return len(build_trie(dict(enumerate(pairs_of(examples)))))
-
-
-def _scale(difference: float, at_base: float) -> float:
-    return max(difference, LEAST_SCALE * abs(at_base), LEAST_DIVERGENCE)

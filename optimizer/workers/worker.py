@@ -225,7 +225,8 @@ class Worker:
         """Make the resident model the merge of a recipe."""
         from optimizer.merging.merge import merge_into
 
-        self._sources = self._sources.extended(recipe.experts)
+        derived = [(name, source) for name, source in recipe.experts if name not in self._experts]
+        self._sources = self._sources.extended(derived)
         names = {*self._experts, *dict(recipe.experts)} & self._sources.experts.keys()
         for checkpoint in (self._sources.base, *(self._sources.experts[name] for name in sorted(names))):
             checkpoint.require_unchanged()

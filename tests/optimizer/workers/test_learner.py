@@ -19,6 +19,7 @@ from optimizer.study.study_file import Study
 from optimizer.workers.aims import Aims, size_of
 from optimizer.workers.learner import KEPT, Descent, Places, minibatches, split_examples
 from optimizer.workers.orders import PULLS, Learned, Lesson
+from optimizer.workers.weighing import counts, scale
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
@@ -159,13 +160,13 @@ def test_divergences_count_in_shares_of_that_between_base_and_expert(study: Stud
         assert expert - base == pytest.approx(1 - 2 * preference, abs=1e-5)
 
 
-def test_a_task_counts_by_its_weight_in_a_lesson_too(study: Study, worker: Worker) -> None:
-    seen, kept = split_examples(worker.examples())
+def test_tasks_share_their_sides_preference_by_weight(worker: Worker) -> None:
     heavy = [dataclasses.replace(task, weight=3.0, name="other") for task in worker.tasks if task.role == "general"]
-    tasks = [*worker.tasks, *heavy]
-    aims = Aims(worker, seen, kept, tasks=tasks, base=study.models.base, experts=study.models.experts)
-    names = [task.name for task in tasks if task.role == "general"]
-    assert [aims._counts(name, names) for name in names] == [0.25, 0.75]
+    found = [*counts({"clinical": 0.6}, [*worker.tasks, *heavy])]
+    assert [(name, share) for _, name, share in found if name] == [("clinical", pytest.approx(0.6))]
+    assert [share for _, name, share in found if not name] == [pytest.approx(0.1), pytest.approx(0.3)]
+    assert scale(0.5, 2.0) == 0.5
+    assert scale(-0.5, 2.0) == scale(0.01, 2.0) == pytest.approx(0.1)  # an expert that hardly moved it
 
 
 def test_teachers_at_their_own_place_ask_for_no_step(study: Study, worker: Worker) -> None:

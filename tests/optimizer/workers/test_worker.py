@@ -146,6 +146,20 @@ def test_a_recipe_of_another_expert_is_an_error_and_leaves_the_worker_usable(spe
     assert worker.evaluate(recipe(0.5), "search").outcomes == before.outcomes
 
 
+def test_another_folder_under_the_name_of_a_derived_expert_is_refused(spec: WorkerSpec, tmp_path: Path) -> None:
+    worker, source = Worker(spec), Path(spec.experts[0][1])
+    for place in ("one", "other"):
+        shutil.copytree(source, tmp_path / place)
+    whole = (Setting("weight", "derived", "", 1.0),)
+    recipes = [
+        Recipe("task_arithmetic", spec.base, (("derived", str(tmp_path / place)),), whole) for place in ("one", "other")
+    ]
+    worker.evaluate(recipes[0].to_json(), "search")
+    with pytest.raises(MergeError, match="two experts are called 'derived'"):
+        worker.evaluate(recipes[1].to_json(), "search")
+    worker.evaluate(recipes[0].to_json(), "search")
+
+
 def test_a_chat_template_runs_no_code(spec: WorkerSpec, tmp_path: Path) -> None:
     base = Path(shutil.copytree(spec.base, tmp_path / "base"))
     attack = f"{{{{ cycler.__init__.__globals__.os.mkdir('{tmp_path}/marker') }}}}"
