@@ -1,12 +1,13 @@
 """What learning depends on: one choice changed at a time, judged on holdout items.
 
-    python benchmarks/learn.py --study STUDY [--out runs/learn] [--only steps] [--rows 2]
+    python benchmarks/learn.py --study STUDY [--start regmean 0.4] [--out runs/learn] [--only steps] [--rows 2]
 
 STUDY is a study file with one expert; the default is the one that `make demo` leaves in runs/demo-inputs. Each row
 learns weights on search items, scores the recipe on holdout items, and is kept in OUT/rows.json as soon as it is done:
-started again, the script goes on with what is missing. Printed, and drawn as OUT/learn.html: gain and forgetting as a
-search measures them, each with its 95 % interval, the cost in candidates and the seconds (with what else the machine
-does). Beside them stand the base, the expert and the starts as they are.
+started again, the script goes on with what is missing. Printed, and drawn as OUT/learn.png: gain and forgetting as a
+search measures them, each with its 95 % interval, what a row is worth more than the first, with its paired interval,
+the cost in candidates and the seconds (with what else the machine does). Worth is 0.6 of the gain less 0.4 of the
+forgetting, both in shares of the expert's. Beside them stand the base, the expert and the starts as they are.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
+from matplotlib.figure import Figure
 
 from evals.objectives import Scale, draw_objectives, objectives
 from evals.outcomes import HOLDOUT
@@ -38,13 +40,12 @@ DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.y
 BASE, EXPERT, UNIFORM, REGMEAN, FISHER = "base", "expert", "uniform", "regmean", "fisher"
 MODELS = {BASE: (UNIFORM, 0.0), EXPERT: (UNIFORM, 1.0)}
 STARTS = {
-    "start uniform 0.25": (UNIFORM, 0.25),
-    "start uniform 0.5": (UNIFORM, 0.5),
-    "start regmean": (REGMEAN, 0.4),
-    "start fisher 0.2": (FISHER, 0.2),
-    "start fisher 0.4": (FISHER, 0.4),
-    "start fisher 0.6": (FISHER, 0.6),
+    f"start {form} {share:g}": (form, share)
+    for form, shares in ((UNIFORM, (0.25, 0.5)), (REGMEAN, (0.2, 0.4, 0.6)), (FISHER, (0.2, 0.4, 0.6)))
+    for share in shares
 }
+AS_IT_IS = "as it is"
+PREFERENCE = 0.6  # of the domain, in what a row is worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ class Row:
     questions: int = 10
     texts: int = 2
     pulled: bool = True
-    start: tuple[str, float] = (UNIFORM, 0.5)
+    start: tuple[str, float] = (REGMEAN, 0.4)
     items: int = 0
-    preference: float = 0.6
+    preference: float = PREFERENCE
     seed: int = 0
 
 
@@ -82,11 +83,11 @@ class Done:
     kept: float
 
 
-def rows() -> dict[str, Row]:
+def rows(start: tuple[str, float]) -> dict[str, Row]:
     """Name every row; each differs from the first in what its name says."""
-    plain = Row()
+    plain = Row(start=start)
     return {
-        "as it is": plain,
+        AS_IT_IS: plain,
         "steps 6": replace(plain, steps=6),
         "steps 12": replace(plain, steps=12),
         "steps 48": replace(plain, steps=48),
@@ -96,15 +97,11 @@ def rows() -> dict[str, Row]:
         "minibatch halved": replace(plain, questions=5, texts=1),
         "minibatch doubled": replace(plain, questions=20, texts=4),
         "no pull": replace(plain, pulled=False),
-        "from uniform 0.25": replace(plain, start=(UNIFORM, 0.25)),
-        "from regmean 0.4": replace(plain, start=(REGMEAN, 0.4)),
-        "from regmean 0.4, for 0.35": replace(plain, start=(REGMEAN, 0.4), preference=0.35),
-        "from regmean 0.4, for 0.8": replace(plain, start=(REGMEAN, 0.4), preference=0.8),
-        "from fisher 0.4": replace(plain, start=(FISHER, 0.4)),
-        "from fisher 0.4, for 0.35": replace(plain, start=(FISHER, 0.4), preference=0.35),
-        "from fisher 0.4, for 0.8": replace(plain, start=(FISHER, 0.4), preference=0.8),
-        "from fisher 0.4, teachers": replace(plain, start=(FISHER, 0.4), loss="teachers"),
-        "from fisher 0.2": replace(plain, start=(FISHER, 0.2)),
+        **{
+            f"from {form} {share:g}": replace(plain, start=(form, share))
+            for form, share in STARTS.values()
+            if (form, share) != start
+        },
         "for 0.35": replace(plain, preference=0.35),
         "for 0.8": replace(plain, preference=0.8),
         "30 items a task": replace(plain, items=30),
@@ -177,8 +174,22 @@ class Bench:
         scale = Scale(
             pd.concat(frames), self.worker.tasks, HOLDOUT, names.index(BASE), {self.expert: names.index(EXPERT)}
         )
-        found = objectives(draw_objectives(scale)).set_axis(names)
+        draws = draw_objectives(scale)
+        found = objectives(draws).set_axis(names)
+        found["worth"], found["worth_low"], found["worth_high"] = np.nan, np.nan, np.nan
+        if AS_IT_IS in names:
+            points, samples = (_worth(of, names.index(EXPERT)) for of in (draws.points, draws.samples))
+            plain = names.index(AS_IT_IS)
+            found["worth"] = points - points[plain]
+            apart = samples - samples[:, [plain]]
+            found["worth_low"], found["worth_high"] = np.quantile(apart, (0.025, 0.975), axis=0)
         return found.join(pd.DataFrame({name: asdict(row) for name, row in self.done.items()}).T)
+
+
+def _worth(of: Mapping[str, np.ndarray], expert: int) -> np.ndarray:
+    """Weigh gain against forgetting, both in shares of the expert's: (T,) or (B, T)."""
+    lost = np.maximum(of["forgetting"][..., [expert]], 1e-9)
+    return np.asarray(PREFERENCE * of["domain"] - (1 - PREFERENCE) * of["forgetting"] / lost)
 
 
 def models() -> Mapping[str, tuple[str, float]]:
@@ -186,49 +197,51 @@ def models() -> Mapping[str, tuple[str, float]]:
     return MODELS | STARTS
 
 
-def missing(bench: Bench, only: str) -> Iterator[tuple[str, Row | None]]:
+def missing(bench: Bench, only: str, start: tuple[str, float]) -> Iterator[tuple[str, Row | None]]:
     """List what is to be done: the models, then the rows whose name has the words."""
     for name in models():
         if name not in bench.done and (name in MODELS or not only or only in name):
             yield name, None
-    for name, row in rows().items():
+    for name, row in rows(start).items():
         if name not in bench.done and only in name:
             yield name, row
 
 
 def show(table: pd.DataFrame) -> Iterator[str]:
-    """Yield the lines of the table."""
-    yield f"{'':<22}{'gain %':>8}{'95 %':>16}{'forgets %':>11}{'95 %':>16}{'candidates':>12}{'seconds':>9}"
+    """Yield the lines of the table, in Markdown."""
+    yield "| | gain % | forgets % | worth, points more | candidates | seconds |"
+    yield "|---|---|---|---|---|---|"
     for name, row in table.iterrows():
-        gain, loss = (
-            f"{100 * row[what]:.1f}".rjust(width)
-            + f"[{100 * row[f'{what}_low']:.0f}, {100 * row[f'{what}_high']:.0f}]".rjust(16)
-            for what, width in (("domain", 8), ("forgetting", 11))
+        gain, loss, worth = (
+            f"{100 * row[what]:.1f} [{100 * row[f'{what}_low']:.0f}, {100 * row[f'{what}_high']:.0f}]"
+            for what in ("domain", "forgetting", "worth")
         )
-        yield f"{name:<22}{gain}{loss}{row['candidates']:>12.1f}{row['seconds']:>9.0f}"
+        yield f"| {name} | {gain} | {loss} | {worth} | {row['candidates']:.1f} | {row['seconds']:.0f} |"
 
 
-def drawn(table: pd.DataFrame) -> go.Figure:
-    """Draw gain against forgetting; what was learned in blue, models as they are in grey."""
-    figure = go.Figure()
-    for learned, colour in ((False, "#6b7785"), (True, "#0072b2")):
-        part = table[(table["candidates"] > 0) == learned]
-        figure.add_scatter(
-            x=100 * part["forgetting"], y=100 * part["domain"], mode="markers+text", text=list(part.index),
-            textposition="middle right", marker={"color": colour, "size": 10},
-            name="learned" if learned else "as it is",
-        )  # fmt: skip
-    figure.update_layout(
-        title="Learned weights, one choice changed at a time, on holdout items", width=980, height=700,
-        xaxis_title="forgetting, % of the base's general ability", yaxis_title="domain gain, % of the expert's gain",
-        template="simple_white",
-    )  # fmt: skip
+def drawn(table: pd.DataFrame) -> Figure:
+    """Draw what each row is worth more than the first, with its interval; models as they are in grey."""
+    shown = table.drop(index=[*MODELS, AS_IT_IS])
+    figure = Figure(figsize=(8.4, 0.27 * len(shown) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, row) in enumerate(shown.iterrows()):
+        colour = "#0072b2" if row["candidates"] > 0 else "#6b7785"
+        axes.plot([100 * row["worth_low"], 100 * row["worth_high"]], [place, place], color=colour, linewidth=2)
+        axes.plot([100 * row["worth"]], [place], "o", color=colour, markersize=5)
+    axes.axvline(0, color="#c0c7d0", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(shown)), [*shown.index])
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("worth more than a lesson as it is: points of 0.6 gain - 0.4 forgetting, in shares of the expert's")
+    axes.set_title("Learned weights, one choice changed at a time, on holdout items", loc="left")
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, default=DEFAULT_STUDY)
+    parser.add_argument("--start", nargs=2, default=("regmean", "0.4"), metavar=("FORM", "SHARE"))
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--only", default="", help="rows whose name has these words")
     parser.add_argument("--rows", type=int, help="stop after so many")
@@ -241,8 +254,8 @@ def main() -> None:
         parser.error(f"a study with one expert; {arguments.study} has {len(study.models.experts)}")
     _require_same_study(arguments.out, study)
     bench = Bench(study, arguments.out)
-    learned = 0
-    for name, row in missing(bench, arguments.only):
+    learned, (form, share) = 0, arguments.start
+    for name, row in missing(bench, arguments.only, (form, float(share))):
         if row is not None and arguments.rows is not None and learned >= arguments.rows:
             break
         print(f"{name} ...", flush=True)
@@ -253,7 +266,8 @@ def main() -> None:
             learned += 1
     table = bench.table()
     print("\n".join(show(table)))
-    drawn(table).write_html(arguments.out / "learn.html", include_plotlyjs=True)
+    if AS_IT_IS in table.index:
+        drawn(table).savefig(arguments.out / "learn.png", dpi=110)
 
 
 def _require_same_study(folder: Path, study: Study) -> None:

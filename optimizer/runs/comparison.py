@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from evals.objectives import Draws, interval
+from optimizer.runs.families import PREPARED
 from optimizer.runs.front import best_under
-from optimizer.runs.trial import Role
+from optimizer.runs.trial import NO_ANCHORS, Role
 
 LINES = (Role.UNIFORM, Role.SLOPE, Role.EXPERT)  # one weight for all layers, or one that rises; they end in the expert
-FOUND = (Role.SEARCHED, Role.LEARNED)
+FOUND = (*NO_ANCHORS, *PREPARED)
 NOBODY = -1  # in place of a trial, where no point of a side keeps to a limit
 COLUMNS = (
     "limit",

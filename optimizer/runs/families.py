@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evals.objectives import Draws, interval
 from optimizer.runs.front import hypervolumes, losses, non_dominated
-from optimizer.runs.trial import Role
+from optimizer.runs.trial import NO_ANCHORS, Role
 
 Array = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ SETS = {
     "+ derived": (Role.DERIVED,),
     "+ learned": (Role.LEARNED,),
     "+ searched": (Role.SEARCHED,),
-    "all": (*PREPARED, Role.SEARCHED),
+    "all": (*PREPARED, *NO_ANCHORS),
 }  # what is added to the anchors of a space: base, experts, lines
 COLUMNS = ("set", "points", "hypervolume", "share", "low", "high")
 FEW = 200  # resamplings that are enough where many objectives make each one dear

@@ -201,18 +201,19 @@ def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: floa
 
 
 def widest_gaps(values: ArrayLike) -> list[tuple[int, int]]:
-    """Find the neighbours on a front of two objectives, those farthest apart first.
+    """Find the neighbours on a front of two objectives, first those between which a point could add most.
+
+    That is at most the area of the rectangle that has them for two of its corners.
 
     Args:
-        values: (n, 2), a front in the order of either objective; distances are in shares of its extent.
+        values: (n, 2), a front in the order of either objective.
 
     Returns:
         Positions (i, i + 1), n - 1 of them; of equals the first.
     """
     points = _points(values)
-    extent = np.ptp(points, axis=0) if len(points) else np.ones(2)
-    lengths = np.linalg.norm(np.diff(points, axis=0) / np.where(extent > 0, extent, 1.0), axis=1)
-    return [(int(i), int(i) + 1) for i in np.argsort(-lengths, kind="stable")]
+    areas = np.abs(np.diff(points, axis=0)).prod(axis=1)
+    return [(int(i), int(i) + 1) for i in np.argsort(-areas, kind="stable")]
 
 
 def _points(values: ArrayLike) -> NDArray[np.float64]:

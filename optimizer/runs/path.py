@@ -58,9 +58,8 @@ def blend(left: Recipe, right: Recipe, share: float) -> Recipe:
         share: of the way from left to right.
     """
     experts = tuple(sorted({**dict(left.experts), **dict(right.experts)}.items()))
-    places = sorted(
-        {s.group for recipe in (left, right) for s in recipe.settings if s.group and s.parameter == "weight"}
-    )
+    weights = [s for recipe in (left, right) for s in recipe.settings if s.parameter == "weight"]
+    places = sorted({s.group for s in weights if s.group}) or [""]
     tensors = left.tensors | right.tensors
     kinds = left.kinds if left.kinds == right.kinds else ()
     if tensors:  # a number of a whole group would stand beside its tensors' own

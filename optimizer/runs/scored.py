@@ -34,7 +34,7 @@ from optimizer.runs.front import (
 )
 from optimizer.runs.measured import MeasuredRun, losses_of
 from optimizer.runs.posterior import front_chances, knee_by_samples
-from optimizer.runs.trial import Role, roles_of
+from optimizer.runs.trial import NO_ANCHORS, Role, roles_of
 from optimizer.words import listed, percent
 
 NO_TRIAL_YET = "No finished trial yet"
@@ -71,7 +71,7 @@ class ScoredRun(MeasuredRun):
     def anchors(self) -> pd.DataFrame:
         """Return the points that were not searched: base, experts, the uniform line, the slopes, those derived and
         learned; columns as `points`."""
-        return self._points[self._roles != Role.SEARCHED].copy()
+        return self._points[~self._roles.isin(NO_ANCHORS)].copy()
 
     def columns(self, suite: str) -> list[str]:
         """Return the names of a suite's objectives in the frames that hold those of both suites."""
@@ -150,7 +150,7 @@ class ScoredRun(MeasuredRun):
         if not metrics or self._points.empty or self.judging_suite != HOLDOUT:
             return pd.DataFrame(columns=names)
         changes = sentinel_changes(self.scale(HOLDOUT))
-        shown = self._points.index[self._points["front"] | (self._roles != Role.SEARCHED)]
+        shown = self._points.index[self._points["front"] | ~self._roles.isin(NO_ANCHORS)]
         changes["metric"] = changes["task"].map(metrics)
         changes["base_score"] = changes["task"].map(self.scores(self._measured_from[0], HOLDOUT))
         return changes.loc[changes["trial"].isin(shown), names].reset_index(drop=True)
@@ -172,7 +172,7 @@ class ScoredRun(MeasuredRun):
         """The trials that a guard flags, of the front, the anchors, and those that it keeps off the front."""
         if self._points.empty:
             return []
-        shown = {*self._points.index[self._points["front"] | (self._roles != Role.SEARCHED)], *self.kept_off}
+        shown = {*self._points.index[self._points["front"] | ~self._roles.isin(NO_ANCHORS)], *self.kept_off}
         return [int(trial) for trial in sorted(shown) if self.is_flagged(int(trial))]
 
     # --- picking a point -----------------------------------------------------------------------------------------
@@ -262,11 +262,11 @@ class ScoredRun(MeasuredRun):
     def anchors_hypervolume(self) -> float:
         """Compute what the points that were not searched cover, with the same reference point."""
         minimised = self._losses(SEARCH)
-        minimised = minimised[self._roles[minimised.index] != Role.SEARCHED]
+        minimised = minimised[~self._roles[minimised.index].isin(NO_ANCHORS)]
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
     def does_search_pay(self, sure: float = SURE) -> pd.DataFrame:
-        """Compare, for each of some limits on forgetting, the best point that was searched or learned with the best of
+        """Compare, for each of some limits on forgetting, the best point that was found with the best of
         the lines: both chosen by the search items, and compared on the items that judge (`compare_at_limits`).
 
         Args:
@@ -276,7 +276,7 @@ class ScoredRun(MeasuredRun):
             limit, suite, line_trial, line_kind, line_domain, line_forgetting, trial, kind, domain, forgetting,
             difference (of the gain, as a share) and its 95 % interval low, high. -1 in place of a trial where no point
             of a side keeps to the limit. Without a row for limits that neither does, or every expert; empty where
-            nothing was searched or learned.
+            nothing was found: no point was derived, learned or searched.
         """
         if self._points.empty or not self._roles.isin(FOUND).any():
             return pd.DataFrame(columns=list(PAY_COLUMNS))

@@ -34,26 +34,29 @@ class Role(Enum):
     START = auto()  # an anchor of a person's own: the recipe that the search starts from
     DERIVED = auto()  # an anchor that is a derived expert: a closed form of base and expert
     LEARNED = auto()  # an anchor whose weights were learned by gradients
-    SEARCHED = auto()  # no anchor
+    SEARCHED = auto()  # no anchor: a sampler's proposal
+    BETWEEN = auto()  # no anchor: the mean of two trials' weights
 
 
+NO_ANCHORS = (Role.SEARCHED, Role.BETWEEN)
 FAMILIES = {
     EXPERT_PREFIX: Role.EXPERT,
     "uniform ": Role.UNIFORM,
     "slope ": Role.SLOPE,
     "derived ": Role.DERIVED,
     "learned ": Role.LEARNED,
-}  # the start of an anchor's name, but of the base's and a person's own
+    "between ": Role.BETWEEN,
+}  # the start of a kind's text, but of the base's, a person's own anchor and what a sampler proposes
 
 
 @dataclass(frozen=True, slots=True)
 class TrialKind:
-    """What a trial is: an anchor by its name, or a searched point.
+    """What a trial is: an anchor by its name, or a point that was searched.
 
     Args:
         stored: the text in the study's database and in a run's frames: "base", "expert:<name>", another anchor's name
-            such as "uniform a=0.25", "derived regmean 0.4", "learned p=0.60" or "from recipe.json", or "search"
-            (which the database leaves out).
+            such as "uniform a=0.25", "derived regmean 0.4", "learned p=0.60" or "from recipe.json", "between 9 and
+            14", or "search" (which the database leaves out).
     """
 
     stored: str
@@ -78,12 +81,22 @@ class TrialKind:
     @property
     def is_anchor(self) -> bool:
         """Whether the trial is a point that is scored before the search begins."""
-        return self != SEARCHED
+        return self.role not in NO_ANCHORS
 
     @property
     def is_prepared(self) -> bool:
-        """Whether a worker makes the trial's recipe: it has no parameters, and samplers do not see it."""
+        """Whether a worker makes the trial's recipe."""
         return self.role in (Role.DERIVED, Role.LEARNED)
+
+    @property
+    def has_params(self) -> bool:
+        """Whether the trial has parameters; samplers do not see the others."""
+        return not self.is_prepared and self.role is not Role.BETWEEN
+
+    @classmethod
+    def between(cls, one: int, other: int) -> TrialKind:
+        """Give the kind of the trial whose weights are the mean of two trials'."""
+        return cls(f"between {min(one, other)} and {max(one, other)}")
 
     @property
     def is_reference(self) -> bool:

@@ -38,7 +38,7 @@ from optimizer.search.fault_point import fault
 from optimizer.search.interrupt import interruptible
 from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
-from optimizer.search.midpoint import front_midpoint
+from optimizer.search.midpoint import Midpoint, front_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.racing import Verdict, verdict_of
 from optimizer.search.samplers import WITHOUT_LIMITS, make_sampler
@@ -51,7 +51,7 @@ from search_spaces.space import Space
 if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
 
-MIDPOINT_EVERY = 2  # trials, in the second half of the budget
+MIDPOINT_EVERY = 2  # trials, once midpoints are due
 REPLICATES = 100  # resamplings of a trial's items, for a sampler that goes by standard errors
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
@@ -235,23 +235,38 @@ class _Search:
     def _ask(self) -> None:
         """Give a worker the next job: a trial that is owed, an anchor to prepare, or a recipe to be sampled."""
         ledger = self.ledger
-        if ledger.owed and ledger.kinds[ledger.owed[0]].is_prepared:
-            self._take_up_prepared(ledger.owed.popleft())
+        if ledger.owed and not ledger.kinds[ledger.owed[0]].has_params:
+            self._take_up(ledger.owed.popleft())
         elif ledger.owes_told or ledger.owes_longer:
             self._submit(ledger.owed.popleft())
         elif job := self.preparer.next(self.crew.jobs):
             self.crew.submit(job)
+        elif not ledger.owed and not ledger.anchors_wait and (between := self._midpoint()) is not None:
+            self._ask_between(between)
         else:
             self._ask_sampled()
 
-    def _take_up_prepared(self, number: int) -> None:
-        """Score an anchor that has its recipe, or have it prepared again."""
-        if self.preparer.is_ready(number):
+    def _take_up(self, number: int) -> None:
+        """Score a trial without parameters, or have an anchor prepared again that lacks recipe or checkpoint."""
+        if number not in self.ledger.values:
+            self.ledger.reopened(number)
+        if self.preparer.is_ready(number) or not self.ledger.kinds[number].is_prepared:
             self._submit(number)
         else:
-            if number not in self.ledger.values:
-                self.ledger.reopened(number)
             self.crew.submit(self.preparer.job(number))
+
+    def _ask_between(self, between: Midpoint) -> None:
+        """Give a worker what lies between two trials; a sampler sees it where it has parameters."""
+        if between.params is not None:
+            self.study.enqueue_trial(between.params)
+            self._ask_sampled()
+        else:
+            kind = TrialKind.between(*between.trials)
+            number = self.ledger.create(kind, {"recipe": between.recipe.to_json()})
+            self.ledger.enter(number, kind, between.recipe)
+            fault("ask.after")
+            self.ledger.twin_of(number)
+            self._submit(number)
 
     def _ask_sampled(self) -> None:
         """Give a worker a recipe that is not known yet."""
@@ -280,20 +295,23 @@ class _Search:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*greenlet")  # optuna's GP sampler: slower without it
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = self.ledger.reopened(self.ledger.owed.popleft()) if self.ledger.owed else self._new_trial()
+            trial = self.ledger.reopened(self.ledger.owed.popleft()) if self.ledger.owed else self.study.ask()
             params = self.space.suggest(trial)
         self.ledger.enter(trial.number, TrialKind.of(trial.user_attrs), self.space.recipe(params))
         return trial.number
 
-    def _new_trial(self) -> optuna.Trial:
-        if self._midpoint_is_due() and (between := front_midpoint(self.ledger, self.space)) is not None:
-            self.study.enqueue_trial(between)
-        return self.study.ask()
+    def _midpoint(self) -> Midpoint | None:
+        """Give what lies halfway between two on the front where that is due; a random search stays random.
 
-    def _midpoint_is_due(self) -> bool:
-        """Tell whether the next recipe lies halfway between two on the front; a random search stays random."""
-        due = 2 * self.asked >= self.budget and self.asked % MIDPOINT_EVERY == 0 and self.scale is not None
-        return due and len(self.names) <= 2 and self.settings.sampler != "random"
+        It is due in the second half of the budget, or as soon as a point without parameters is on the front: what a
+        sampler then proposes starts from points that are beaten.
+        """
+        may = len(self.names) <= 2 and self.settings.sampler != "random" and self.scale is not None
+        if not may or self.asked % MIDPOINT_EVERY:
+            return None
+        kinds = self.ledger.kinds
+        due = 2 * self.asked >= self.budget or not all(kinds[number].has_params for number in self.ledger.front())
+        return front_midpoint(self.ledger, self.space) if due else None
 
     def _prepared(self, result: Result, seconds: float) -> None:
         """Enter the recipe of an anchor that a worker has prepared, and have it scored."""

@@ -286,11 +286,11 @@ class Ledger:
     def _order_owed(self) -> None:
         """Put base and experts first, also those that wait behind others: by them every score is measured.
 
-        What a worker prepares is never asked for through Optuna's queue, so it is owed too where it waits.
+        What has no parameters is never asked for through Optuna's queue, so it is owed too where it waits.
         """
         for trial in self.trials(TrialState.WAITING):
             kind = TrialKind.of(trial.user_attrs)
-            if kind in self.reference_kinds or kind.is_prepared:
+            if kind in self.reference_kinds or not kind.has_params:
                 self.kinds[trial.number] = kind
                 self.owed.append(trial.number)
         self.owed = deque(sorted(self.owed, key=self._place_of))

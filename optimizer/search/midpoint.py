@@ -1,29 +1,52 @@
-"""The point halfway between the neighbours on the front that are farthest apart.
+"""The point halfway between the neighbours on the front that leave the largest gap.
 
-Samplers enlarge the volume under a front and leave gaps in it, where a person may want a point; and what lies between
-two good merges is mostly good.
+Samplers leave gaps in a front, and so do anchors, where a person may want a point; and what lies between two good
+merges is mostly good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from optimizer.runs.front import widest_gaps
+from optimizer.runs.path import blend
 from optimizer.search.ledger import Ledger
 from search_spaces.choice import Choice
+from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
+METHOD = "task_arithmetic"  # of recipes that mix by their weights
+MOST_EXPERTS = 4  # of a mixed recipe, derived ones too: a merge reads each of them
 
-def front_midpoint(ledger: Ledger, space: Space | Choice) -> dict[str, float | str] | None:
-    """Give the params of the widest gap's midpoint whose recipe is not known yet; None where there is none."""
+
+@dataclass(frozen=True, slots=True)
+class Midpoint:
+    """What lies halfway between two trials.
+
+    Args:
+        trials: the two.
+        recipe: the mean of their weights.
+        params: the mean of their parameters; None where one of them has none.
+    """
+
+    trials: tuple[int, int]
+    recipe: Recipe
+    params: dict[str, float | str] | None
+
+
+def front_midpoint(ledger: Ledger, space: Space | Choice) -> Midpoint | None:
+    """Give the midpoint of the largest gap whose recipe is not known yet; None where there is none."""
     params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
-    front = _within_limits(sorted(ledger.front() & params.keys(), key=lambda n: ledger.values[n][-1]), ledger)
-    if len(front) < 2:  # derived and learned points, which have no params, may hold it alone
+    front = _within_limits(sorted(ledger.front(), key=lambda n: ledger.values[n][-1]), ledger)
+    if len(front) < 2:
         return None
     for left, right in widest_gaps([ledger.values[number] for number in front]):
-        between = _halfway(params[front[left]], params[front[right]])
-        if between is not None and space.recipe(between).digest not in ledger.seen:
-            return between
+        pair = front[left], front[right]
+        between = _halfway(params.get(pair[0], {}), params.get(pair[1], {}))
+        recipe = space.recipe(between) if between else _mixed(*(Recipe.from_json(ledger.recipes[n]) for n in pair))
+        if recipe is not None and recipe.digest not in ledger.seen:
+            return Midpoint(pair, recipe, between)
     return None
 
 
@@ -34,8 +57,8 @@ def _within_limits(front: list[int], ledger: Ledger) -> list[int]:
 
 
 def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -> dict[str, float | str] | None:
-    """Return params halfway between two trials'; None where they are of different methods."""
-    if one.keys() != other.keys():
+    """Return params halfway between two trials'; None where they are of different methods, or one has none."""
+    if not one or one.keys() != other.keys():
         return None
     between: dict[str, float | str] = {}
     for name, value in one.items():
@@ -47,3 +70,15 @@ def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -
         else:
             between[name] = (value + partner) / 2
     return between
+
+
+def _mixed(one: Recipe, other: Recipe) -> Recipe | None:
+    """Return the mean of two recipes' weights, without experts that count nothing; None where they do not mix."""
+    if one.method != METHOD or other.method != METHOD:
+        return None
+    mixed = blend(one, other, 0.5)
+    used = {setting.expert for setting in mixed.settings if setting.value}
+    if len(used) > MOST_EXPERTS:
+        return None
+    experts = tuple((name, source) for name, source in mixed.experts if name in used)
+    return replace(mixed, experts=experts, settings=tuple(s for s in mixed.settings if s.expert in used))

@@ -76,9 +76,9 @@ def _population(budget: int) -> int:
 
 
 class SampledStudy(Study):
-    """A study in which samplers do not see the trials that a worker prepares.
+    """A study in which samplers do not see the trials without parameters: prepared ones, and those between two others.
 
-    Those have no parameters, and samplers learn from the parameters that all trials have.
+    Samplers learn from the parameters that all trials have.
     """
 
     def all_trials(self, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
@@ -90,7 +90,7 @@ class SampledStudy(Study):
     ) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, states, use_cache)
         kinds = ((trial, trial.user_attrs) for trial in trials)
-        return [trial for trial, told in kinds if "kind" not in told or not TrialKind.of(told).is_prepared]
+        return [trial for trial, told in kinds if "kind" not in told or TrialKind.of(told).has_params]
 
 
 class _MethodApart(optuna.samplers.TPESampler):

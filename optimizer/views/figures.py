@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from evals.outcomes import SUITES
 from optimizer.runs.scored import ScoredRun
-from optimizer.runs.trial import Role, roles_of
+from optimizer.runs.trial import NO_ANCHORS, roles_of
 from optimizer.views import front_plot, plots
 from optimizer.views.sentences import titled
 
@@ -31,7 +31,7 @@ def weights(run: ScoredRun, trial: int) -> go.Figure:
 def hypervolume(run: ScoredRun) -> go.Figure:
     """Draw the hypervolume over trials, against what the points that were not searched cover."""
     growth = run.hypervolume()
-    searched = growth["trial"][roles_of(growth["kind"]) == Role.SEARCHED]
+    searched = growth["trial"][roles_of(growth["kind"]).isin(NO_ANCHORS)]
     return plots.hypervolume(
         growth,
         anchors=run.anchors_hypervolume(),

@@ -11,12 +11,12 @@ import plotly.graph_objects as go
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
-from optimizer.runs.trial import Role, TrialKind, roles_of
+from optimizer.runs.trial import NO_ANCHORS, Role, TrialKind, roles_of
 from optimizer.views import canvas
 from optimizer.views.canvas import BLUE, GREY, INK, ORANGE, PALE, PALE_BLUE, PAPER, PLOT_WIDTH, RED, SERIES, VEIL, WINE
 from optimizer.words import Interval, percent
 
-JUDGED = (Role.SEARCHED, *PREPARED)  # shown again by the holdout items, where these judge the front
+JUDGED = (*NO_ANCHORS, *PREPARED)  # shown again by the holdout items, where these judge the front
 
 
 def front(points: Mapping[str, pd.DataFrame], *, knee: int | None, suite: str) -> go.Figure:
@@ -70,12 +70,12 @@ def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.
     roles = roles_of(search["kind"])
     base, experts, uniform = (roles == role for role in (Role.BASE, Role.EXPERT, Role.UNIFORM))
     chosen = search[search["front"]].sort_values(["forgetting", "domain"])
-    found = chosen[roles[chosen.index] == Role.SEARCHED]
+    found = chosen[roles[chosen.index].isin(NO_ANCHORS)]
     again = chosen[roles[chosen.index].isin(JUDGED)]
     several = experts.sum() > 1  # then the front is a surface and has no edge, and the uniform line meets no expert
     line = search[uniform if several else uniform | base | experts].sort_values("forgetting")
     return [
-        _marks(search[(roles == Role.SEARCHED) & ~search["front"]], "searched", "circle", PALE, 8, rank=3),
+        _marks(search[roles.isin(NO_ANCHORS) & ~search["front"]], "searched", "circle", PALE, 8, rank=3),
         _curve(line, ORANGE, dash="dot"),
         *([] if several else [_curve(_path(search, roles), WINE, width=1.2), _curve(chosen, BLUE, shape="hv")]),
         *([] if judged is None else _judgement(again, judged.loc[again.index])),

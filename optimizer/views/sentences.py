@@ -17,7 +17,7 @@ from optimizer.runs.guard_words import guard_sentence
 from optimizer.runs.limits import ALL, answer_to_limits
 from optimizer.runs.measures import measures
 from optimizer.runs.scored import ScoredRun
-from optimizer.runs.trial import NOT_COUNTED, SEARCHED, Role, TrialKind
+from optimizer.runs.trial import NO_ANCHORS, NOT_COUNTED, Role, TrialKind, roles_of
 from optimizer.views.front_rows import change_of
 from optimizer.words import Interval, count, listed, one_line, percent
 
@@ -26,6 +26,7 @@ MEANINGS = {
     "domain counts.",
     Role.DERIVED: "derived: an expert made of base and expert by a closed form (RegMean, Fisher) over the search "
     "items.",
+    Role.BETWEEN: "between: the mean of two trials' weights.",
 }
 
 
@@ -103,7 +104,7 @@ def knee_sentence(run: ScoredRun) -> list[str]:
     if kind.role not in PREPARED:
         return [f"The knee needs no search: it is {kind.stored}. The search found no better one."]
     how, _, what = kind.label.partition(" ")
-    none_better = ": no searched point is better" if (run.points()["kind"] == SEARCHED.stored).any() else ""
+    none_better = ": no searched point is better" if roles_of(run.points()["kind"]).isin(NO_ANCHORS).any() else ""
     return [f"The knee is {how} ({what}){none_better}."]
 
 
@@ -159,7 +160,7 @@ def _gain_sentence(run: ScoredRun, rows: list[Row]) -> str:
         )
     if not found:
         return (
-            f"To forget at most {limits}: no searched or learned point is sure to; {line} is, with "
+            f"To forget at most {limits}: no point that was found is sure to; {line} is, with "
             f"{percent(row['line_domain'])} of the gain, so take that."
         )
     middle, low, high = (100 * row[name] for name in ("difference", "low", "high"))

@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.errors import MergeError
-from optimizer.runs.trial import Role, TrialKind
+from optimizer.runs.trial import NO_ANCHORS, Role, TrialKind
 from optimizer.search.prepared import SHARES, Preparation
 from optimizer.search.samplers import SampledStudy
 from optimizer.workers.orders import Derivation, Form, Learned, Lesson
@@ -48,13 +48,18 @@ def test_prepared_anchors_come_after_the_others_and_the_rest_is_sampled(tmp_path
     trials = trials_of(bench)
     anchors = [anchor.name for anchor in bench.space.anchors()]
     searched = BUDGET - len(anchors) - len(DERIVED) - len(LEARNED)
-    assert kinds_of(trials) == anchors + DERIVED + LEARNED + ["search"] * searched
+    kinds = kinds_of(trials)
+    assert kinds[:-searched] == anchors + DERIVED + LEARNED
+    assert all(TrialKind(kind).role in NO_ANCHORS for kind in kinds[-searched:])
+    assert any(kind.startswith("between ") for kind in kinds) == (sampler != "random")
     assert all(trial.state == TrialState.COMPLETE for trial in trials)
-    prepared = [trial for trial in trials if TrialKind.of(trial.user_attrs).is_prepared]
-    assert not any(trial.params for trial in prepared)
+    without = [trial for trial in trials if not TrialKind.of(trial.user_attrs).has_params]
+    assert not any(trial.params for trial in without)
     names = set(bench.space.distributions())
-    assert all(set(trial.params) == names for trial in trials if trial not in prepared)  # nothing is sampled blindly
-    assert all(bench.has_own(trial, suite) for trial in prepared for suite in ("search", "holdout"))
+    assert all(set(trial.params) == names for trial in trials if trial not in without)  # nothing is sampled blindly
+    assert all(bench.has_own(trial) for trial in without)
+    prepared = [trial for trial in trials if TrialKind.of(trial.user_attrs).is_prepared]
+    assert all(bench.has_own(trial, "holdout") for trial in prepared)
 
 
 def test_a_sampler_learns_the_space_from_the_trials_that_have_parameters(tmp_path: Path) -> None:
@@ -148,11 +153,11 @@ def test_a_lesson_that_ends_where_it_began_is_passed_over(tmp_path: Path) -> Non
     assert sum(t.state == TrialState.COMPLETE for t in trials) == BUDGET
 
 
-def drive(folder: Path, fault: str) -> None:
+def drive(folder: Path, fault: str, sampler: str = "random") -> None:
     import os
 
     os.environ["MERGEFRONT_FAULT"] = fault
-    bench_of(folder).search(trials=BUDGET, sampler="random")
+    bench_of(folder).search(trials=BUDGET, sampler=sampler)
 
 
 def points_of(folder: Path) -> list[tuple[str, str, list[float]]]:
@@ -185,6 +190,22 @@ def test_a_driver_killed_on_the_way_has_the_same_points_in_the_end(tmp_path: Pat
     bench_of(tmp_path / "killed").search(trials=BUDGET, sampler="random")
     assert points_of(tmp_path / "killed") == points_of(tmp_path / "calm")
     assert all(trial.state == TrialState.COMPLETE for trial in trials_of(bench_of(tmp_path / "killed")))
+
+
+@pytest.mark.parametrize("fault", ["enqueue.after:18", "ask.after:10", "outcome.before:19", "tell.before:19"])
+def test_a_point_between_two_is_scored_whenever_the_driver_is_killed(tmp_path: Path, fault: str) -> None:
+    process = FORKS.Process(target=drive, args=(tmp_path / "toy", fault, "tpe"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, f"{fault} was not reached"
+    left = trials_of(bench_of(tmp_path / "toy"))
+    assert kinds_of(left)[-1].startswith("between ")
+    bench_of(tmp_path / "toy").search(trials=BUDGET, sampler="tpe")
+    trials = trials_of(bench_of(tmp_path / "toy"))
+    assert len(trials) == BUDGET
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert trials[len(left) - 1].user_attrs["recipe"] == left[-1].user_attrs["recipe"]
+    assert bench_of(tmp_path / "toy").has_own(trials[len(left) - 1])
 
 
 def test_preferences_are_spread_over_the_front_and_with_several_experts_over_the_simplex() -> None:
