@@ -16,9 +16,11 @@ from rich.console import Console
 from evals.outcomes import OUTCOME_COLUMNS, Outcome
 from optimizer.run import Run, open_run
 from optimizer.runs.comparison import NOBODY
+from optimizer.runs.families import PREPARED
 from optimizer.runs.run_folder import RunFolder
+from optimizer.runs.trial import TrialKind
 from optimizer.views.report import report_html
-from optimizer.views.sentences import MEANINGS, what_prepared_points_add, what_search_gains
+from optimizer.views.sentences import MEANINGS, meanings, what_prepared_points_add, what_search_gains
 from optimizer.views.tables import front_document, print_front, status_document
 from tests.toy_run import toy_run
 
@@ -110,7 +112,7 @@ def test_a_learned_knee_is_said_to_be_one_and_what_it_adds(tmp_path: Path) -> No
     )
     shown = io.StringIO()
     print_front(run, Console(file=shown, width=400))
-    for sentence in (said, *gains, added, *MEANINGS.values()):
+    for sentence in (said, *gains, added, *(MEANINGS[role] for role in PREPARED)):
         assert shown.getvalue().count(sentence) == 1
         assert html.escape(sentence) in report_html(run)
 
@@ -119,7 +121,7 @@ def test_a_derived_knee_of_a_run_without_search_beats_nothing(tmp_path: Path, mo
     run = made_run(tmp_path, trials=0, derived=("regmean 0.2",))
     kinds = run.points()["kind"]
     monkeypatch.setattr(run, "knee", lambda: int(kinds.index[kinds == "derived regmean 0.2"][0]))
-    said, added = run.verdict()
+    said, *_, added = run.verdict()
     assert said == "The knee is derived (regmean 0.2)."
     assert "the hypervolume of the anchors" in added
 
@@ -142,6 +144,12 @@ def test_what_learned_points_add_is_said_as_surely_as_it_is_known(
     monkeypatch.setattr(run, "what_pays", lambda: rows)
     added = what_prepared_points_add(run)
     assert not added if end is None else end in added[0]
+
+
+def test_what_lies_between_two_trials_is_explained() -> None:
+    assert meanings([TrialKind("between 9 and 14"), TrialKind("search")]) == [
+        "between: the mean of two trials' weights."
+    ]
 
 
 def test_kinds_that_no_reader_knows_are_explained_only_where_they_are(run: Run) -> None:
