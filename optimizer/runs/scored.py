@@ -189,7 +189,8 @@ class ScoredRun(MeasuredRun):
         return int(rivals.index[knee_of(rivals, self._roles == Role.EXPERT, points["front"])])
 
     def best(self, max_forgetting: float, *, sure: float = SURE) -> int:
-        """Find the front's point with the most domain gain that forgets at most so much, by the search items.
+        """Find the front's point with the most domain gain that forgets at most so much, by the search items; never the
+        base.
 
         Args:
             max_forgetting: a share: 0.05 is 5 %.
@@ -207,15 +208,14 @@ class ScoredRun(MeasuredRun):
         self._require_points()
         if (found := self._best(max_forgetting, sure)) is not None:
             return found
-        front, asked = self.front(), percent(max_forgetting)
+        front, asked = self._merges_on_front(), percent(max_forgetting)
         if sure and (front["forgetting"] <= max_forgetting).any():
             raise NoPointError(
                 f"no point of run {self.name} forgets at most {asked} in {percent(sure)} of resamplings; "
                 "allow more forgetting, be less sure (--sure), or measure more items"
             )
-        raise NoPointError(
-            f"no point of run {self.name} forgets at most {asked}; the least is {percent(front['forgetting'].min())}"
-        )
+        least = f"the least is {percent(front['forgetting'].min())}" if len(front) else "the base beats them all"
+        raise NoPointError(f"no point of run {self.name} forgets at most {asked}; {least}")
 
     def within(self, max_forgetting: float, suite: str) -> pd.Series[float]:
         """Count the share of resamplings of a suite's items in which each trial stays within a limit on forgetting."""
@@ -388,10 +388,15 @@ class ScoredRun(MeasuredRun):
         return self._points
 
     def _best(self, max_forgetting: float, sure: float) -> int | None:
-        front = self.front()
+        front = self._merges_on_front()
         certain = front[self.within(max_forgetting, SEARCH)[front.index] >= sure]
         at = best_under(certain["domain"], certain["forgetting"], max_forgetting=max_forgetting)
         return None if at is None else int(certain.index[at])
+
+    def _merges_on_front(self) -> pd.DataFrame:
+        """Give the front without the base, which forgets nothing and is no answer."""
+        front = self.front()
+        return front[self._roles[front.index] != Role.BASE]
 
     def _corner(self) -> list[float]:
         reference = self.reference()
