@@ -46,21 +46,43 @@ def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
     return mask
 
 
-def front_without(values: ArrayLike, is_kept_off: Callable[[int], bool]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Mark the points that no other beats, without those that are kept off; only who would be on the front is asked.
+def on_front(values: ArrayLike, is_fitted: ArrayLike) -> NDArray[np.bool_]:
+    """Mark the points that no other beats, where a point that was fitted to the items beats only others of its kind.
+
+    By items that it was fitted to it looks better than it is, and would hide points that are better than it.
+
+    Args:
+        values: (n, m), minimised, finite.
+        is_fitted: (n,).
+
+    Returns:
+        (n,) True on the front.
+    """
+    points, fitted = _points(values), np.asarray(is_fitted, dtype=bool)
+    mask = non_dominated(points)
+    mask[~fitted] = non_dominated(points[~fitted])
+    return mask
+
+
+def front_without(
+    values: ArrayLike, is_kept_off: Callable[[int], bool], is_fitted: ArrayLike | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Mark the points on the front, without those that are kept off; only who would be on it is asked.
 
     Args:
         values: (n, m), minimised, finite.
         is_kept_off: tells it of a position.
+        is_fitted: (n,) as of `on_front`; None: none was.
 
     Returns:
         (n,) True on the front; (n,) True for those that would be, but for being kept off.
     """
     points = _points(values)
     off = np.zeros(len(points), dtype=bool)
+    fitted = np.zeros(len(points), dtype=bool) if is_fitted is None else np.asarray(is_fitted, dtype=bool)
     while True:
         mask = np.zeros(len(points), dtype=bool)
-        mask[~off] = non_dominated(points[~off])
+        mask[~off] = on_front(points[~off], fitted[~off])
         found = [int(place) for place in np.flatnonzero(mask) if is_kept_off(int(place))]
         if not found:
             return mask, off
@@ -200,20 +222,22 @@ def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: floa
     return int(allowed[np.lexsort((loss[allowed], -gain[allowed]))[0]])
 
 
-def widest_gaps(values: ArrayLike) -> list[tuple[int, int]]:
+def widest_gaps(values: ArrayLike, *, least: float = 0.0) -> list[tuple[int, int]]:
     """Find the neighbours on a front of two objectives, first those between which a point could add most.
 
     That is at most the area of the rectangle that has them for two of its corners.
 
     Args:
         values: (n, 2), a front in the order of either objective.
+        least: of the area of the whole front's rectangle, below which a gap is none.
 
     Returns:
-        Positions (i, i + 1), n - 1 of them; of equals the first.
+        Positions (i, i + 1); of equals the first.
     """
     points = _points(values)
     areas = np.abs(np.diff(points, axis=0)).prod(axis=1)
-    return [(int(i), int(i) + 1) for i in np.argsort(-areas, kind="stable")]
+    worth = areas > least * np.ptp(points, axis=0).prod() if len(points) else areas > 0
+    return [(int(i), int(i) + 1) for i in np.argsort(-areas, kind="stable") if worth[i]]
 
 
 def _points(values: ArrayLike) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from evals.outcomes import SEARCH, SUITES
 from optimizer.runs.acceptances import read_accepted
 from optimizer.runs.front import front_without, losses
 from optimizer.runs.recorded import RecordedRun
+from optimizer.runs.trial import fitted
 
 
 class MeasuredRun(RecordedRun):
@@ -61,8 +62,14 @@ class MeasuredRun(RecordedRun):
             return frozenset()
         points = objectives(self._draws(SEARCH)).drop(index=[*self.stopped], errors="ignore")
         rivals = losses_of(points, self.objectives)
-        _, off = front_without(rivals.to_numpy(), lambda place: self.is_kept_off(int(rivals.index[place])))
+        is_fitted = rivals.index.isin([*self.fitted])
+        _, off = front_without(rivals.to_numpy(), lambda place: self.is_kept_off(int(rivals.index[place])), is_fitted)
         return frozenset(int(trial) for trial in rivals.index[off])
+
+    @cached_property
+    def fitted(self) -> frozenset[int]:
+        """The trials whose weights were fitted to the search items."""
+        return fitted(self.kinds)
 
     @cached_property
     def _off_front(self) -> list[int]:

@@ -30,7 +30,7 @@ from optimizer.runs.front import (
     hypervolume,
     knee_of,
     losses,
-    non_dominated,
+    on_front,
 )
 from optimizer.runs.measured import MeasuredRun, losses_of
 from optimizer.runs.posterior import front_chances, knee_by_samples
@@ -63,9 +63,13 @@ class ScoredRun(MeasuredRun):
         return pd.concat([self._points[["kind", "method"]], figures, self._points[["front", "front_chance"]]], axis=1)
 
     def front(self, suite: str = SEARCH) -> pd.DataFrame:
-        """Return the points no other beats by a suite's figures, from least to most forgetting; columns as `points`."""
+        """Return the points no other beats by a suite's figures, from least to most forgetting; columns as `points`.
+
+        By the search items, to which they were fitted, learned points beat only one another.
+        """
         minimised = self._losses(suite).dropna()
-        front = self.points(suite).loc[minimised.index[non_dominated(minimised.to_numpy())]]
+        is_fitted = minimised.index.isin([*self.fitted]) & (suite == SEARCH)
+        front = self.points(suite).loc[minimised.index[on_front(minimised.to_numpy(), is_fitted)]]
         return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
 
     def anchors(self) -> pd.DataFrame:
@@ -322,11 +326,11 @@ class ScoredRun(MeasuredRun):
             return empty.assign(front=pd.Series(dtype=bool), front_chance=np.nan).rename_axis("trial")
         frame = objectives(self._draws(SEARCH))
         rivals = losses_of(frame, self.objectives).drop(index=self._off_front, errors="ignore")
-        on_front = frame.index.isin(rivals.index[non_dominated(rivals.to_numpy())])
+        mask = on_front(rivals.to_numpy(), rivals.index.isin([*self.fitted]))
         frame = frame.join(self._holdout[0].add_prefix(prefix_of(HOLDOUT)))
         frame.insert(0, "kind", [self.kinds[number].stored for number in frame.index])
         frame.insert(1, "method", [self.method(number) for number in frame.index])
-        frame["front"] = on_front
+        frame["front"] = frame.index.isin(rivals.index[mask])
         is_rival = ~frame.index.isin([*self.kept_off])
         frame["front_chance"] = 0.0
         frame.loc[is_rival, "front_chance"] = front_chances(self._samples_of_losses[:, is_rival])

@@ -99,6 +99,11 @@ class TrialKind:
         return cls(f"between {min(one, other)} and {max(one, other)}")
 
     @property
+    def between_trials(self) -> tuple[int, ...]:
+        """The two trials that the trial lies between; none for any other kind."""
+        return tuple(map(int, re.findall(r"\d+", self.stored))) if self.role is Role.BETWEEN else ()
+
+    @property
     def is_reference(self) -> bool:
         """Whether the trial is the base or an expert, by which every score is measured."""
         return self.role in (Role.BASE, Role.EXPERT)
@@ -121,6 +126,16 @@ class TrialKind:
 
     def __str__(self) -> str:
         return self.stored
+
+
+def fitted(kinds: Mapping[int, TrialKind]) -> frozenset[int]:
+    """Give the trials whose weights were fitted to the search items: those learned, and what lies between one of them
+    and another."""
+    found: set[int] = set()
+    for number in sorted(kinds):
+        if kinds[number].role is Role.LEARNED or found.intersection(kinds[number].between_trials):
+            found.add(number)
+    return frozenset(found)
 
 
 BASE = TrialKind("base")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from evals.outcomes import HOLDOUT
 from optimizer.errors import SearchError
 from optimizer.runs.front import front_without, losses
-from optimizer.runs.trial import TrialKind
+from optimizer.runs.trial import TrialKind, fitted
 from optimizer.search.crew import Crew
 from optimizer.search.events import Reporter
 from optimizer.search.failures import not_finite
@@ -31,7 +31,7 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter) -> None:
     values = {n: value for n, value in values_now(ledger).items() if n not in ledger.stopped}
     tried: set[int] = set()
     while True:  # where a guard finds a judged trial's answers wanting, what it beat is on the front, and judged too
-        front = front_of(values, ledger.is_kept_off)
+        front = front_of(values, ledger.is_kept_off, fitted(ledger.kinds))
         others = front_without_prepared(values, ledger.kinds, ledger.is_kept_off)
         numbers = sorted({*front, *others, *_within_limits(values, ledger), *ledger.finished_anchors()})
         faults = {n: why for n in numbers if n not in tried and (why := ledger.outcomes_fault(n, HOLDOUT))}
@@ -59,11 +59,12 @@ def _judge(numbers: Sequence[int], ledger: Ledger, crew: Crew, reporter: Reporte
         reporter.judged(kind, result.job.trial, text, done=done, total=total)
 
 
-def front_of(values: Values, is_kept_off: Callable[[int], bool]) -> list[int]:
-    """Give the trials that no other beats, without those that are kept off."""
+def front_of(values: Values, is_kept_off: Callable[[int], bool], fitted: Collection[int] = ()) -> list[int]:
+    """Give the trials that no other beats, without those that are kept off; fitted ones beat only one another."""
     numbers = list(values)
     points = losses([values[number] for number in numbers])
-    mask, _ = front_without(points, lambda place: is_kept_off(numbers[place]))
+    is_fitted = [number in fitted for number in numbers]
+    mask, _ = front_without(points, lambda place: is_kept_off(numbers[place]), is_fitted)
     return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 
 
@@ -71,7 +72,8 @@ def front_without_prepared(
     values: Values, kinds: Mapping[int, TrialKind], is_kept_off: Callable[[int], bool]
 ) -> list[int]:
     """Give the finished trials that no other beats, were there no derived and no learned ones."""
-    return front_of({n: value for n, value in values.items() if not kinds[n].is_prepared}, is_kept_off)
+    plain = {n: value for n, value in values.items() if kinds[n].has_params}
+    return front_of(plain, is_kept_off)
 
 
 def _take_in(result: Result, ledger: Ledger) -> str:

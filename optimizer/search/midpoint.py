@@ -17,6 +17,7 @@ from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
 METHOD = "task_arithmetic"  # of recipes that mix by their weights
+LEAST = 1 / 400  # of the front's rectangle: a gap as of twenty points at even distances is none
 MOST_EXPERTS = 4  # of a mixed recipe, derived ones too: a merge reads each of them
 
 
@@ -41,7 +42,7 @@ def front_midpoint(ledger: Ledger, space: Space | Choice) -> Midpoint | None:
     front = _within_limits(sorted(ledger.front(), key=lambda n: ledger.values[n][-1]), ledger)
     if len(front) < 2:
         return None
-    for left, right in widest_gaps([ledger.values[number] for number in front]):
+    for left, right in widest_gaps([ledger.values[number] for number in front], least=LEAST):
         pair = front[left], front[right]
         between = _halfway(params.get(pair[0], {}), params.get(pair[1], {}))
         recipe = space.recipe(between) if between else _mixed(*(Recipe.from_json(ledger.recipes[n]) for n in pair))

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
+from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.trial import NO_ANCHORS, Role, TrialKind, roles_of
 from optimizer.views import canvas
 from optimizer.views.canvas import BLUE, GREY, INK, ORANGE, PALE, PALE_BLUE, PAPER, PLOT_WIDTH, RED, SERIES, VEIL, WINE
@@ -77,7 +78,7 @@ def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.
     return [
         _marks(search[roles.isin(NO_ANCHORS) & ~search["front"]], "searched", "circle", PALE, 8, rank=3),
         _curve(line, ORANGE, dash="dot"),
-        *([] if several else [_curve(_path(search, roles), WINE, width=1.2), _curve(chosen, BLUE, shape="hv")]),
+        *([] if several else [_curve(_path(search, roles), WINE, width=1.2), _curve(_edge(chosen), BLUE, shape="hv")]),
         *([] if judged is None else _judgement(again, judged.loc[again.index])),
         *(
             _marks(search[roles == role], *look, rank=rank, bars=judged is None and role in PREPARED)
@@ -87,6 +88,11 @@ def _front_traces(search: pd.DataFrame, judged: pd.DataFrame | None) -> list[go.
         _marks(search[base], "base", "square", INK, 13),
         _marks(search[experts], "expert", "diamond", RED, 14),
     ]
+
+
+def _edge(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of a front that none of it beats: learned ones may beat others that stand on it."""
+    return chosen[non_dominated(losses(chosen[["domain", "forgetting"]].to_numpy()))]
 
 
 def _path(search: pd.DataFrame, roles: pd.Series) -> pd.DataFrame:

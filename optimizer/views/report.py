@@ -41,7 +41,8 @@ WORDS = {
     "where there is a chance). The base forgets 0 %; what lies below is better than the base.",
     "interval": "95 % of bootstrap samples of the items fall in it; the same items are drawn for every merge.",
     "front": "the merges that no other merge beats in both. The search chose it on its own items; items it never saw "
-    "judge it, so the second pair of figures is the one to trust.",
+    "judge it, so the second pair of figures is the one to trust. A learned merge was fitted to the search items and "
+    "looks better by them than it is, so by them it beats no merge that was not.",
     "hypervolume": "the area between the front and a fixed corner: it grows whenever the front does.",
     "resamplings": "the items drawn anew at random, a thousand times, some twice and some not at all: how often a "
     "figure holds then says how much it hangs on which items there were.",

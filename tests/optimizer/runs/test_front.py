@@ -17,6 +17,7 @@ from optimizer.runs.front import (
     knee,
     losses,
     non_dominated,
+    on_front,
     widest_gaps,
 )
 
@@ -83,10 +84,21 @@ def test_knee_of_equals_forgets_least() -> None:
     assert knee([0.5, 0.5, 0.5], [0.1, 0.0, 0.0], expert_forgetting=0.0) == 1
 
 
-def test_widest_gaps_are_measured_in_shares_of_the_front() -> None:
+def test_the_widest_gap_is_where_a_point_could_add_most() -> None:
     assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)]) == [(2, 3), (1, 2), (0, 1)]
     assert widest_gaps([(0.5, 0.5)]) == widest_gaps(np.empty((0, 2))) == []
-    assert widest_gaps([(1.0, 0.0), (1.0, 2.0)]) == [(0, 1)]
+    assert widest_gaps([(1.0, 0.0), (1.0, 2.0)]) == []
+    assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)], least=0.03) == [(2, 3), (1, 2)]
+
+
+def test_a_fitted_point_hides_no_point_that_was_not() -> None:
+    points = [(0.0, 1.0), (0.5, 0.5), (1.0, 0.4), (0.4, 0.3), (0.2, 0.3)]  # the last two were fitted
+    assert non_dominated(points).tolist() == [True, False, False, False, True]
+    assert on_front(points, [False, False, False, True, True]).tolist() == [True, True, True, False, True]
+    assert on_front(points, [False] * 5).tolist() == non_dominated(points).tolist()
+    mask, off = front_without(points, lambda place: place == 4, [False, False, False, True, True])
+    assert mask.tolist() == [True, True, True, True, False]
+    assert off.tolist() == [False, False, False, False, True]
 
 
 def test_best_under_takes_the_most_gain_that_is_allowed() -> None:

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from optimizer.runs.trial import BASE, SEARCHED, Role, TrialKind, roles_of
+from optimizer.runs.trial import BASE, SEARCHED, Role, TrialKind, fitted, roles_of
 from search_spaces.shape import Shape
 from tests.optimizer.fakes import space_of
 
@@ -18,6 +18,7 @@ ROLES = {
     "from a\nb": (Role.START, "from a\\nb"),
     "derived regmean 0.4": (Role.DERIVED, "derived regmean 0.4"),
     "learned p=0.60": (Role.LEARNED, "learned p=0.60"),
+    "between 9 and 14": (Role.BETWEEN, "between 9 and 14"),
     "search": (Role.SEARCHED, "search"),
 }
 
@@ -27,8 +28,16 @@ def test_a_kind_is_read_from_its_stored_text_and_said_on_one_line(stored: str) -
     kind = TrialKind.of({"kind": stored})
     assert (kind.role, kind.label) == ROLES[stored]
     assert kind.stored == str(kind) == stored
-    assert kind.is_anchor == (stored != "search")
+    assert kind.is_anchor == (not stored.startswith(("search", "between")))
+    assert kind.has_params == (not stored.startswith(("derived", "learned", "between")))
     assert kind.is_reference == stored.startswith(("base", "expert"))
+
+
+def test_what_lies_between_a_learned_trial_and_another_was_fitted_too() -> None:
+    kinds = ["base", "derived fisher 0.4", "learned p=0.60", "between 0 and 1", "between 1 and 2", "between 3 and 4"]
+    assert TrialKind.between(14, 9) == TrialKind("between 9 and 14")
+    assert TrialKind("between 9 and 14").between_trials == (9, 14)
+    assert fitted({n: TrialKind(kind) for n, kind in enumerate(kinds)}) == {2, 4, 5}
 
 
 def test_a_trial_without_a_kind_is_searched() -> None:
