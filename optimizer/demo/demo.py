@@ -112,7 +112,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
             task("general_knowledge", 90, 200, OWN_TASKS),
             task("python_prose", 3, 4),
         ]
-        sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 150)]
+        sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
     return {
         "name": out.name,
         "models": {"base": str(base), "experts": {"clinical": str(expert)}},
@@ -120,7 +120,10 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         # float32: the faster arithmetic on most CPUs, and free of bf16's noise; a merge is rounded to bf16 all the same
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": "float32"},
         "anchors": {"derived": ["regmean"] if tiny else ["regmean", "fisher"]},
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 40, "learned": 3},
+        "search": {
+            "trials": 16 if tiny else 32,
+            "learned": {"count": 1, "steps": 8} if tiny else {"count": 3, "steps": 12},
+        },
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

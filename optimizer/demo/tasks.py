@@ -26,7 +26,7 @@ OWN_TASKS = Path(evals.__file__).with_name("tasks")  # general_knowledge, minima
 SHORTEST_DEFINITION = 60  # characters; shorter ones repeat the term
 SHORTEST_CONTEXT = 25  # characters of a definition before the word that is asked for
 HELD_OUT = 5  # one term in five is held out of the training
-DOCSTRING = re.compile(r"(?P<text>(?!.*>>>).{80,500}) (?P<word>[a-z]{4,})\.")  # one paragraph, and no example of code
+DOCSTRING = re.compile(r"(?P<text>(?!.*>>>).{80,180}) (?P<word>[a-z]{4,})\.")  # one paragraph, and no example of code
 KNOWN = 3  # times a word follows another in the training definitions, to be asked for or to stand beside it
 
 
@@ -142,7 +142,7 @@ def write_docstring_words(folder: Path) -> Path:
     folder.
 
     The word stands before in the text, so that a model can know it without having read the library. What stands in the
-    manual too is left out, since `python_prose` has it.
+    manual too is left out, since `python_prose` has it; so is what is long, which costs tokens and asks no more.
     """
     from pydoc_data.topics import topics
 
