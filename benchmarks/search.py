@@ -269,6 +269,7 @@ class Judge:
 
     def point(self, recipe: Recipe) -> tuple[float, float]:
         """Give a recipe's share of the expert's gain, and what it forgets."""
+        recipe = _named_by_source(recipe)
         if recipe.digest not in self.points:
             scored = pd.concat([*self.ends, self.outcomes(2, recipe)], ignore_index=True)
             scale = Scale(scored, self.tasks, HOLDOUT, base=0, experts={EXPERT_NAME: 1})
@@ -279,6 +280,14 @@ class Judge:
     def covered(self, front: Sequence[tuple[float, float]]) -> float:
         """Compute the hypervolume of points (gain, forgetting): no gain and the expert's forgetting are its corner."""
         return hypervolume(np.array(front) * [-1, 1], [0.0, self.forgot])
+
+
+def _named_by_source(recipe: Recipe) -> Recipe:
+    """Give each derived expert the name of its folder: those of other searches have the same names."""
+    names = {name: name if name == EXPERT_NAME else Path(source).name for name, source in recipe.experts}
+    experts = tuple((names[name], source) for name, source in recipe.experts)
+    settings = tuple(replace(s, expert=names.get(s.expert, s.expert)) for s in recipe.settings)
+    return replace(recipe, experts=experts, settings=settings)
 
 
 def spent(trials: Sequence[optuna.trial.FrozenTrial]) -> list[float]:

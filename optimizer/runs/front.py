@@ -222,22 +222,22 @@ def best_under(domain: ArrayLike, forgetting: ArrayLike, *, max_forgetting: floa
     return int(allowed[np.lexsort((loss[allowed], -gain[allowed]))[0]])
 
 
-def widest_gaps(values: ArrayLike, *, least: float = 0.0) -> list[tuple[int, int]]:
-    """Find the neighbours on a front of two objectives, first those between which a point could add most.
+def gaps(values: ArrayLike, *, least: float = 0.0) -> list[tuple[int, float]]:
+    """Find the neighbours on a front of two objectives between which a point could add most to the hypervolume.
 
     That is at most the area of the rectangle that has them for two of its corners.
 
     Args:
-        values: (n, 2), a front in the order of either objective.
+        values: (n, 2), n at least 2: a front in the order of either objective.
         least: of the area of the whole front's rectangle, below which a gap is none.
 
     Returns:
-        Positions (i, i + 1); of equals the first.
+        i and the area between the points i and i + 1, the largest first; of equals the first.
     """
     points = _points(values)
     areas = np.abs(np.diff(points, axis=0)).prod(axis=1)
-    worth = areas > least * np.ptp(points, axis=0).prod() if len(points) else areas > 0
-    return [(int(i), int(i) + 1) for i in np.argsort(-areas, kind="stable") if worth[i]]
+    order = np.argsort(-areas, kind="stable")
+    return [(int(i), float(areas[i])) for i in order if areas[i] > least * np.ptp(points, axis=0).prod()]
 
 
 def _points(values: ArrayLike) -> NDArray[np.float64]:

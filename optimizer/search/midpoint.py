@@ -6,10 +6,10 @@ merges is mostly good.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from optimizer.runs.front import widest_gaps
+from optimizer.runs.front import gaps
 from optimizer.runs.path import blend
 from optimizer.search.ledger import Ledger
 from search_spaces.choice import Choice
@@ -37,18 +37,27 @@ class Midpoint:
 
 
 def front_midpoint(ledger: Ledger, space: Space | Choice) -> Midpoint | None:
-    """Give the midpoint of the largest gap whose recipe is not known yet; None where there is none."""
+    """Give the midpoint of the largest gap whose recipe is not known yet; None where there is none.
+
+    A learned point seems to fill gaps that it does not, so those of the front without such points count too.
+    """
     params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
-    front = _within_limits(sorted(ledger.front(), key=lambda n: ledger.values[n][-1]), ledger)
-    if len(front) < 2:
-        return None
-    for left, right in widest_gaps([ledger.values[number] for number in front], least=LEAST):
-        pair = front[left], front[right]
+    found = dict([*_gaps(ledger.front(), ledger), *_gaps(ledger.front_of_unfitted(), ledger)])
+    for pair in sorted(found, key=lambda pair: (-found[pair], pair)):
         between = _halfway(params.get(pair[0], {}), params.get(pair[1], {}))
         recipe = space.recipe(between) if between else _mixed(*(Recipe.from_json(ledger.recipes[n]) for n in pair))
         if recipe is not None and recipe.digest not in ledger.seen:
             return Midpoint(pair, recipe, between)
     return None
+
+
+def _gaps(front: Collection[int], ledger: Ledger) -> list[tuple[tuple[int, int], float]]:
+    """Give the neighbours on a front between which a point could add something, and how much at most."""
+    numbers = _within_limits(sorted(front, key=lambda n: ledger.values[n][-1]), ledger)
+    if len(numbers) < 2:
+        return []
+    wide = gaps([ledger.values[number] for number in numbers], least=LEAST)
+    return [((numbers[i], numbers[i + 1]), area) for i, area in wide]
 
 
 def _within_limits(front: list[int], ledger: Ledger) -> list[int]:

@@ -12,13 +12,13 @@ from optuna._hypervolume import compute_hypervolume
 from optimizer.runs.front import (
     best_under,
     front_without,
+    gaps,
     hypervolume,
     hypervolumes,
     knee,
     losses,
     non_dominated,
     on_front,
-    widest_gaps,
 )
 
 GRID = st.integers(0, 6).map(float)  # a small grid, so that ties and duplicates are common
@@ -85,10 +85,10 @@ def test_knee_of_equals_forgets_least() -> None:
 
 
 def test_the_widest_gap_is_where_a_point_could_add_most() -> None:
-    assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)]) == [(2, 3), (1, 2), (0, 1)]
-    assert widest_gaps([(0.5, 0.5)]) == widest_gaps(np.empty((0, 2))) == []
-    assert widest_gaps([(1.0, 0.0), (1.0, 2.0)]) == []
-    assert widest_gaps([(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)], least=0.03) == [(2, 3), (1, 2)]
+    front = [(0.0, 0.0), (0.1, 10.0), (0.9, 15.0), (1.0, 100.0)]
+    assert gaps(front) == [(2, pytest.approx(8.5)), (1, pytest.approx(4.0)), (0, pytest.approx(1.0))]
+    assert [place for place, _ in gaps(front, least=0.03)] == [2, 1]
+    assert gaps([(1.0, 0.0), (1.0, 2.0)]) == []
 
 
 def test_a_fitted_point_hides_no_point_that_was_not() -> None:

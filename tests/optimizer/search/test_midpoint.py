@@ -32,12 +32,15 @@ def ledger_of(
     *,
     limit: float = 9.0,
     recipes: list[str] | None = None,
+    beaten: tuple[int, ...] = (),
+    unfitted: tuple[int, ...] = (),
 ) -> Any:
     """Trials on a front, of which some have no params, and what is told of a limit on forgetting."""
     trials = [SimpleNamespace(number=i, params=given) for i, given in enumerate(params)]
     return SimpleNamespace(
         trials=lambda: trials,
-        front=lambda: set(range(len(values))),
+        front=lambda: set(range(len(values))) - {*beaten},
+        front_of_unfitted=lambda: {*beaten, *unfitted},
         values=dict(enumerate(values)),
         seen=set(),
         recipes=dict(enumerate(recipes or [recipe_of(0.5)] * len(values))),
@@ -54,6 +57,15 @@ def test_between_points_without_params_lies_the_mean_of_their_weights() -> None:
     assert found.trials == (1, 2)  # the rectangle between them is the largest
     assert dict(found.recipe.experts) == {name: f"/models/{name}" for name in ("clinical", "clinical_fisher_60")}
     assert {s.value for s in found.recipe.settings} == {0.5}
+
+
+def test_a_gap_that_a_learned_point_seems_to_fill_is_halved_too() -> None:
+    values = [(0.0, 0.0), (0.8, 0.1), (1.05, 0.2), (1.0, 0.6)]  # the third was learned, and beats the expert
+    recipes = [recipe_of(0.0), recipe_of(1.0, "fisher"), recipe_of(1.0, "learned"), recipe_of(1.0)]
+    ledger = ledger_of(values, [{}] * 4, recipes=recipes, beaten=(3,), unfitted=(0, 1))
+    found = front_midpoint(ledger, SPACE)
+    assert found is not None
+    assert found.trials == (1, 3)
 
 
 def test_an_expert_that_counts_nothing_is_left_out_of_a_midpoint() -> None:
