@@ -284,7 +284,9 @@ class Judge:
 
 def _named_by_source(recipe: Recipe) -> Recipe:
     """Give each derived expert the name of its folder: those of other searches have the same names."""
-    names = {name: name if name == EXPERT_NAME else Path(source).name for name, source in recipe.experts}
+    names = {
+        name: name if name == EXPERT_NAME else Path(source).name.replace(".", "_") for name, source in recipe.experts
+    }
     experts = tuple((names[name], source) for name, source in recipe.experts)
     settings = tuple(replace(s, expert=names.get(s.expert, s.expert)) for s in recipe.settings)
     return replace(recipe, experts=experts, settings=settings)
