@@ -17,6 +17,9 @@ from optimizer.run_study import DERIVED_FOLDER, run_study
 from optimizer.runs.outcome_files import outcomes_path
 from optimizer.runs.sensitivities import sensitivity_file
 from optimizer.runs.trial import Role
+from optimizer.search.plan import make_plan
+from optimizer.study.study_file import read_study
+from optimizer.views.plan import print_plan
 from tests.optimizer.small_study import write_study
 
 pytestmark = pytest.mark.slow  # whole studies are run
@@ -36,6 +39,22 @@ def run(study: Path) -> Run:
 
 def trial_of(run: Run, role: Role) -> int:
     return next(trial for trial, kind in run.kinds.items() if kind.role is role)
+
+
+def test_check_names_what_candidates_do_not_pay_for(study: Path) -> None:
+    for candidates, said in (
+        (12, "derived regmean, 5 of 5 learned points"),
+        (30, "5 of 5 learned points"),
+        (60, "4 of 5 learned points"),
+        (900, ""),
+    ):
+        plan = make_plan(
+            read_study(study, ["anchors.derived=[regmean]", "search.learned=5", f"search.candidates={candidates}"])
+        )
+        console = Console(width=160, record=True, file=io.StringIO())
+        print_plan(plan, console)
+        text = console.export_text()
+        assert (f"{said}: {candidates} candidates do not pay for it" in text) == bool(said)
 
 
 def test_derived_and_learned_anchors_are_scored_and_judged(run: Run) -> None:
