@@ -163,7 +163,7 @@ class Bench:
             with suppress(NoPointError):
                 found["gain"], found["forgetting"] = self.judge.point(run.recipe(run.best(LIMIT)))
             trials = run.trials()
-            found |= {"trials": float((trials["state"] == "complete").sum()), "spent": spent(finished(run))[-1]}
+            found |= {"trials": float((trials["state"] == "complete").sum()), "spent": spent(ended(run))[-1]}
             facts.parent.mkdir(exist_ok=True)
             write_atomically(facts, json.dumps(found).encode())
             print(f"seed {seed}, {budget}, {name}: {found}", flush=True)
@@ -181,7 +181,7 @@ class Bench:
             file.write_text(dump_yaml(self.study(rival, seed, whole, folder)), encoding="utf-8")
             run_study(file, [], Console(file=io.StringIO()))
         run, own = open_run(folder), budget * _unit(rival)
-        return run if spent(finished(run))[-1] <= own else as_of(folder, own)
+        return run if spent(ended(run))[-1] <= own else as_of(folder, own)
 
     def study(self, rival: Rival, seed: int, budget: int, folder: Path) -> dict[str, Any]:
         """Write a search's study; with a bank a candidate reads fewer items, and as many more are paid for."""
@@ -293,15 +293,15 @@ def _named_by_source(recipe: Recipe) -> Recipe:
 
 
 def spent(trials: Sequence[optuna.trial.FrozenTrial]) -> list[float]:
-    """Add up what trials cost, in candidates of their study: after each of them."""
-    return np.cumsum([trial.user_attrs.get(COST, 1.0) for trial in trials]).tolist()
+    """Add up what trials cost, in candidates of their study: after each of them; one that is passed over costs none."""
+    return np.cumsum([trial.user_attrs.get(COST, 0.0) for trial in trials]).tolist()
 
 
-def finished(run: Run) -> list[optuna.trial.FrozenTrial]:
-    """Read a run's finished trials, in the order in which they began."""
+def ended(run: Run) -> list[optuna.trial.FrozenTrial]:
+    """Read a run's trials, in the order in which they began; those passed over too, which have numbers."""
     storage = RunFolder(run.path).storage()
     study = optuna.load_study(study_name=run.path.name, storage=storage)
-    found = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    found = study.get_trials(deepcopy=False)
     close(storage)
     return found
 
@@ -313,7 +313,7 @@ def as_of(folder: Path, budget: float) -> Run:
     shutil.copytree(
         folder, cut, ignore=shutil.ignore_patterns("study.db*", "lock", "*-holdout.parquet"), copy_function=os.link
     )
-    trials = finished(open_run(folder))
+    trials = ended(open_run(folder))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     create(cut / "study.db")
     storage = RunFolder(cut).storage()
