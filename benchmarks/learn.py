@@ -60,7 +60,7 @@ class Row:
 
     loss: Loss = "labels"
     by: By = "tensor"
-    steps: int = 24
+    steps: int = 12
     questions: int = 10
     texts: int = 2
     pulled: bool = True
@@ -89,7 +89,7 @@ def rows(start: tuple[str, float]) -> dict[str, Row]:
     return {
         AS_IT_IS: plain,
         "steps 6": replace(plain, steps=6),
-        "steps 12": replace(plain, steps=12),
+        "steps 24": replace(plain, steps=24),
         "steps 48": replace(plain, steps=48),
         "teachers": replace(plain, loss="teachers"),
         "teachers, by group": replace(plain, loss="teachers", by="group"),

@@ -120,10 +120,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         # float32: the faster arithmetic on most CPUs, and free of bf16's noise; a merge is rounded to bf16 all the same
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": "float32"},
         "anchors": {"derived": ["regmean"] if tiny else ["regmean", "fisher"]},
-        "search": {
-            "trials": 16 if tiny else 32,
-            "learned": {"count": 1, "steps": 8} if tiny else {"count": 3, "steps": 12},
-        },
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 32, "learned": 3},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

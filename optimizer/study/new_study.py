@@ -152,7 +152,7 @@ anchors:
 
 search:
   trials: 40  # the base, the experts and other anchors are among them
-  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 17 trials; 0: none
+  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 9 trials; 0: none
   sampler: auto  # auto, tpe, gp, front, nsga2, nsga3, cmaes, random, qmc
   seed: 0
 

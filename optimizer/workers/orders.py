@@ -10,7 +10,7 @@ Form = Literal["regmean", "fisher"]
 By = Literal["tensor", "group"]
 Loss = Literal["labels", "teachers"]
 
-STEPS = 24  # of a lesson, by default
+STEPS = 12  # of a lesson, by default
 STEP_COST = 0.7  # in candidates: what a trial reads on the search suite
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach

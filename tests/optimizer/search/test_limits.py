@@ -19,6 +19,7 @@ from optimizer.search.samplers import SAMPLERS, make_sampler
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.schema import AnchorsSection
 from optimizer.views.sentences import limits, verdict
+from optimizer.workers.orders import STEP_COST, STEPS
 from optimizer.workers.pool import LearnJob, Result, SerialPool
 from search_spaces.shape import Shape
 from tests.optimizer.fakes import Bench, FakeWorker, space_of, study_of, tasks_of
@@ -167,7 +168,7 @@ def test_a_lesson_in_hand_counts_as_what_it_will_cost(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "toy", learned=1)
     bench.search(trials=60, candidates=30.0, pool=LessonsLast(FakeWorker))
     spent = sum(t.user_attrs["candidates"] for t in trials_of(bench))
-    assert 29 < spent <= 30 + 18 - 16.8 + 1  # the fake lesson costs 18, and 16.8 were expected
+    assert 29 < spent <= 30 + 18 - STEP_COST * STEPS + 1  # the fake lesson costs 18, and less was expected
 
 
 @pytest.mark.parametrize(
