@@ -31,14 +31,14 @@ from optimizer.runs.limits import Limits
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.trial import DUPLICATE, WORKER_DIED, Role, TrialKind
 from optimizer.search.crew import Crew
-from optimizer.search.ends import Ends, cost_of_trial
+from optimizer.search.ends import Ends, cost_of_trial, require_budget
 from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
 from optimizer.search.fault_point import fault
 from optimizer.search.interrupt import interruptible
 from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
-from optimizer.search.midpoint import Midpoint, front_midpoint
+from optimizer.search.midpoint import Midpoint, due_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.racing import Verdict, verdict_of
 from optimizer.search.samplers import WITHOUT_LIMITS, make_sampler
@@ -51,7 +51,6 @@ from search_spaces.space import Space
 if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
 
-MIDPOINT_EVERY = 2  # trials, once midpoints are due
 REPLICATES = 100  # resamplings of a trial's items, for a sampler that goes by standard errors
 REPEATS_BEFORE_RANDOM = 10  # a sampler that insists on known points is helped out with random ones
 REPEATS_BEFORE_END = 200  # and where random ones are known too, the space has no more to give
@@ -86,7 +85,7 @@ def run_search(
         RunError: the study's database cannot be used.
         KeyboardInterrupt: the person (or SIGTERM) stopped the search; its state is whole.
     """
-    _require_budget(settings, space)
+    require_budget(settings, space)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -125,15 +124,6 @@ def opened_storage(settings: SearchSection, run: RunFolder) -> Iterator[RDBStora
     finally:
         storage.remove_session()
         storage.engine.dispose()
-
-
-def _require_budget(settings: SearchSection, space: Space | Choice) -> None:
-    references = 1 + len(space.experts)
-    if settings.trials < references:
-        raise SearchError(
-            f"search.trials must leave room for the base and each expert; given {settings.trials}, "
-            f"needed {references} and some to search with"
-        )
 
 
 class _Search:
@@ -301,17 +291,9 @@ class _Search:
         return trial.number
 
     def _midpoint(self) -> Midpoint | None:
-        """Give what lies halfway between two on the front where that is due; a random search stays random.
-
-        It is due in the second half of the budget, or as soon as a point without parameters is on the front: what a
-        sampler then proposes starts from points that are beaten.
-        """
+        """Give what lies halfway between two on the front, where that is due; a random search stays random."""
         may = len(self.names) <= 2 and self.settings.sampler != "random" and self.scale is not None
-        if not may or self.asked % MIDPOINT_EVERY:
-            return None
-        kinds = self.ledger.kinds
-        due = 2 * self.asked >= self.budget or not all(kinds[number].has_params for number in self.ledger.front())
-        return front_midpoint(self.ledger, self.space) if due else None
+        return due_midpoint(self.asked, self.budget, self.ledger, self.space) if may else None
 
     def _prepared(self, result: Result, seconds: float) -> None:
         """Enter the recipe of an anchor that a worker has prepared, and have it scored."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from optimizer.errors import SearchError
 from optimizer.runs.front import growth, losses
 from optimizer.runs.trial import Role
 from optimizer.search.cost import FORMS, anchor_cost
@@ -19,6 +20,18 @@ from optimizer.workers.orders import STEP_COST
 
 if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
+    from search_spaces.choice import Choice
+    from search_spaces.space import Space
+
+
+def require_budget(settings: SearchSection, space: Space | Choice) -> None:
+    """Raise SearchError where the budget has no room for the base and each expert."""
+    references = 1 + len(space.experts)
+    if settings.trials < references:
+        raise SearchError(
+            f"search.trials must leave room for the base and each expert; given {settings.trials}, "
+            f"needed {references} and some to search with"
+        )
 
 
 class Ends:

@@ -22,7 +22,7 @@ from optimizer.database.writer_storage import WriterStorage
 from optimizer.runs.front import front_without, losses, non_dominated
 from optimizer.runs.outcome_files import outcomes_of, outcomes_path, stamp_of
 from optimizer.runs.run_folder import RunFolder
-from optimizer.runs.trial import BASE, COST, DRIVER_DIED, NOT_COUNTED, STAMP, STDERR, STOPPED, TrialKind, fitted
+from optimizer.runs.trial import BASE, COST, DRIVER_DIED, NOT_COUNTED, STAMP, STDERR, STOPPED, TrialKind
 from optimizer.search.answer_watch import AnswerWatch
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.fault_point import fault
@@ -196,15 +196,6 @@ class Ledger:
         if self._front is None:
             self._front = _not_beaten({n: told for n, told in self.values.items() if n not in self.stopped})
         return self._front
-
-    def front_of_unfitted(self) -> frozenset[int]:
-        """Give the front that there would be without the trials that were fitted to the search items; empty where none
-        was."""
-        hidden = fitted(self.kinds)
-        if not hidden:
-            return frozenset()
-        hidden |= self.stopped | {n for n in self.values if self._watch.is_needed and self.is_kept_off(n)}
-        return _not_beaten({n: told for n, told in self.values.items() if n not in hidden})
 
     def is_kept_off(self, number: int) -> bool:
         """Tell whether a guard of written answers keeps a trial off the front."""

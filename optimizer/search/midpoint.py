@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 
 from optimizer.runs.front import gaps
 from optimizer.runs.path import blend
+from optimizer.runs.trial import fitted
+from optimizer.search.judge import front_of
 from optimizer.search.ledger import Ledger
 from search_spaces.choice import Choice
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
+EVERY = 2  # trials, once midpoints are due
 METHOD = "task_arithmetic"  # of recipes that mix by their weights
 LEAST = 1 / 400  # of the front's rectangle: a gap as of twenty points at even distances is none
 MOST_EXPERTS = 4  # of a mixed recipe, derived ones too: a merge reads each of them
@@ -36,19 +39,39 @@ class Midpoint:
     params: dict[str, float | str] | None
 
 
+def due_midpoint(asked: int, budget: int, ledger: Ledger, space: Space | Choice) -> Midpoint | None:
+    """Give the midpoint that is the next trial, where one is due.
+
+    Every other trial is, in the second half of the budget, or as soon as a point without parameters is on the front:
+    what a sampler then proposes starts from points that are beaten.
+    """
+    if asked % EVERY:
+        return None
+    is_late = 2 * asked >= budget
+    is_due = is_late or not all(ledger.kinds[number].has_params for number in ledger.front())
+    return front_midpoint(ledger, space) if is_due else None
+
+
 def front_midpoint(ledger: Ledger, space: Space | Choice) -> Midpoint | None:
     """Give the midpoint of the largest gap whose recipe is not known yet; None where there is none.
 
     A learned point seems to fill gaps that it does not, so those of the front without such points count too.
     """
     params = {trial.number: trial.params for trial in ledger.trials() if trial.params}
-    found = dict([*_gaps(ledger.front(), ledger), *_gaps(ledger.front_of_unfitted(), ledger)])
+    found = dict([*_gaps(ledger.front(), ledger), *_gaps(_front_of_unfitted(ledger), ledger)])
     for pair in sorted(found, key=lambda pair: (-found[pair], pair)):
         between = _halfway(params.get(pair[0], {}), params.get(pair[1], {}))
         recipe = space.recipe(between) if between else _mixed(*(Recipe.from_json(ledger.recipes[n]) for n in pair))
         if recipe is not None and recipe.digest not in ledger.seen:
             return Midpoint(pair, recipe, between)
     return None
+
+
+def _front_of_unfitted(ledger: Ledger) -> list[int]:
+    """Give the front that there would be without learned points and what lies between them; empty where there are none."""
+    hidden = fitted(ledger.kinds)
+    values = {n: told for n, told in ledger.values.items() if n not in hidden and n not in ledger.stopped}
+    return front_of(values, ledger.is_kept_off) if hidden else []
 
 
 def _gaps(front: Collection[int], ledger: Ledger) -> list[tuple[tuple[int, int], float]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from optimizer.runs.path import blend
+from optimizer.runs.trial import TrialKind
 from optimizer.search.midpoint import front_midpoint
 from search_spaces.recipe import Recipe, Setting
 from search_spaces.space import Shape
@@ -32,15 +33,17 @@ def ledger_of(
     *,
     limit: float = 9.0,
     recipes: list[str] | None = None,
+    learned: tuple[int, ...] = (),
     beaten: tuple[int, ...] = (),
-    unfitted: tuple[int, ...] = (),
 ) -> Any:
     """Trials on a front, of which some have no params, and what is told of a limit on forgetting."""
     trials = [SimpleNamespace(number=i, params=given) for i, given in enumerate(params)]
     return SimpleNamespace(
         trials=lambda: trials,
         front=lambda: set(range(len(values))) - {*beaten},
-        front_of_unfitted=lambda: {*beaten, *unfitted},
+        kinds={n: TrialKind("learned p=0.60" if n in learned else "search") for n in range(len(values))},
+        stopped=set(),
+        is_kept_off=lambda number: False,
         values=dict(enumerate(values)),
         seen=set(),
         recipes=dict(enumerate(recipes or [recipe_of(0.5)] * len(values))),
@@ -62,7 +65,7 @@ def test_between_points_without_params_lies_the_mean_of_their_weights() -> None:
 def test_a_gap_that_a_learned_point_seems_to_fill_is_halved_too() -> None:
     values = [(0.0, 0.0), (0.8, 0.1), (1.05, 0.2), (1.0, 0.6)]  # the third was learned, and beats the expert
     recipes = [recipe_of(0.0), recipe_of(1.0, "fisher"), recipe_of(1.0, "learned"), recipe_of(1.0)]
-    ledger = ledger_of(values, [{}] * 4, recipes=recipes, beaten=(3,), unfitted=(0, 1))
+    ledger = ledger_of(values, [{}] * 4, recipes=recipes, learned=(2,), beaten=(3,))
     found = front_midpoint(ledger, SPACE)
     assert found is not None
     assert found.trials == (1, 3)
