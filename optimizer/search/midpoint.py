@@ -68,7 +68,7 @@ def front_midpoint(ledger: Ledger, space: Space | Choice) -> Midpoint | None:
 
 
 def _front_of_unfitted(ledger: Ledger) -> list[int]:
-    """Give the front that there would be without learned points and what lies between them; empty where there are none."""
+    """Give the front that there would be without fitted points; empty where there are none of them."""
     hidden = fitted(ledger.kinds)
     values = {n: told for n, told in ledger.values.items() if n not in hidden and n not in ledger.stopped}
     return front_of(values, ledger.is_kept_off) if hidden else []

@@ -22,6 +22,7 @@ from optimizer.errors import CheckpointError, RunError, SearchError, StudyFileEr
 from optimizer.run import open_run
 from optimizer.runs.run_folder import RunFolder
 from optimizer.search import driver as search_module
+from optimizer.search import midpoint
 from optimizer.search.events import Event
 from optimizer.search.samplers import SAMPLERS, make_sampler, require_learns
 from optimizer.views.progress import Progress
@@ -168,7 +169,7 @@ def test_a_known_recipe_is_not_scored_twice(bench: Bench, monkeypatch: pytest.Mo
         return make_sampler(name, **wanted) if name == "random" and random else Stubborn()
 
     monkeypatch.setattr(search_module, "make_sampler", make)
-    monkeypatch.setattr(search_module, "MIDPOINT_EVERY", 1000)
+    monkeypatch.setattr(midpoint, "EVERY", 1000)
     monkeypatch.setattr(search_module, "REPEATS_BEFORE_RANDOM", 3)
     monkeypatch.setattr(search_module, "REPEATS_BEFORE_END", 6)
     bench.search(trials=10, sampler="tpe")
