@@ -125,7 +125,7 @@ def test_a_sampler_has_the_gaps_of_the_front_filled_and_a_random_search_has_not(
     }
     searched = halfway - set(range(len(bench.space.anchors())))
     assert bool(searched) == (sampler == "tpe")
-    assert all(number >= 10 and number % search_module.MIDPOINT_EVERY == 0 for number in searched)
+    assert all(number >= 10 and number % midpoint.EVERY == 0 for number in searched)
 
 
 def test_several_experts_have_an_objective_each(tmp_path: Path) -> None:
