@@ -145,7 +145,7 @@ def test_sensitivities_add_up_to_the_divergence(study: Study, worker: Worker) ->
 @pytest.mark.parametrize("form", ["regmean", "fisher"])
 def test_experts_are_derived_over_its_text(form: str, study: Study, worker: Worker, tmp_path: Path) -> None:
     (folder,) = worker.derive(Derivation(form, "clinical", (0.5,), tmp_path))  # type: ignore[arg-type]
-    derived = Recipe("task_arithmetic", study.models.base, (("d", str(folder)),), (Setting("weight", "d", "", 1.0),))
+    derived = Recipe("task_arithmetic", study.models.base, ((form, str(folder)),), (Setting("weight", form, "", 1.0),))
     of_derived = [o.value for o in worker.evaluate(derived.to_json(), SEARCH).outcomes if o.task == TASK]
     base, expert = (sum(o.value for o in scored(worker, study, weight)) for weight in (0.0, 1.0))
     assert base < sum(of_derived) < expert
