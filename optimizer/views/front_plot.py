@@ -12,7 +12,7 @@ from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.families import PREPARED
 from optimizer.runs.frames import Row, rows_of
 from optimizer.runs.front import losses, non_dominated
-from optimizer.runs.trial import NO_ANCHORS, Role, TrialKind, roles_of
+from optimizer.runs.trial import NO_ANCHORS, SEARCHED, Role, TrialKind, roles_of
 from optimizer.views import canvas
 from optimizer.views.canvas import BLUE, GREY, INK, ORANGE, PALE, PALE_BLUE, PAPER, PLOT_WIDTH, RED, SERIES, VEIL, WINE
 from optimizer.words import Interval, percent
@@ -193,7 +193,7 @@ def _hover_texts(points: Mapping[str, pd.DataFrame]) -> pd.Series[str]:
 
 
 def _hover_text(trial: object, search: Row, holdout: Row, *, method: bool) -> str:
-    about = [canvas.escaped(search["kind"])] if TrialKind(search["kind"]).is_anchor else []
+    about = [canvas.escaped(search["kind"])] if search["kind"] != SEARCHED.stored else []
     lines = [" ".join([f"<b>trial {trial}</b>", *about, *([search["method"]] if method else [])])]
     for row, items in ((search, "search items"), (holdout, "unseen items")):
         if math.isfinite(row["domain"]):

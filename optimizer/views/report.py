@@ -24,7 +24,7 @@ from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.frames import rows_of
 from optimizer.runs.front import SURE
 from optimizer.runs.scored import ScoredRun
-from optimizer.runs.trial import TrialKind
+from optimizer.runs.trial import SEARCHED, TrialKind
 from optimizer.views import figures, sentences
 from optimizer.views.canvas import DARK, library_script
 from optimizer.views.flips_page import flips_section
@@ -218,7 +218,7 @@ def _limits(run: ScoredRun) -> str:
         (
             percent(row.limit),
             row.trial,
-            _what(row.kind) or "searched",
+            kind_text(row.kind) or "searched",
             row.domain,
             row.forgetting,
             f"{percent(row.kept)} of resamplings",
@@ -244,7 +244,7 @@ def _table(run: ScoredRun) -> str:
     rows = [
         (
             row.trial,
-            _what(row.kind),
+            kind_text(row.kind),
             *([row.method] if several else []),
             *(row.figures[suite][name] for suite, name in figures),
             digests[row.trial],
@@ -280,7 +280,7 @@ def _sentinels(run: ScoredRun) -> str:
     titles, rows = sentinel_titles(run), sentinel_rows(run)
     if not titles:
         return ""
-    cells = [(row.trial, _what(row.kind), *(row.changes.get(task, "") for task in titles)) for row in rows]
+    cells = [(row.trial, kind_text(row.kind), *(row.changes.get(task, "") for task in titles)) for row in rows]
     knee = next((place for place, row in enumerate(rows) if row.is_knee), None)
     table = grid(("trial", "what", *titles.values()), cells, marked=knee)
     return (
@@ -295,13 +295,14 @@ def _title(name: str) -> str:
     return name.replace("domain_", "gain ").replace("domain", "domain gain")
 
 
-def _what(kind: TrialKind) -> str:
-    return kind.label if kind.is_anchor else ""
+def kind_text(kind: TrialKind) -> str:
+    """Say what a trial is; nothing of a sampler's proposal."""
+    return "" if kind == SEARCHED else kind.label
 
 
 def _named(run: ScoredRun, row: FrontRow) -> str:
     name = sentences.named(run, row.trial)
-    return f"{name} ({what})" if (what := _what(row.kind)) else name
+    return f"{name} ({text})" if (text := kind_text(row.kind)) else name
 
 
 def _figure_data(run: ScoredRun) -> str:
