@@ -1,4 +1,4 @@
-"""What outcomes lose: of few items it tells more than the score, which only knows right from wrong."""
+"""The loss of outcomes by task: few items tell more by it than by a score, which only knows right from wrong."""
 
 from __future__ import annotations
 

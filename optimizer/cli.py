@@ -224,10 +224,7 @@ def export(
         float | None, typer.Option(help="The most domain gain that forgets at most so much: a share, 0.05 for 5 %.")
     ] = None,
     sure: Annotated[
-        float | None,
-        typer.Option(
-            help="With --max-forgetting: in what share of resamplings it must hold; 0.9 unless told.", min=0, max=1
-        ),
+        float | None, typer.Option(help="With --max-forgetting: share of resamplings that keep it (0.9).", min=0, max=1)
     ] = None,
     knob: Annotated[
         float | None,

@@ -22,16 +22,7 @@ from optimizer.runs.comparison import FOUND, compare_at_limits
 from optimizer.runs.families import COLUMNS, PREPARED, fronts_by_set, what_sets_cover
 from optimizer.runs.flipped import with_texts
 from optimizer.runs.frames import prefix_of
-from optimizer.runs.front import (
-    LIMITS,
-    SURE,
-    best_under,
-    growth,
-    hypervolume,
-    knee_of,
-    losses,
-    on_front,
-)
+from optimizer.runs.front import LIMITS, SURE, best_under, growth, hypervolume, knee_of, losses, non_dominated, on_front
 from optimizer.runs.measured import MeasuredRun, losses_of
 from optimizer.runs.posterior import front_chances, knee_by_samples
 from optimizer.runs.trial import NO_ANCHORS, Role, roles_of
@@ -67,9 +58,10 @@ class ScoredRun(MeasuredRun):
 
         By the search items, to which they were fitted, learned points beat only one another.
         """
+        points = self.points(suite)
         minimised = self._losses(suite).dropna()
-        is_fitted = minimised.index.isin([*self.fitted]) & (suite == SEARCH)
-        front = self.points(suite).loc[minimised.index[on_front(minimised.to_numpy(), is_fitted)]]
+        is_best = points["front"] if suite == SEARCH else minimised.index[non_dominated(minimised.to_numpy())]
+        front = points.loc[is_best]
         return self._points.loc[front.sort_values(["forgetting", "domain"], kind="stable").index]
 
     def anchors(self) -> pd.DataFrame:
@@ -270,8 +262,8 @@ class ScoredRun(MeasuredRun):
         return hypervolume(minimised.to_numpy(), self._corner()) if len(minimised) else 0.0
 
     def does_search_pay(self, sure: float = SURE) -> pd.DataFrame:
-        """Compare, for each of some limits on forgetting, the best point that was found with the best of
-        the lines: both chosen by the search items, and compared on the items that judge (`compare_at_limits`).
+        """Compare, for each of some limits on forgetting, the best point that was found with the best of the lines:
+        chosen by the search items, and compared on the items that judge (`compare_at_limits`).
 
         Args:
             sure: as of `best`.

@@ -154,9 +154,8 @@ class _Search:
         """Take up what is there: tell what is scored already, and owe what was left open or is lost."""
         found = self.ledger.resume()
         self.sampler, self.random_sampler = self._make_sampler(self.settings.sampler), self._make_sampler("random")
-        text = f"{self.budget} trials"
-        if found.trials:
-            text = f"{self.ledger.finished} of {self.budget} trials are finished"
+        done = f"{self.ledger.finished} of {self.budget} trials are finished"
+        text = done if found.trials else f"{self.budget} trials"
         self.reporter.start(text + (f"; {found.left_open} were left open" if found.left_open else ""))
         if self.limits and self.settings.sampler in WITHOUT_LIMITS:
             self.reporter.say("note", f"{self.settings.sampler} draws without regard to limits ({self.limits.text()})")
@@ -223,7 +222,7 @@ class _Search:
         return self.ledger.held.keys() | (self.crew.out.keys() - self.ledger.values.keys())
 
     def _ask(self) -> None:
-        """Give a worker the next job: a trial that is owed, an anchor to prepare, or a recipe to be sampled."""
+        """Give a worker the next job: a trial that is owed, an anchor to prepare, a midpoint, or a recipe to sample."""
         ledger = self.ledger
         if ledger.owed and not ledger.kinds[ledger.owed[0]].has_params:
             self._take_up(ledger.owed.popleft())

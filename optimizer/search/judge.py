@@ -59,11 +59,11 @@ def _judge(numbers: Sequence[int], ledger: Ledger, crew: Crew, reporter: Reporte
         reporter.judged(kind, result.job.trial, text, done=done, total=total)
 
 
-def front_of(values: Values, is_kept_off: Callable[[int], bool], fitted: Collection[int] = ()) -> list[int]:
+def front_of(values: Values, is_kept_off: Callable[[int], bool], fitted_ones: Collection[int] = ()) -> list[int]:
     """Give the trials that no other beats, without those that are kept off; fitted ones beat only one another."""
     numbers = list(values)
     points = losses([values[number] for number in numbers])
-    is_fitted = [number in fitted for number in numbers]
+    is_fitted = [number in fitted_ones for number in numbers]
     mask, _ = front_without(points, lambda place: is_kept_off(numbers[place]), is_fitted)
     return [number for number, on_front in zip(numbers, mask, strict=True) if on_front]
 

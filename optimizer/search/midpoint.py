@@ -15,6 +15,7 @@ from optimizer.runs.trial import fitted
 from optimizer.search.judge import front_of
 from optimizer.search.ledger import Ledger
 from search_spaces.choice import Choice
+from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe
 from search_spaces.space import Space
 
@@ -107,7 +108,8 @@ def _halfway(one: Mapping[str, float | str], other: Mapping[str, float | str]) -
 
 def _mixed(one: Recipe, other: Recipe) -> Recipe | None:
     """Return the mean of two recipes' weights, without experts that count nothing; None where they do not mix."""
-    if one.method != METHOD or other.method != METHOD:
+    tensors = one.tensors | other.tensors
+    if not (_is_weights(one) and _is_weights(other)) or (one.kinds != other.kinds and not tensors):
         return None
     mixed = blend(one, other, 0.5)
     used = {setting.expert for setting in mixed.settings if setting.value}
@@ -115,3 +117,14 @@ def _mixed(one: Recipe, other: Recipe) -> Recipe | None:
         return None
     experts = tuple((name, source) for name, source in mixed.experts if name in used)
     return replace(mixed, experts=experts, settings=tuple(s for s in mixed.settings if s.expert in used))
+
+
+def _is_weights(recipe: Recipe) -> bool:
+    """Tell whether a recipe is task arithmetic by nothing but weights: of groups, or of every tensor."""
+    spec, weights = METHODS[METHOD], [s for s in recipe.settings if s.parameter == "weight"]
+    others = [s for s in recipe.settings if s.parameter != "weight"]
+    return (
+        recipe.method == METHOD
+        and all((known := spec.parameter(s.parameter)) and s.value == known.default for s in others)
+        and len({s.group in recipe.tensors for s in weights}) < 2
+    )

@@ -8,16 +8,17 @@ a search that was killed gives the same lesson again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from evals.outcomes import HOLDOUT
+from evals.item_losses import mean_losses
+from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
-from optimizer.search.starts import best_start
-from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss
+from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss, counts, loss_unit
 from optimizer.workers.pool import DeriveJob, Job, LearnJob
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
@@ -193,10 +194,30 @@ class Preparer:
         )
 
     def _start(self, preference: Mapping[str, float]) -> Recipe:
-        """Give the best anchor that was not learned, as task arithmetic."""
+        """Give the anchor that was not learned and loses least, as task arithmetic."""
         anchors = [n for n in self.ledger.finished_anchors() if self.ledger.kinds[n].role is not Role.LEARNED]
         found = best_start(anchors, preference, self.ledger)
         return _as_task_arithmetic(Recipe.from_json(self.ledger.recipes[found]))
+
+
+def best_start(trials: Sequence[int], preference: Mapping[str, float], ledger: Ledger) -> int:
+    """Give the trial whose search outcomes lose least for a preference; the first of equals.
+
+    Losses count in shares of what lies between base and expert. Scores of few items cannot tell anchors that lie a few
+    points apart, and which form of derived expert is the better start differs from one pair of models to another.
+
+    Args:
+        trials: scored ones, base and experts among them.
+        preference: of each expert's domain; the general tasks have what is left of 1.
+    """
+    lost = {n: mean_losses(ledger.run.read_outcomes(n, SEARCH), ledger.tasks) for n in trials}
+    ends = {kind.expert_name: lost[n] for kind, n in ledger.references.items()}
+    base = ends.pop("")
+    factors: dict[str, float] = {}
+    for task, name, share in counts(preference, ledger.tasks):
+        between = base[task] - ends[name][task] if name else max(end[task] for end in ends.values()) - base[task]
+        factors[task] = factors.get(task, 0.0) + share / loss_unit(between, base[task])
+    return min(trials, key=lambda n: (math.fsum(factor * lost[n][task] for task, factor in factors.items()), n))
 
 
 def _as_task_arithmetic(recipe: Recipe) -> Recipe:

@@ -127,9 +127,10 @@ def what_prepared_points_add(run: ScoredRun) -> list[str]:
 
 
 def prepared_kinds(run: ScoredRun) -> str:
-    """Name the points of a run that were derived or learned: `derived and learned`."""
+    """Name the points of a run that were derived or learned, and what lies between: `derived, learned and between`."""
     roles = {TrialKind(kind).role for kind in run.points()["kind"]}
-    return " and ".join(role.name.lower() for role in PREPARED if role in roles)
+    names = [role.name.lower() for role in (*PREPARED, Role.BETWEEN) if role in roles]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def meanings(kinds: Iterable[TrialKind]) -> list[str]:

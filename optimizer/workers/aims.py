@@ -18,8 +18,7 @@ import torch
 from evals.losses import Example, pairs_of, task_losses
 from evals.packing import build_trie
 from optimizer.merging.gradients import Gradient
-from optimizer.workers.orders import Loss
-from optimizer.workers.weighing import BASE, counts, scale
+from optimizer.workers.orders import BASE, Loss, counts, loss_unit
 from search_spaces import Recipe, Setting
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class Aims:
             term = Term(task, name if loss == "teachers" else BASE)
             at_base = ends[BASE][term]
             between = at_base - ends[name][term] if name else max(ends[e][term] for e in self._experts) - at_base
-            factors[term] += share / scale(between, at_base)
+            factors[term] += share / loss_unit(between, at_base)
         return Aim(self, loss, factors)
 
     def parts(self, loss: Loss, examples: Sequence[Example]) -> list[Part]:

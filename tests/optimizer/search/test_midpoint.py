@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,12 @@ def test_what_does_not_mix_has_no_midpoint() -> None:
     ties = recipe_of(0.5, method="ties")
     assert front_midpoint(ledger_of([(0.0, 0.0), (1.0, 0.5)], [{}, {}], recipes=[recipe_of(1.0), ties]), SPACE) is None
     assert front_midpoint(ledger_of([(0.0, 0.0)], [{}]), SPACE) is None
+    half = Recipe.from_json(recipe_of(0.5))
+    tensor = Setting("weight", "clinical", "model.norm.weight", 0.3)
+    for settings in ((*half.settings, Setting("lambda", "", "", 0.5)), (*half.settings, tensor)):
+        odd = replace(half, settings=settings).to_json()  # a scale beside the weights, or a number of one tensor alone
+        ledger = ledger_of([(0.0, 0.0), (1.0, 0.5)], [{}, {}], recipes=[recipe_of(1.0), odd])
+        assert front_midpoint(ledger, SPACE) is None
     many = [recipe_of(1.0, f"derived_{i}") for i in range(5)]
     crowd = recipe_of(0.2)
     for i in range(4):

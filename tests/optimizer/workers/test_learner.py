@@ -18,8 +18,7 @@ from optimizer.run_study import worker_spec
 from optimizer.study.study_file import Study
 from optimizer.workers.aims import Aims, size_of
 from optimizer.workers.learner import KEPT, Descent, Places, minibatches, split_examples
-from optimizer.workers.orders import PULLS, Learned, Lesson
-from optimizer.workers.weighing import counts, scale
+from optimizer.workers.orders import PULLS, Learned, Lesson, counts, loss_unit
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
@@ -165,8 +164,8 @@ def test_tasks_share_their_sides_preference_by_weight(worker: Worker) -> None:
     found = [*counts({"clinical": 0.6}, [*worker.tasks, *heavy])]
     assert [(name, share) for _, name, share in found if name] == [("clinical", pytest.approx(0.6))]
     assert [share for _, name, share in found if not name] == [pytest.approx(0.1), pytest.approx(0.3)]
-    assert scale(0.5, 2.0) == 0.5
-    assert scale(-0.5, 2.0) == scale(0.01, 2.0) == pytest.approx(0.1)  # an expert that hardly moved it
+    assert loss_unit(0.5, 2.0) == 0.5
+    assert loss_unit(-0.5, 2.0) == loss_unit(0.01, 2.0) == pytest.approx(0.1)  # an expert that hardly moved it
 
 
 def test_teachers_at_their_own_place_ask_for_no_step(study: Study, worker: Worker) -> None:
