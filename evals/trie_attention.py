@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evals.packing import Pass, Trie
+from evals.products import many_small
 
 NAME = "trie"
 
@@ -226,7 +227,8 @@ def _sdpa_on_cpu(
 ) -> tuple[torch.Tensor, None]:
     if softcap is not None:
         raise ValueError("softcap")  # as transformers' own: such a model is read another way
-    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    with many_small():
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2), None
 
 

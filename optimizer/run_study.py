@@ -123,12 +123,12 @@ def _search(ready: Ready, run: RunFolder, console: Console) -> None:
 def preparation_of(ready: Ready) -> Preparation:
     """Give the anchors that a worker prepares for a study."""
     study, learned = ready.study, ready.study.search.learned
-    forms, lessons = paid_for(study, ready.space, ready.harness.infos)
+    derived, lessons = paid_for(study, ready.space, ready.harness.infos)
     return Preparation(
         base=study.models.base,
         experts=tuple(study.models.experts.items()),
         folder=derived_folder(study),
-        forms=forms,
+        derived=derived,
         learned=lessons,
         by=learned.by,
         loss=learned.loss,

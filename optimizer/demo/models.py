@@ -178,6 +178,8 @@ def _rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: Traini
 def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progress) -> None:
     import torch
 
+    from evals.products import multiplies_bf16
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(
@@ -189,8 +191,7 @@ def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progres
     )
     for step in range(plan.steps):
         batch = rows[step].to(device)  # (batch, length)
-        # bf16 halves the time on a GPU; on a CPU without matrix tiles float32 products are the faster ones
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda" or multiplies_bf16()):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -229,6 +230,6 @@ def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]
 
 
 # At a constant rate the weights stay where the last batches pushed them, which a merge averages out (see docs/log.md).
-REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4, cool_down=False)
+REAL_EXPERT = TrainingPlan(steps=32, learning_rate=5.0e-4, cool_down=False)
 PICO_BASE = TrainingPlan(steps=120, batch=8, length=128, learning_rate=5.0e-3, warm_up=10)
 PICO_EXPERT = replace(PICO_BASE, steps=40, learning_rate=3.0e-3)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.outcomes import HOLDOUT, SEARCH, SUITES, TaskInfo
-from optimizer.search.prepared import SHARES
-from optimizer.workers.orders import QUESTIONS, STEP_COST, TEXTS, Form
+from optimizer.search.prepared import DERIVATIONS, FIRST_SHARES, SHARES, derivations
+from optimizer.workers.orders import CALIBRATION, QUESTIONS, STEP_COST, TEXTS, Form
 
 if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.checkpoints.devices import Spread
+    from optimizer.runs.trial import TrialKind
     from optimizer.search.plan import Plan
     from optimizer.study.schema import Study
     from search_spaces.choice import Choice
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors of the space
-FORMS: dict[Form, float] = {"regmean": 3, "fisher": 9}  # candidates that the derived experts of a form cost together
+FORMS: dict[Form, float] = {"regmean": 3, "fisher": 9}  # what a form costs in readings of the items that it is made of
 LESSONS = 2 / 3  # of what anchors and derived experts leave of `search.candidates`: the rest is searched
 
 
@@ -41,7 +42,7 @@ class Cost:
     prepared: float  # what preparing anchors costs, in candidates
     hours: float
     lessons: int  # those that are paid for
-    forms: tuple[Form, ...]  # of derived anchors, likewise
+    derived: tuple[TrialKind, ...]  # anchors, likewise
     on_gpus: tuple[int, ...] = ()  # of the model, on each GPU that it is spread over
     learning_on_gpu: int = 0  # of learning_bytes, on the GPU with the most layers
 
@@ -58,11 +59,12 @@ def cost_of(plan: Plan) -> Cost | None:
         (row["search_tokens"] or 0, row["drawn_items"] / row["search_items"]) for row in rows if row["drawn_items"]
     ]
     tokens = {**whole, SEARCH: whole[SEARCH] - round(sum(own * (1 - share) for own, share in shares))}
-    forms, lessons = paid_for(plan.study, plan.space, plan.harness.infos)
-    prepared = STEP_COST * plan.study.search.learned.steps * lessons + sum(FORMS[form] for form in forms)
-    own = plan.study.models.derived.values()
-    prepared += sum(FORMS[entry.form] / len(SHARES) for entry in own)
-    derived = len(SHARES) * len(forms)
+    tasks = plan.harness.infos
+    kinds, lessons = paid_for(plan.study, plan.space, tasks)
+    own, made = plan.study.models.derived.values(), {DERIVATIONS[kind][0] for kind in kinds}
+    prepared = STEP_COST * plan.study.search.learned.steps * lessons + sum(form_cost(form, tasks) for form in made)
+    prepared += sum(form_cost(entry.form, tasks) for entry in own)
+    derived = len(kinds)
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + lessons}
     anchors = derived + lessons + (len(plan.space.anchors()) if plan.space is not None else 0)
     bank = anchors * (whole[SEARCH] - tokens[SEARCH])  # what anchors read beyond what was drawn
@@ -74,42 +76,56 @@ def cost_of(plan: Plan) -> Cost | None:
         resident_bytes=round(width * numbers),
         mapped_bytes=plan.base.bytes + sum(expert.own_bytes for expert in plan.experts.values()),
         learning_bytes=learning,
-        disk_bytes=(derived + len(own)) * plan.base.bytes,
+        disk_bytes=(len(SHARES) * len(made) + len(own)) * plan.base.bytes,
         tokens=tokens,
         prepared=prepared,
         hours=work / _speed(plan.study) / 3600,
         lessons=lessons,
-        forms=forms,
+        derived=kinds,
         on_gpus=tuple(round(held * width * numbers / plan.base.bytes) for held in spread.bytes) if spread else (),
         learning_on_gpu=round(learning * most_layers),
     )
 
 
-def paid_for(study: Study, space: Space | Choice | None, tasks: Sequence[TaskInfo]) -> tuple[tuple[Form, ...], int]:
-    """Say which forms of derived anchors, and how many lessons, `search.candidates` pays for; all where it is not set.
+def paid_for(
+    study: Study, space: Space | Choice | None, tasks: Sequence[TaskInfo]
+) -> tuple[tuple[TrialKind, ...], int]:
+    """Say which derived anchors, and how many lessons, `search.candidates` pays for; all where it is not set.
 
-    Forms come first, in the study's order; lessons have `LESSONS` of what is left.
+    Derived anchors come first, the middle of every path before its ends; lessons have `LESSONS` of what is left.
     """
     forms = study.anchors.derived if len(study.models.experts) == 1 else ()
     learned, candidates = study.search.learned, study.search.candidates
     if candidates is None:
-        return forms, learned.count
+        return derivations(forms), learned.count
     each = anchor_cost(tasks)
     left = candidates - each * (len(space.anchors()) if space is not None else 0)
-    made = []
-    for form in forms:
-        cost = FORMS[form] + each * len(SHARES)
+    made: set[Form] = set()
+    kinds = []
+    for kind in (kind for share in FIRST_SHARES for kind in derivations(forms, [share])):
+        form, _ = DERIVATIONS[kind]
+        cost = each + (0 if form in made else form_cost(form, tasks))
         if cost <= left:
-            made.append(form)
+            kinds.append(kind)
+            made.add(form)
             left -= cost
-    return tuple(made), min(learned.count, max(0, int(LESSONS * left / (STEP_COST * learned.steps + each))))
+    lessons = min(learned.count, max(0, int(LESSONS * left / (STEP_COST * learned.steps + each))))
+    return tuple(kind for kind in derivations(forms) if kind in kinds), lessons
+
+
+def form_cost(form: Form, tasks: Sequence[TaskInfo]) -> float:
+    """Compute what the derived experts of a form cost to make, in candidates: it reads a few items of every task."""
+    read = sum(min(task.search_items, CALIBRATION) for task in tasks)
+    return FORMS[form] * read / _items_of_a_candidate(tasks)
 
 
 def anchor_cost(tasks: Sequence[TaskInfo]) -> float:
     """Compute what scoring an anchor costs, in candidates: 1, or more where it reads whole banks."""
-    return sum(task.search_items for task in tasks) / max(
-        1, sum(task.drawn_items or task.search_items for task in tasks)
-    )
+    return sum(task.search_items for task in tasks) / _items_of_a_candidate(tasks)
+
+
+def _items_of_a_candidate(tasks: Sequence[TaskInfo]) -> int:
+    return max(1, sum(task.drawn_items or task.search_items for task in tasks))
 
 
 def _spread(base: Checkpoint, study: Study) -> Spread | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -80,13 +79,16 @@ class Crew:
     def work_off(self, jobs: Iterable[Job]) -> Iterator[tuple[Result, float]]:
         """Yield the final results of a stage whose jobs are all known, and the seconds each took.
 
+        Jobs go out in their order, but for one of a trial that another job is out for.
+
         Raises:
             SearchError, KeyboardInterrupt: as of `wait`; KeyboardInterrupt also where a person asked to stop.
         """
-        waiting = deque(jobs)
+        waiting = list(jobs)
         while waiting or self.out:
-            while waiting and self.takes_jobs:
-                self.submit(waiting.popleft())
+            while self.takes_jobs and (job := next((job for job in waiting if job.trial not in self.out), None)):
+                waiting.remove(job)
+                self.submit(job)
             if not self.out:
                 break
             yield from self.wait()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optimizer.workers.ray_pool import RayPool
 
 KNOWN = "known"  # folder of the files that tell which derived folder was made of what
-VERSION = 1
+VERSION = 2
 WAIT = 3600.0  # seconds
 
 MakePool = Callable[["Study"], "SerialPool | RayPool"]

@@ -36,14 +36,14 @@ from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
 from optimizer.search.fault_point import fault
 from optimizer.search.interrupt import interruptible
-from optimizer.search.judge import judge_front
+from optimizer.search.judge import judge_front, to_judge
 from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import Midpoint, due_midpoint
 from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.racing import Verdict, verdict_of
 from optimizer.search.samplers import WITHOUT_LIMITS, make_sampler
 from optimizer.search.scale import find_scale, measured_of, with_anchor
-from optimizer.search.sensitivity import measure_sensitivities
+from optimizer.search.sensitivity import sensitivity_jobs
 from optimizer.workers.pool import Pool, Result, ScoreJob
 from search_spaces.choice import Choice
 from search_spaces.space import Space
@@ -98,9 +98,7 @@ def run_search(
             search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space))
             search.resume()
             search.spend_budget()
-            if preparation.learned:
-                measure_sensitivities(ledger, crew, reporter)
-            judge_front(ledger, crew, reporter)
+            judge_front(ledger, crew, reporter, beside=sensitivity_jobs(ledger) if preparation.learned else ())
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:  # optuna's text blames the data
         raise unwritable(storage_file(run.path, settings.storage), error) from error
     finally:
@@ -160,7 +158,8 @@ class _Search:
         if self.limits and self.settings.sampler in WITHOUT_LIMITS:
             self.reporter.say("note", f"{self.settings.sampler} draws without regard to limits ({self.limits.text()})")
         self.reporter.lost(found.lost)
-        self.ledger.owed.extend(n for n in self.preparer.removed() if n not in self.ledger.owed)
+        if removed := [n for n in self.preparer.removed() if n not in self.ledger.owed]:
+            self.ledger.owed.extend(sorted(to_judge(self.ledger.values, self.ledger).intersection(removed)))
         self._tell_held()
 
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:

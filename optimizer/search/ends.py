@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from optimizer.errors import SearchError
 from optimizer.runs.front import growth, losses
 from optimizer.runs.trial import Role
-from optimizer.search.cost import FORMS, anchor_cost
+from optimizer.search.cost import anchor_cost, form_cost
 from optimizer.search.ledger import Ledger
-from optimizer.search.prepared import DERIVATIONS, LESSON, REQUEST, SHARES
+from optimizer.search.prepared import DERIVATIONS, LESSON, REQUEST
 from optimizer.words import count, percent
 from optimizer.workers.orders import STEP_COST
 
@@ -92,7 +92,7 @@ class Ends:
 
 def cost_of_trial(number: int, ledger: Ledger) -> float:
     """Compute what a trial that is scored cost, in candidates: what it read against what a searched trial reads first,
-    and what its preparing cost; a share of its form's for a derived expert."""
+    and what its preparing cost; the first derived expert of a form paid for all of them."""
     first = sum(task.drawn_items or task.search_items for task in ledger.tasks)
     read = sum(len(rows.items) for rows in ledger.rows_of(number).values())
     return read / max(first, 1) + _preparing(number, ledger)
@@ -109,7 +109,9 @@ def _preparing(number: int, ledger: Ledger) -> float:
     write it down."""
     kind = ledger.kinds[number]
     if kind in DERIVATIONS:
-        return FORMS[DERIVATIONS[kind][0]] / len(SHARES)
+        form, _ = DERIVATIONS[kind]
+        of_form = [n for n, other in ledger.kinds.items() if other in DERIVATIONS and DERIVATIONS[other][0] == form]
+        return form_cost(form, ledger.tasks) if number == min(of_form) else 0.0
     if kind.role is Role.LEARNED:
         with suppress(KeyError, ValueError, TypeError):
             return float(json.loads(ledger.attribute(number, LESSON))["candidates"])

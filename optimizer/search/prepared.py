@@ -31,6 +31,7 @@ LEAN = 0.6  # with several experts: the part of a domain's preference that one o
 DERIVATIONS: dict[TrialKind, tuple[Form, float]] = {
     TrialKind(f"derived {form} {share:g}"): (form, share) for form in get_args(Form) for share in SHARES
 }  # the kinds of derived anchors
+FIRST_SHARES = (0.4, 0.6, 0.2)  # the order in which a small budget has them
 REQUEST, LESSON = "request", "lesson"  # user attributes of a learned trial: a lesson as it is given, what it gave
 
 
@@ -42,7 +43,7 @@ class Preparation:
         base: source of the base checkpoint.
         experts: (name, source) of each expert.
         folder: where derived experts are made.
-        forms: of derived experts, each at three shares; only where there is one expert.
+        derived: the derived anchors.
         learned: learned anchors.
         by: whether every tensor or every layer group has a learned weight of its own.
         loss: what is learned from (`Lesson`).
@@ -53,17 +54,12 @@ class Preparation:
     base: str
     experts: tuple[tuple[str, str], ...]
     folder: Path
-    forms: tuple[Form, ...] = ()
+    derived: tuple[TrialKind, ...] = ()
     learned: int = 0
     by: By = "tensor"
     loss: Loss = "labels"
     steps: int = STEPS
     seed: int = 0
-
-    def derived(self) -> list[TrialKind]:
-        """Give the derived anchors, in the order in which they are made."""
-        forms = self.forms if len(self.experts) == 1 else ()
-        return [kind for form in forms for kind, (its_form, _) in DERIVATIONS.items() if its_form == form]
 
     def preferences(self) -> dict[TrialKind, tuple[tuple[str, float], ...]]:
         """Give the preference of each learned anchor: of each expert's domain, the general tasks having the rest.
@@ -80,6 +76,12 @@ class Preparation:
             kind = TrialKind(f"learned p={share:.2f}{leans}")
             found[kind] = tuple((name, share * part) for name, part in parts.items())
         return found
+
+
+def derivations(forms: Sequence[Form], shares: Sequence[float] = SHARES) -> tuple[TrialKind, ...]:
+    """Give the kinds of derived anchors of some forms, each form's at the shares in their order."""
+    at = {derivation: kind for kind, derivation in DERIVATIONS.items()}
+    return tuple(at[form, share] for form in forms for share in shares)
 
 
 def _parts(names: Sequence[str], turn: int) -> dict[str, float]:
@@ -100,7 +102,7 @@ class Preparer:
     _preferences: Mapping[TrialKind, tuple[tuple[str, float], ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._derived, self._preferences = self.preparation.derived(), self.preparation.preferences()
+        self._derived, self._preferences = self.preparation.derived, self.preparation.preferences()
 
     def next(self, out: Sequence[Job]) -> Job | None:
         """Make the trial of the anchor that is due, and give its job; None where none is due yet, or any more.

@@ -12,6 +12,7 @@ from evals.certificates import ABILITY, CHANGED, DELTA, items_for, smallest_limi
 from optimizer.runs.limits import Limits
 from optimizer.search.cost import Cost, cost_of, count_numbers
 from optimizer.search.derived import said
+from optimizer.search.prepared import derivations
 from optimizer.search.samplers import WITHOUT_LIMITS
 from optimizer.views.plain_table import table
 from optimizer.words import count, percent, printable
@@ -179,7 +180,7 @@ def _cost_rows(plan: Plan, cost: Cost) -> Iterator[tuple[str, str]]:
 def _left_out(study: Study, cost: Cost) -> str:
     """Name the derived anchors and lessons that the study asks for and its candidates do not pay for."""
     forms = study.anchors.derived if len(study.models.experts) == 1 else ()
-    parts = [f"derived {form}" for form in forms if form not in cost.forms]
+    parts = [kind.label for kind in derivations(forms) if kind not in cost.derived]
     lessons = study.search.learned.count
     if cost.lessons < lessons:
         parts.append(f"{lessons - cost.lessons} of {count(lessons, 'learned point')}")

@@ -82,11 +82,13 @@ class Worker:
         from evals.engine import Engine, budget_for
         from evals.lm_tasks import load_tasks
         from evals.memory import layers_by_device
+        from evals.products import prefer_onednn
         from optimizer.checkpoints.configs import load_tokenizer
         from optimizer.checkpoints.resident import merge_target, resident_model, tensor_places
         from optimizer.merging.merge import DEVICE_ROOM, MergeCache, Sources, free_bytes
 
         torch.set_num_threads(max(1, spec.threads))
+        prefer_onednn()
         set_seed(spec.seed)
         logging.disable_progress_bar()
         self._experts = dict(spec.experts)  # those of the study; a recipe may name derived ones beside them
@@ -172,7 +174,7 @@ class Worker:
             return measure(self, chosen, models, tasks=self.tasks, expert=expert, points=points)
 
     def derive(self, path: Derivation) -> list[Path]:
-        """Make the derived experts of a path from the search items, or its texts, where they are not there yet.
+        """Make the derived experts of a path from a few search items, or its texts, where they are not there yet.
 
         Raises:
             MergeError: a folder cannot be written, or a tensor is not finite.
@@ -181,13 +183,15 @@ class Worker:
         """
         from evals.lm_examples import text_examples
         from optimizer.workers.deriver import Deriver
+        from optimizer.workers.orders import CALIBRATION
+        from optimizer.workers.sensitivity import some_of_each
 
         tasks = {task.name: task for task in self._harness.infos}
         with lack_of_memory_in_words(self._sources.base.bytes):
             if path.texts is not None:
                 general, domain = (text_examples(text, self._engine) for text in path.texts)
                 return Deriver(self.engine, self._parameters, self._sources, general, domain).derive(path)
-            examples = self.examples()
+            examples = some_of_each(self.examples(), CALIBRATION, seed=0)
             general = [e for e in examples if tasks[e.task].role == "general"]
             domain = [
                 e for e in examples if tasks[e.task].role == "domain" and tasks[e.task].expert in ("", path.expert)

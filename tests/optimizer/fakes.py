@@ -22,7 +22,7 @@ from optimizer.runs.run_folder import RunFolder
 from optimizer.runs.sensitivities import Sensitivities
 from optimizer.search.driver import run_search
 from optimizer.search.events import Event
-from optimizer.search.prepared import Preparation
+from optimizer.search.prepared import Preparation, derivations
 from optimizer.study.schema import EvalsSection, Models, SearchSection, Study, WorkersSection
 from optimizer.study.task_entry import TaskEntry
 from optimizer.workers.orders import Derivation, Form, Learned, Lesson
@@ -244,7 +244,11 @@ class Bench:
                 require_unchanged=self.require_unchanged,
                 events=self.events.append,
                 preparation=Preparation(
-                    "/models/base", self.space.experts, self.folder / "derived", forms=self.forms, learned=self.learned
+                    "/models/base",
+                    self.space.experts,
+                    self.folder / "derived",
+                    derived=derivations(self.forms),
+                    learned=self.learned,
                 ),
             )
 
