@@ -107,9 +107,9 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
         sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
-        domain = [task("clinical_text", 24, 36), task("clinical_words", 120, 200)]
+        domain = [task("clinical_text", 30, 36), task("clinical_words", 200, 200)]
         general = [
-            task("general_knowledge", 120, 200, OWN_TASKS),
+            task("general_knowledge", 160, 200, OWN_TASKS),
             task("python_prose", 4, 4),
         ]
         sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
@@ -119,7 +119,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)},
         "anchors": {"derived": ["regmean"] if tiny else ["regmean", "fisher"]},
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 32, "learned": 3},
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 36, "learned": 5},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

@@ -36,7 +36,7 @@ from optimizer.search.events import Event, Reporter
 from optimizer.search.failures import Failures, not_finite
 from optimizer.search.fault_point import fault
 from optimizer.search.interrupt import interruptible
-from optimizer.search.judge import judge_front, to_judge
+from optimizer.search.judge import judge_front
 from optimizer.search.ledger import Ledger
 from optimizer.search.midpoint import Midpoint, due_midpoint
 from optimizer.search.prepared import Preparation, Preparer
@@ -158,8 +158,7 @@ class _Search:
         if self.limits and self.settings.sampler in WITHOUT_LIMITS:
             self.reporter.say("note", f"{self.settings.sampler} draws without regard to limits ({self.limits.text()})")
         self.reporter.lost(found.lost)
-        if removed := [n for n in self.preparer.removed() if n not in self.ledger.owed]:
-            self.ledger.owed.extend(sorted(to_judge(self.ledger.values, self.ledger).intersection(removed)))
+        self.ledger.owed.extend(n for n in self.preparer.removed() if n not in self.ledger.owed)
         self._tell_held()
 
     def _make_sampler(self, name: str) -> optuna.samplers.BaseSampler:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from evals.outcomes import HOLDOUT
 from optimizer.errors import SearchError
 from optimizer.runs.front import front_without, losses
-from optimizer.runs.trial import Role, TrialKind, fitted
+from optimizer.runs.trial import TrialKind, fitted
 from optimizer.search.crew import Crew
 from optimizer.search.events import Reporter
 from optimizer.search.failures import not_finite
@@ -24,7 +24,6 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter, *, beside: Seque
     """Score the front and the anchors on the holdout suite, but for those whose holdout outcomes are there.
 
     Also the front that there would be without derived and learned points, so that what these add is judged fairly.
-    Derived anchors that are beaten are not judged: nothing chooses them, and no line is drawn through them.
 
     Args:
         beside: other jobs, which begin first, since they take long and keep one worker only.
@@ -33,9 +32,12 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter, *, beside: Seque
         SearchError: the base or an expert fails on the holdout suite.
         KeyboardInterrupt: a person asked to stop.
     """
-    values, tried = values_now(ledger), set[int]()
+    values = {n: value for n, value in values_now(ledger).items() if n not in ledger.stopped}
+    tried: set[int] = set()
     while True:  # where a guard finds a judged trial's answers wanting, what it beat is on the front, and judged too
-        numbers = sorted(to_judge(values, ledger))
+        front = front_of(values, ledger.is_kept_off, fitted(ledger.kinds))
+        others = front_without_prepared(values, ledger.kinds, ledger.is_kept_off)
+        numbers = sorted({*front, *others, *_within_limits(values, ledger), *ledger.finished_anchors()})
         faults = {n: why for n in numbers if n not in tried and (why := ledger.outcomes_fault(n, HOLDOUT))}
         if not faults and not beside:
             break
@@ -43,18 +45,7 @@ def judge_front(ledger: Ledger, crew: Crew, reporter: Reporter, *, beside: Seque
         reporter.lost([why for number, why in faults.items() if ledger.run.has_outcomes(number, HOLDOUT)])
         _judge([*faults], ledger, crew, reporter, total=len(numbers), beside=beside)
         beside = ()
-    finished = {n: value for n, value in values.items() if n not in ledger.stopped}
-    front = front_of(finished, ledger.is_kept_off, fitted(ledger.kinds))
     reporter.say("done", f"{ledger.finished} trials finished, {len(front)} on the front")
-
-
-def to_judge(values: Values, ledger: Ledger) -> set[int]:
-    """Give the trials that the holdout items judge, where these are the values of all that are finished."""
-    values = {n: value for n, value in values.items() if n not in ledger.stopped}
-    front = front_of(values, ledger.is_kept_off, fitted(ledger.kinds))
-    others = front_without_prepared(values, ledger.kinds, ledger.is_kept_off)
-    anchors = {n for n in ledger.finished_anchors() if ledger.kinds[n].role is not Role.DERIVED}
-    return {*front, *others, *_within_limits(values, ledger), *anchors}
 
 
 def _within_limits(values: Values, ledger: Ledger) -> list[int]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from optimizer.runs.trial import TrialKind
-from optimizer.search.judge import front_without_prepared, to_judge
-from optimizer.search.ledger import Ledger
+from optimizer.search.judge import front_without_prepared
 
 POINTS = {
     0: ("base", (0.0, 0.0)),
@@ -23,27 +20,3 @@ def test_what_only_learned_and_derived_points_beat_is_judged_too() -> None:
     values = {number: values for number, (_, values) in POINTS.items()}
     kinds = {number: TrialKind(kind) for number, (kind, _) in POINTS.items()}
     assert front_without_prepared(values, kinds, lambda _: False) == [0, 1, 3, 6]
-
-
-class _Ledger:
-    """What `to_judge` asks of a ledger."""
-
-    stopped: frozenset[int] = frozenset()
-
-    def __init__(self) -> None:
-        self.kinds = {number: TrialKind(kind) for number, (kind, _) in POINTS.items()}
-        self.kinds[7] = TrialKind("derived regmean 0.6")
-
-    def is_kept_off(self, number: int) -> bool:
-        return False
-
-    def constraints(self, number: int) -> dict[str, float]:
-        return {}
-
-    def finished_anchors(self) -> set[int]:
-        return {number for number, kind in self.kinds.items() if kind.is_anchor}
-
-
-def test_a_derived_anchor_is_judged_on_the_front_alone() -> None:
-    values = {number: values for number, (_, values) in POINTS.items()} | {7: (0.6, 0.35)}
-    assert to_judge(values, cast("Ledger", _Ledger())) == {0, 1, 2, 3, 5, 6}
