@@ -63,6 +63,7 @@ from optimizer.runs.trial import COST
 from optimizer.search import driver, samplers
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.study_file import read_study
+from optimizer.views import report
 from optimizer.views.pictures import picture
 from optimizer.workers.worker import Worker
 from search_spaces.recipe import Recipe, Setting
@@ -294,8 +295,9 @@ class Judge:
 
 @contextmanager
 def _without(rival: Rival) -> Iterator[None]:
-    """Take away what no study file can: halved gaps, or TPE's joint density."""
+    """Take away what no study file can: halved gaps, or TPE's joint density; and the report, which nobody reads."""
     with ExitStack() as stack:
+        stack.enter_context(patch.object(report, "write_report", lambda *_, **__: None))
         if not rival.halves:
             stack.enter_context(patch.object(driver, "due_midpoint", lambda *_: None))
         if not rival.jointly:

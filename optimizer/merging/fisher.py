@@ -1,18 +1,26 @@
 """Fisher-weighted averaging along a line, row by row: each row goes where the loss asks for it more.
 
-theta = (l F_e theta_e + (1 - l) F_b theta_b) / (l F_e + (1 - l) F_b). F is the mean square of the gradients of a
-model's own loss on its own items, smoothed over each row of a tensor, and in the unit of its mean over the model.
+theta = (l F_e theta_e + F_b theta_b) / (l F_e + F_b). F is the mean square of the gradients of a model's own loss on
+its own items, smoothed over each row of a tensor, and in the unit of its mean over the model.
 Source: Matena & Raffel, arXiv 2111.09832, equation 3, with base and one expert as the models.
+
+A few items say well which rows the losses ask for, and badly how large the gradients of base and expert are beside each
+other. So l is found from the share of the way that the whole model is to go.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from evals.memory import where_float64_is
 
-LEAST = 1e-6  # of the mean: rows that no item asks for go the same way as the line
+LEAST = 1e-6  # of the mean: rows that no item asks for go as far as one another
+WIDEST = 40.0  # of the logarithm of l, where it is looked for
+HALVINGS = 60
 
 
 class RowSquares:
@@ -37,20 +45,49 @@ class RowSquares:
         return {name: rows / self._sizes[name] / unit for name, rows in self._sums.items()}
 
 
-def fisher_mean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor, share: float) -> Tensor:
+def row_distances(base: Tensor, expert: Tensor) -> Tensor:
+    """Compute the squared distance of each row (rows,) of a tensor; a vector is one row."""
+    width = base.shape[-1] if base.dim() else 1
+    return (expert.float() - base.float()).reshape(-1, width).square_().sum(dim=1)
+
+
+def odds_for(
+    share: float, of_base: Mapping[str, Tensor], of_expert: Mapping[str, Tensor], distances: Mapping[str, Tensor]
+) -> float:
+    """Find the l by which the rows go so far to the expert on average, each counted by its squared distance.
+
+    Args:
+        share: of the way, above 0 and below 1.
+        of_base, of_expert: by tensor, the rows' mean squared gradients (rows,).
+        distances: by tensor, `row_distances`.
+    """
+    ours, theirs, apart = (
+        torch.cat([rows[name].double().cpu() for name in distances]) for rows in (of_base, of_expert, distances)
+    )
+    low, high = -WIDEST, WIDEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        gone = float((apart * _weights(ours, theirs, math.exp(middle))).sum())
+        low, high = (middle, high) if gone < share * float(apart.sum()) else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def fisher_mean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor, odds: float) -> Tensor:
     """Compute a tensor between base and expert.
 
     Args:
         base, expert: of any shape.
         of_base, of_expert: the rows' mean squared gradients (rows,) in either model.
-        share: l, 0 is the base and 1 the expert.
+        odds: l, above 0: how much the expert's count beside the base's.
 
     Returns:
         The same shape in float32.
     """
-    if share in (0.0, 1.0):
-        return (expert if share else base).float()
-    theirs, ours = share * (of_expert + LEAST), (1 - share) * (of_base + LEAST)
-    weight = (theirs / (theirs + ours)).reshape(-1, 1)  # (rows, 1)
+    weight = _weights(of_base, of_expert, odds).reshape(-1, 1)  # (rows, 1)
     width = base.shape[-1] if base.dim() else 1
     return torch.lerp(base.float().reshape(-1, width), expert.float().reshape(-1, width), weight).reshape(base.shape)
+
+
+def _weights(of_base: Tensor, of_expert: Tensor, odds: float) -> Tensor:
+    theirs = odds * (of_expert + LEAST)
+    return theirs / (theirs + of_base + LEAST)

@@ -26,7 +26,7 @@ from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import INDEX_FILE, write_tensors
 from optimizer.errors import MergeError
 from optimizer.export.model_folder import copy_files
-from optimizer.merging.fisher import RowSquares, fisher_mean
+from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_distances
 from optimizer.merging.gradients import taking_gradients
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.workers.orders import Derivation
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.merging.merge import Sources
 
-VERSION = 1  # a new number whenever the same sources and items come to give other tensors
+VERSION = 2  # a new number whenever the same sources and items come to give other tensors
 BASE, EXPERT = "base", "expert"  # the two sides of a path
 MANIFEST = "derivation.json"
 
@@ -137,8 +137,10 @@ class Deriver:
                 return base.tensor(name)
             of_base, of_expert = means[BASE][name], means[EXPERT][name]
             ours, theirs = (model.tensor(name).to(of_base.device) for model in (base, other))
-            return fisher_mean(ours, theirs, of_base, of_expert, share)
+            return fisher_mean(ours, theirs, of_base, of_expert, odds[share])
 
+        distances = {name: row_distances(base.tensor(name), other.tensor(name)) for name in means[BASE]}
+        odds = {share: odds_for(share, means[BASE], means[EXPERT], distances) for share in shares}
         for names in _by_layer(base.names).values():
             yield names, tensors_of
 

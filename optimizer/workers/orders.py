@@ -89,7 +89,7 @@ class Derivation:
     Args:
         form: how they are made.
         expert: name of the expert.
-        shares: how far each goes to the expert, above 0 and below 1.
+        shares: how far each goes to the expert, above 0 and below 1: RegMean's l, and of Fisher's the mean over rows.
         folder: where their folders are made.
         texts: plain text files to read in place of the search items: the base on the first, the expert on the second.
     """

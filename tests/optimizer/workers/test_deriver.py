@@ -12,7 +12,7 @@ from torch import Tensor
 from evals.tokens import Pair
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.opening import open_checkpoint
-from optimizer.merging.fisher import RowSquares, fisher_mean
+from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_distances
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.study.study_file import Study
@@ -53,22 +53,37 @@ def test_regmean_changes_both_sides_outputs_least(share: float) -> None:
     assert least < change(torch.lerp(base, expert, share))
 
 
-def test_the_ends_of_both_paths_are_the_models() -> None:
-    base, expert, rows = weights(0), weights(1), torch.ones(4)
+def test_the_ends_of_regmeans_path_are_the_models() -> None:
+    base, expert = weights(0), weights(1)
     for share, end in ((0.0, base), (1.0, expert)):
         assert torch.equal(regmean(base, expert, gram(2), gram(3), share), end)
-        assert torch.equal(fisher_mean(base, expert, rows, 2 * rows, share), end)
 
 
 def test_a_row_goes_where_the_gradients_are() -> None:
     base, expert = weights(0), weights(1)
     of_base, of_expert = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
-    found = fisher_mean(base, expert, of_base, of_expert, 0.25)
+    found = fisher_mean(base, expert, of_base, of_expert, 1 / 3)
     line = torch.lerp(base, expert, 0.25)
     assert torch.allclose(found[0], line[0])
     assert torch.allclose(found[1], expert[1], atol=1e-4)
     assert torch.allclose(found[2], base[2], atol=1e-4)
     assert torch.allclose(found[3], line[3])  # nothing is known of it
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.99])
+def test_a_share_is_how_far_the_whole_goes_however_large_the_gradients_are(share: float, scale: float) -> None:
+    models = {name: (weights(seed), weights(seed + 1)) for name, seed in (("a", 0), ("b", 2))}
+    draw = torch.Generator().manual_seed(0)
+    of_base, of_expert = ({name: torch.rand(4, generator=draw) ** 3 for name in models} for _ in range(2))
+    of_base = {name: scale * rows for name, rows in of_base.items()}
+    odds = odds_for(share, of_base, of_expert, {name: row_distances(*both) for name, both in models.items()})
+    gone = apart = 0.0
+    for name, (base, expert) in models.items():
+        moved = fisher_mean(base, expert, of_base[name], of_expert[name], odds) - base
+        gone += float((moved * (expert - base)).sum())
+        apart += float((expert - base).square().sum())
+    assert gone / apart == pytest.approx(share, abs=1e-5)
 
 
 def test_squares_are_in_the_unit_of_their_mean() -> None:
