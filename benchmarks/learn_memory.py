@@ -6,7 +6,8 @@ Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the 
 `mergefront learn` and `mergefront derive` run on it, each in a process of its own. Printed is the most anonymous
 memory (`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are
 mapped: their pages belong to the system's cache, and all workers of a machine share them. The aim is 1.3 models beside
-activations.
+activations: what the largest forward pass left in memory for the way back, as measured. RegMean has no way back: its
+activations and Gram matrices count with the models.
 """
 
 from __future__ import annotations
@@ -51,6 +52,28 @@ WORDS = [
 ]
 POLL = 0.05  # seconds
 LAUNCH = "import sys\nfrom optimizer.cli import app\nsys.argv[0] = 'mergefront'\napp()"
+STORED = "activations"  # what a line of a forward pass begins with, before its bytes
+WATCH = f"""
+from pathlib import Path
+from evals.engine import Engine
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+plain = Engine.backward
+
+def backward(self, pairs, loss, beliefs=None):
+    before = anonymous()
+
+    def told(values):
+        print("{STORED}", anonymous() - before, flush=True)
+        return loss(values)
+
+    return plain(self, pairs, told, beliefs)
+
+Engine.backward = backward
+"""  # of a process that learns: how much each forward pass leaves in memory for the way back
 
 
 def write_study(root: Path, size: int) -> int:
@@ -91,10 +114,11 @@ def activations(study_path: Path) -> int:
     return cost.learning_bytes
 
 
-def run(*words: str) -> tuple[float, float, float]:
-    """Run a command line; return its most anonymous bytes, its most resident bytes, and its seconds."""
+def run(*words: str, watched: bool = True) -> tuple[float, float, float, float]:
+    """Run a command line; return its most anonymous bytes, activations, its most resident bytes, and its seconds."""
     begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", LAUNCH, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    code = (WATCH if watched else "") + LAUNCH
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     peaks = {"RssAnon": 0, "VmHWM": 0}
 
     def watch() -> None:
@@ -114,7 +138,8 @@ def run(*words: str) -> tuple[float, float, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(said.decode())
-    return peaks["RssAnon"], peaks["VmHWM"], time.perf_counter() - begun
+    stored = [int(line.split()[1]) for line in said.decode().splitlines() if line.startswith(f"{STORED} ")]
+    return peaks["RssAnon"], max(stored, default=0), peaks["VmHWM"], time.perf_counter() - begun
 
 
 def main() -> None:
@@ -130,20 +155,20 @@ def main() -> None:
         config = json.loads((root / "base" / "config.json").read_text())
         print(f"base and expert: {size / 1e9:.2f} GB each, bf16, {config['num_hidden_layers']} layers")
         study = str(root / "study.yaml")
-        bare, _, _ = run("check", study)
-        stored = activations(root / "study.yaml")
-        print(f"without a model: {bare / 1e9:.2f} GB; activations of a step, by formula: {stored / 1e9:.2f} GB\n")
-        print("| command | anonymous GB | beside process and activations, models | resident GB | s |")
-        print("|---|---:|---:|---:|---:|")
+        bare, *_ = run("check", study, watched=False)
+        forecast = activations(root / "study.yaml")
+        print(f"without a model: {bare / 1e9:.2f} GB; activations of a step, by formula: {forecast / 1e9:.2f} GB\n")
+        print("| command | anonymous GB | activations GB | beside them and the process, models | resident GB | s |")
+        print("|---|---:|---:|---:|---:|---:|")
         commands = {
             f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
             "derive --form regmean": ("derive", study, str(root / "derived"), "--form", "regmean"),
             "derive --form fisher": ("derive", study, str(root / "derived"), "--form", "fisher"),
         }
         for name, words in commands.items():
-            own, whole, seconds = run(*words)
-            beside = own - bare - (0 if "regmean" in name else stored)
-            print(f"| {name} | {own / 1e9:.2f} | {beside / size:.2f} | {whole / 1e9:.2f} | {seconds:.0f} |", flush=True)
+            own, stored, whole, seconds = run(*words)
+            cells = f"{own / 1e9:.2f} | {stored / 1e9:.2f} | {(own - bare - stored) / size:.2f} | {whole / 1e9:.2f}"
+            print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
