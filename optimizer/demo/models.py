@@ -178,8 +178,9 @@ def _rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, plan: Traini
 def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progress) -> None:
     import torch
 
-    from evals.products import multiplies_bf16
+    from evals.products import prefer_onednn
 
+    prefer_onednn()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(
@@ -191,7 +192,7 @@ def _train(model: Any, rows: torch.Tensor, plan: TrainingPlan, progress: Progres
     )
     for step in range(plan.steps):
         batch = rows[step].to(device)  # (batch, length)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda" or multiplies_bf16()):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -230,6 +231,6 @@ def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]
 
 
 # At a constant rate the weights stay where the last batches pushed them, which a merge averages out (see docs/log.md).
-REAL_EXPERT = TrainingPlan(steps=32, learning_rate=5.0e-4, cool_down=False)
+REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4, cool_down=False)
 PICO_BASE = TrainingPlan(steps=120, batch=8, length=128, learning_rate=5.0e-3, warm_up=10)
 PICO_EXPERT = replace(PICO_BASE, steps=40, learning_rate=3.0e-3)
