@@ -74,8 +74,11 @@ def what_sets_cover(
     at, samples = covered[without_prepared(fronts)]
     rows = []
     for name, (value, resampled) in covered.items():
-        (low,), (high,) = interval(_more(resampled, samples)[:, None])
-        rows.append((name, len(fronts[name]), value, float(_more(np.array([value]), np.array([at]))[0]), low, high))
+        share = low = high = np.nan
+        if at > 0:
+            share = (value - at) / at
+            (low,), (high,) = interval(_more(resampled, samples)[:, None])
+        rows.append((name, len(fronts[name]), value, share, low, high))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -91,5 +94,9 @@ def _covered(
 
 
 def _more(values: Array, others: Array) -> Array:
-    """Give how much more values are than others, as shares of these; NaN where one of these is 0."""
-    return np.divide(values - others, others, out=np.full_like(values, np.nan), where=others > 0)
+    """Give how much more values are than others, as shares of these: of nothing, infinitely more or none.
+
+    Where few items tell what the expert won, a resampling in a thousand has the others cover nothing.
+    """
+    of_nothing = np.where(values > 0, np.inf, 0.0)
+    return np.divide(values - others, others, out=of_nothing, where=others > 0)
