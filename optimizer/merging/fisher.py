@@ -62,7 +62,7 @@ def odds_for(
         distances: by tensor, `row_distances`.
     """
     ours, theirs, apart = (
-        torch.cat([rows[name].double().cpu() for name in distances]) for rows in (of_base, of_expert, distances)
+        torch.cat([rows[name].cpu().double() for name in distances]) for rows in (of_base, of_expert, distances)
     )
     low, high = -WIDEST, WIDEST
     for _ in range(HALVINGS):
