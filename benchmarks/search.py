@@ -107,8 +107,8 @@ class Rival:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its first trials are the same whatever the budget."""
-        return not self.learned and not self.bank
+        """Whether its first trials are the same whatever the budget, which also says what a path leaves out."""
+        return not self.learned and not self.bank and len(self.derived) < 2
 
 
 OURS = Rival()
