@@ -453,7 +453,9 @@ def figure(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
     drawn = go.Figure()
     for name in names:
         own = table[table["rival"] == name].groupby("budget")["covered"].mean()
-        style = {"width": 3} if name == "ours" else {"width": 1.5, "dash": "dot" if "," in name else "solid"}
+        style = (
+            {"width": 3} if name == "ours" else {"width": 1.5, "dash": "dot" if name.startswith("ours,") else "solid"}
+        )
         drawn.add_scatter(
             x=own.index, y=own, name=name, mode="lines+markers", line=style, marker={"symbol": "circle", "size": 7}
         )
