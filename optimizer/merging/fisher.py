@@ -21,6 +21,7 @@ from evals.memory import where_float64_is
 LEAST = 1e-6  # of the mean: rows that no item asks for go as far as one another
 WIDEST = 40.0  # of the logarithm of l, where it is looked for
 HALVINGS = 60
+AT_ONCE = 1024  # rows that are in float32 together: an embedding as a whole is four times its bf16 size
 
 
 class RowSquares:
@@ -33,7 +34,7 @@ class RowSquares:
     def add(self, name: str, gradient: Tensor) -> None:
         """Add one gradient of a tensor."""
         rows = gradient.reshape(-1, gradient.shape[-1])
-        squares = rows.float().square_().sum(dim=1)
+        squares = torch.cat([part.float().square_().sum(dim=1) for part in rows.split(AT_ONCE)])
         self._sums[name] = self._sums[name] + squares if name in self._sums else squares
         self._sizes[name] = gradient.shape[-1]
 
@@ -48,7 +49,8 @@ class RowSquares:
 def row_distances(base: Tensor, expert: Tensor) -> Tensor:
     """Compute the squared distance of each row (rows,) of a tensor; a vector is one row."""
     width = base.shape[-1] if base.dim() else 1
-    return (expert.float() - base.float()).reshape(-1, width).square_().sum(dim=1)
+    parts = zip(*(model.reshape(-1, width).split(AT_ONCE) for model in (base, expert)), strict=True)
+    return torch.cat([(theirs.float() - ours.float()).square_().sum(dim=1) for ours, theirs in parts])
 
 
 def odds_for(
@@ -85,7 +87,14 @@ def fisher_mean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor
     """
     weight = _weights(of_base, of_expert, odds).reshape(-1, 1)  # (rows, 1)
     width = base.shape[-1] if base.dim() else 1
-    return torch.lerp(base.float().reshape(-1, width), expert.float().reshape(-1, width), weight).reshape(base.shape)
+    mean = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    rows = (
+        tensor.reshape(-1, tensor_width).split(AT_ONCE)
+        for tensor, tensor_width in ((mean, width), (base, width), (expert, width), (weight, 1))
+    )
+    for out, ours, theirs, far in zip(*rows, strict=True):
+        torch.lerp(ours.float(), theirs.float(), far, out=out)
+    return mean
 
 
 def _weights(of_base: Tensor, of_expert: Tensor, odds: float) -> Tensor:
