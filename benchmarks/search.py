@@ -464,7 +464,6 @@ def figure(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         title="What the reported front covers on hidden items",
         xaxis={
             "title": "budget, in candidates",
-            "type": "log",
             "tickvals": budgets,
             "ticktext": [str(budget) for budget in budgets],
         },

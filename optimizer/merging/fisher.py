@@ -34,7 +34,7 @@ class RowSquares:
     def add(self, name: str, gradient: Tensor) -> None:
         """Add one gradient of a tensor."""
         rows = gradient.reshape(-1, gradient.shape[-1])
-        squares = torch.cat([part.float().square_().sum(dim=1) for part in rows.split(AT_ONCE)])
+        squares = torch.cat([part.float().square().sum(dim=1) for part in rows.split(AT_ONCE)])
         self._sums[name] = self._sums[name] + squares if name in self._sums else squares
         self._sizes[name] = gradient.shape[-1]
 

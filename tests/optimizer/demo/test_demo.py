@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.agreement import agreements
 from evals.outcomes import HOLDOUT, SEARCH
+from optimizer.demo.demo import _dtype
 from optimizer.demo.tasks import (
     clinical_terms,
     clinical_training_texts,
@@ -150,3 +152,15 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], second
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_cpu_without_such_instructions_or_an_old_torch_scores_the_demo_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for known, dtype in (({"avx512_bf16": True}, "auto"), ({"amx_bf16": True}, "auto"), ({}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert _dtype(tiny=False) == dtype
+        assert _dtype(tiny=True) == "float32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert _dtype(tiny=False) == "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from evals.tokens import Pair
 from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.opening import open_checkpoint
+from optimizer.merging import fisher
 from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_distances
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.study.study_file import Study
-from optimizer.workers.deriver import MANIFEST
+from optimizer.workers import orders
+from optimizer.workers.deriver import MANIFEST, Deriver
 from optimizer.workers.orders import Derivation
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
@@ -84,6 +87,21 @@ def test_a_share_is_how_far_the_whole_goes_however_large_the_gradients_are(share
         gone += float((moved * (expert - base)).sum())
         apart += float((expert - base).square().sum())
     assert gone / apart == pytest.approx(share, abs=1e-5)
+
+
+def test_rows_in_blocks_are_as_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, expert = weights(0), weights(1)
+    of_base, of_expert = torch.tensor([1.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 2.0])
+
+    def made() -> list[Tensor]:
+        squares = RowSquares()
+        squares.add("a", base)
+        mean = fisher_mean(base, expert, of_base, of_expert, 0.5)
+        return [mean, row_distances(base, expert), squares.means()["a"]]
+
+    whole = made()
+    monkeypatch.setattr(fisher, "AT_ONCE", 3)  # of four rows
+    assert all(map(torch.allclose, made(), whole))
 
 
 def test_squares_are_in_the_unit_of_their_mean() -> None:
@@ -155,6 +173,21 @@ def test_a_path_is_made_once_and_each_point_is_a_checkpoint(
     merged = merged_tensor(base.names[0], Sources.open(base.folder, dict(recipe.experts)), recipe)
     assert torch.equal(merged, made[0].tensor(base.names[0]))
     assert (near / MANIFEST).is_file()
+
+
+def test_a_derived_expert_is_made_of_a_few_items_of_each_task(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "CALIBRATION", 2)
+    read: Counter[str] = Counter()
+
+    def derive(self: Deriver, path: Derivation) -> list[Path]:
+        read.update(example.task for example in (*self.general, *self.domain))
+        return []
+
+    monkeypatch.setattr(Deriver, "derive", derive)
+    worker.derive(Derivation("fisher", "clinical", (0.5,), tmp_path))
+    assert read == dict.fromkeys({example.task for example in worker.examples()}, 2)
 
 
 def test_what_it_was_made_of_is_in_its_name(worker: Worker, tmp_path: Path) -> None:

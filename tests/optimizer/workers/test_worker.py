@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from evals import products
 from evals.errors import ScoreError, TaskError
 from evals.outcomes import Chat, TaskSpec
 from optimizer.checkpoints.opening import open_checkpoint
@@ -84,6 +85,14 @@ def test_a_worker_has_no_memory_of_earlier_recipes(spec: WorkerSpec) -> None:
     assert {row.item for row in first.outcomes}.isdisjoint(
         row.item for row in fresh.evaluate(recipe(0.3), "holdout").outcomes
     )
+
+
+def test_a_worker_leaves_products_to_onednn_where_they_stay_float32(spec: WorkerSpec) -> None:
+    settings = torch.backends.mkldnn.matmul
+    wanted = products.ALLOWED if products.prefer_onednn() else products.EXACT
+    settings.fp32_precision = products.EXACT
+    Worker(spec)
+    assert settings.fp32_precision == wanted
 
 
 def test_a_recipe_scores_as_the_model_it_exports(spec: WorkerSpec, tmp_path: Path) -> None:
