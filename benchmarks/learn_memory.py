@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from optimizer.search.cost import cost_of
 from optimizer.search.plan import count_tokens, make_plan
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.study_file import read_study
+from optimizer.workers.orders import HUGE_PAGES
 
 WORDS = [
     "a",
@@ -118,7 +120,8 @@ def run(*words: str, watched: bool = True) -> tuple[float, float, float, float]:
     """Run a command line; return its most anonymous bytes, activations, its most resident bytes, and its seconds."""
     begun = time.perf_counter()
     code = (WATCH if watched else "") + LAUNCH
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command, environment = [sys.executable, "-c", code, *words], os.environ | dict([HUGE_PAGES])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     peaks = {"RssAnon": 0, "VmHWM": 0}
 
     def watch() -> None:

@@ -40,7 +40,7 @@ from optimizer.commands import (
     version_asked,
 )
 from optimizer.exit_codes import NOT_NOW, WRONG
-from optimizer.workers.orders import STEPS, By, Form, Loss
+from optimizer.workers.orders import HUGE_PAGES, STEPS, By, Form, Loss
 
 if TYPE_CHECKING:
     from optimizer.run import Run
@@ -396,5 +396,6 @@ def main() -> None:
     """Run the `mergefront` command."""
     from optimizer.search.interrupt import interrupted_once
 
+    os.environ.setdefault(*HUGE_PAGES)
     with interrupted_once():
         app()

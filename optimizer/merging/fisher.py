@@ -83,17 +83,17 @@ def fisher_mean(base: Tensor, expert: Tensor, of_base: Tensor, of_expert: Tensor
         odds: l, above 0: how much the expert's count beside the base's.
 
     Returns:
-        The same shape in float32.
+        The same shape in the base's dtype, rounded once.
     """
     weight = _weights(of_base, of_expert, odds).reshape(-1, 1)  # (rows, 1)
     width = base.shape[-1] if base.dim() else 1
-    mean = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    mean = torch.empty_like(base, memory_format=torch.contiguous_format)
     rows = (
         tensor.reshape(-1, tensor_width).split(AT_ONCE)
         for tensor, tensor_width in ((mean, width), (base, width), (expert, width), (weight, 1))
     )
     for out, ours, theirs, far in zip(*rows, strict=True):
-        torch.lerp(ours.float(), theirs.float(), far, out=out)
+        out.copy_(torch.lerp(ours.float(), theirs.float(), far))
     return mean
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from evals.layerwise import layers_of
 from evals.losses import Example, few_at_a_time, pairs_of, task_losses
+from evals.memory import return_freed
 from optimizer.checkpoints.checkpoint import count_nonfinite
 from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import INDEX_FILE, write_tensors
@@ -130,7 +131,11 @@ class Deriver:
             with taking_gradients(self.engine.model, self.places, squares.add):
                 for batch in few_at_a_time(examples):
                     self.engine.backward(pairs_of(batch), partial(_loss, batch))
+                    return_freed()
             means[side] = squares.means()
+        for side, asked in ((BASE, means[EXPERT]), (EXPERT, means[BASE])):
+            for name, rows in asked.items():  # of a mixture: an expert that no item of this side is sent to
+                means[side].setdefault(name, torch.zeros_like(rows))
 
         def tensors_of(name: str, share: float) -> Tensor:
             if name not in means[BASE]:

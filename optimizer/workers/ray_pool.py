@@ -17,6 +17,7 @@ from typing import Any
 
 from optimizer.errors import WorkerError
 from optimizer.workers.gpus import gpu_share, require_among, share_of
+from optimizer.workers.orders import HUGE_PAGES
 from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, WorkerLike, describe
 from optimizer.workers.ray_cluster import STARTS, RayCluster, ask
 
@@ -234,6 +235,7 @@ def worker_environment(count: int, threads: int) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        HUGE_PAGES[0]: os.environ.get(*HUGE_PAGES),
     }
     root = Path(__file__).resolve().parents[2]
     if root.name not in ("site-packages", "dist-packages"):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from optimizer import cli
 from optimizer.cli import app
 from optimizer.errors import DamagedError, MergeError, RunError, UnavailableError
 from optimizer.run import open_run
@@ -606,3 +607,11 @@ def test_a_search_from_a_recipe_scores_it_with_the_anchors(searched: Path) -> No
     assert "from recipe.json" in "".join(result.stdout.split("\n"))
     weights = open_run(searched.parent / "runs/again").weights(points.index[points["kind"] == "from recipe.json"][0])
     assert set(weights["weight"]) == {0.37}
+
+
+def test_the_command_has_torch_take_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")  # as it was before, in the end
+    monkeypatch.setattr(cli, "app", lambda: None)
+    cli.main()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"

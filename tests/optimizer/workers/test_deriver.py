@@ -18,7 +18,7 @@ from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_dist
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.study.study_file import Study
-from optimizer.workers import orders
+from optimizer.workers import deriver, orders
 from optimizer.workers.deriver import MANIFEST, Deriver
 from optimizer.workers.orders import Derivation
 from optimizer.workers.worker import Worker
@@ -102,6 +102,13 @@ def test_rows_in_blocks_are_as_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     whole = made()
     monkeypatch.setattr(fisher, "AT_ONCE", 3)  # of four rows
     assert all(map(torch.allclose, made(), whole))
+
+
+def test_a_mean_is_rounded_once_to_the_bases_dtype() -> None:
+    base, expert, rows = weights(0), weights(1), torch.tensor([1.0, 0.5, 1.0, 0.0])
+    found = fisher_mean(base.bfloat16(), expert.bfloat16(), rows, rows.flip(0), 0.5)
+    exact = fisher_mean(base.bfloat16().float(), expert.bfloat16().float(), rows, rows.flip(0), 0.5)
+    assert torch.equal(found, exact.bfloat16())
 
 
 def test_squares_are_in_the_unit_of_their_mean() -> None:
@@ -188,6 +195,26 @@ def test_a_derived_expert_is_made_of_a_few_items_of_each_task(
     monkeypatch.setattr(Deriver, "derive", derive)
     worker.derive(Derivation("fisher", "clinical", (0.5,), tmp_path))
     assert read == dict.fromkeys({example.task for example in worker.examples()}, 2)
+
+
+def test_a_tensor_that_one_side_never_reads_goes_where_the_other_asks(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an expert of a mixture does that no general item is sent to."""
+    base, expert = worker._sources.base, worker._sources.experts["clinical"]
+    name = next(n for n in base.names if n.endswith("up_proj.weight"))
+
+    class OfBase(RowSquares):
+        def add(self, tensor: str, gradient: Tensor) -> None:
+            if tensor != name:
+                super().add(tensor, gradient)
+
+    made = iter((OfBase, RowSquares))
+    monkeypatch.setattr(deriver, "RowSquares", lambda: next(made)())
+    point = open_checkpoint(worker.derive(Derivation("fisher", "clinical", (0.3,), tmp_path))[0], base=base)
+    assert torch.allclose(point.tensor(name).float(), expert.tensor(name).float(), atol=1e-2)
+    others = [n for n in worker.tensors if n != name]
+    assert not all(torch.allclose(point.tensor(n).float(), expert.tensor(n).float(), atol=1e-2) for n in others)
 
 
 def test_what_it_was_made_of_is_in_its_name(worker: Worker, tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def test_cores_are_shared_among_workers_and_never_none(monkeypatch: pytest.Monke
     assert worker_environment(16, 4)["OMP_NUM_THREADS"] == "4"
 
 
+def test_torch_has_huge_pages_unless_the_user_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert worker_environment(1, 0)["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert worker_environment(1, 0)["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
 @pytest.fixture(scope="module")
 def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("orders")
