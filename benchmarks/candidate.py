@@ -1,12 +1,13 @@
 """Whole candidates an hour: ours, beside what a user can put together from mergekit and lm-eval.
 
-    python benchmarks/candidate.py [STUDY] [--candidates 3] [--batch-size 8]
+    python benchmarks/candidate.py [STUDY] [--candidates 3] [--batch-size 8] [--drawn 30]
 
 STUDY is a study file; the default is the one that `make demo` leaves in runs/demo-inputs. Ours: the study's number of
 workers, each with a resident model, that merge in place and score the search items; the first candidate of each worker,
 which pays for its start, is not counted. Theirs: one after another `mergekit-yaml`, loading the model, and
 `lm_eval.simple_evaluate` with HFLM on the same items, with all threads: in the dtype of the merge's files, which HFLM
-takes by itself, and in float32. The recipes are uniform weights.
+takes by itself, and in float32. The recipes are uniform weights. With `--drawn` the same workers also score candidates
+that answer so many items of each task only, as those of a study with `evals.bank` do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,21 +56,33 @@ def start(spec: WorkerSpec) -> None:
     _worker.append(Worker(spec))
 
 
-def evaluate(recipe_json: str) -> float:
-    """Score a recipe; return when it was done, on the machine's own clock."""
-    _worker[0].evaluate(recipe_json, SEARCH)
+def evaluate(drawn: int, recipe_json: str) -> float:
+    """Score a recipe on so many items of each task, 0: all; return when it was done, on the machine's own clock."""
+    _worker[0].evaluate(recipe_json, SEARCH, _items(drawn) if drawn else None)
     return time.monotonic()
 
 
-def our_seconds(study: Study, candidates: int) -> float:
-    """Seconds a candidate, with all workers at work."""
+@cache
+def _items(drawn: int) -> dict[str, list[str]]:
+    """Choose the first items of each task."""
+    items: dict[str, list[str]] = {}
+    for example in _worker[0].examples():
+        items.setdefault(example.task, []).append(example.item)
+    return {task: found[:drawn] for task, found in items.items()}
+
+
+def our_seconds(study: Study, candidates: int, draws: Sequence[int]) -> list[float]:
+    """Seconds a candidate, with all workers at work, for each count of drawn items (0: all)."""
     workers = max(1, study.workers.count)
     recipes = [recipe(study, 0.2 + 0.6 * i / (candidates * workers)).to_json() for i in range(candidates * workers)]
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start, (worker_spec(study),))
+    seconds = []
     with pool:
-        begun = max(pool.map(evaluate, recipes[:workers]))  # the start of each worker, and its plans
-        ended = max(pool.map(evaluate, recipes))
-    return (ended - begun) / len(recipes)
+        for drawn in draws:
+            score = partial(evaluate, drawn)
+            begun = max(pool.map(score, recipes[:workers]))  # the start of each worker, and its plans
+            seconds.append((max(pool.map(score, recipes)) - begun) / len(recipes))
+    return seconds
 
 
 def their_seconds(study: Study, batch_size: int, dtypes: Sequence[str]) -> Iterator[tuple[float, float, float]]:
@@ -119,14 +133,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=DEFAULT_STUDY)
     parser.add_argument("--candidates", type=int, default=3, help="of ours, for each worker")
+    parser.add_argument("--drawn", type=int, default=0, help="items of each task that a candidate answers with a bank")
     parser.add_argument("--batch-size", type=int, default=8, help="of HFLM")
     parser.add_argument("--set", action="append", default=[], help="change the study, as in mergefront search")
     arguments = parser.parse_args()
     if not arguments.study.exists():
         parser.error(f"no study {arguments.study}: give one, or let `make demo` build its own")
     study = read_study(arguments.study, arguments.set)
-    ours = our_seconds(study, arguments.candidates)
+    ours, *fewer = our_seconds(study, arguments.candidates, [0, *filter(None, [arguments.drawn])])
     print(f"ours:   {ours:7.1f} s a candidate, {3600 / ours:6.0f} an hour, {study.workers.count} workers", flush=True)
+    for few in fewer:
+        times = f"{ours / few:.1f} times as many ({arguments.drawn} items of each task)"
+        print(f"drawn:  {few:7.1f} s a candidate, {3600 / few:6.0f} an hour, {times}", flush=True)
     for dtype, spent in zip(DTYPES, their_seconds(study, arguments.batch_size, DTYPES), strict=True):
         theirs, (merge, load, score) = sum(spent), spent
         rate = f"{theirs:7.1f} s a candidate, {3600 / theirs:6.0f} an hour"

@@ -98,7 +98,7 @@ class Rival:
 
     sampler: str = "auto"
     learned: bool = True
-    derived: tuple[str, ...] = ("regmean", "fisher")
+    derived: tuple[str, ...] = ("kfac",)
     bank: bool = False
     racing: bool = False
     ends: int = 10**6
@@ -108,7 +108,7 @@ class Rival:
     @property
     def is_cut(self) -> bool:
         """Whether its first trials are the same whatever the budget, which also says what a path leaves out."""
-        return not self.learned and not self.bank and len(self.derived) < 2
+        return not self.learned and not self.bank and not self.derived
 
 
 OURS = Rival()
@@ -129,7 +129,8 @@ RIVALS = {
     "ours, gaps not halved": replace(OURS, halves=False),
     "ours, not learned": replace(OURS, learned=False),
     "ours, not derived": replace(OURS, derived=()),
-    "ours, RegMean alone": replace(OURS, derived=("regmean",)),
+    "ours, RegMean and Fisher": replace(OURS, derived=("regmean", "fisher")),
+    "ours, three paths": replace(OURS, derived=("kfac", "regmean", "fisher")),
     "ours, with a bank": replace(OURS, bank=True),
     "ours, with a bank and races": replace(OURS, bank=True, racing=True),
 }

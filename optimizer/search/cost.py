@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 CORE_FLOPS = 150e9  # per second; measured with a 135 M model in bf16 on two cores: 1,200 tokens/s, 2 FLOP a weight
 GPU_FLOPS = 100e12  # a third of what a data-centre GPU promises
 JUDGED = 15  # trials scored on the holdout suite: a guess at the front, and the anchors of the space
-FORMS: dict[Form, float] = {"regmean": 3, "fisher": 9}  # what a form costs in readings of the items that it is made of
+# What a form costs in readings of the items that it is made of: by the clock, on models of 135 and half a million.
+FORMS: dict[Form, float] = {"kfac": 25, "regmean": 10, "fisher": 15}
 LESSONS = 2 / 3  # of what anchors and derived experts leave of `search.candidates`: the rest is searched
 
 
@@ -115,7 +116,7 @@ def paid_for(
 
 def form_cost(form: Form, tasks: Sequence[TaskInfo]) -> float:
     """Compute what the derived experts of a form cost to make, in candidates: it reads a few items of every task."""
-    read = sum(min(task.search_items, CALIBRATION) for task in tasks)
+    read = sum(min(task.search_items, CALIBRATION[task.output_type != "multiple_choice"]) for task in tasks)
     return FORMS[form] * read / _items_of_a_candidate(tasks)
 
 

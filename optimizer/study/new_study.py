@@ -148,7 +148,7 @@ evals:
   seed: 0  # chooses the items
 
 anchors:
-  derived: [regmean, fisher]  # closed forms that make an expert of base and expert, scored at three shares; or none
+  derived: [kfac]  # closed forms that make experts of base and expert, at three shares: also regmean, fisher; or none
 
 search:
   trials: 40  # the base, the experts and other anchors are among them

@@ -339,7 +339,7 @@ class AnchorsSection(Section):
         tuple[Form, ...],
         BeforeValidator(_read_derived, json_schema_input_type=Literal["none"] | tuple[Form, ...]),
     ] = Field(
-        default=("regmean", "fisher"),
+        default=("kfac",),
         description="Closed forms by which experts are derived from base and expert, each at three shares; or none.",
     )
 

@@ -24,7 +24,7 @@ from optimizer.words import Interval, count, listed, one_line, percent
 MEANINGS = {
     Role.LEARNED: "learned: one weight per tensor, found by gradients on the search items; p is the share that the "
     "domain counts.",
-    Role.DERIVED: "derived: an expert made of base and expert by a closed form (RegMean, Fisher) over some "
+    Role.DERIVED: "derived: an expert made of base and expert by a closed form (K-FAC, RegMean, Fisher) over some "
     "search items.",
     Role.BETWEEN: "between: the mean of two trials' weights.",
 }

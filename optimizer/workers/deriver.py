@@ -2,7 +2,7 @@
 
 A worker makes them in its resident model. RegMean reads the items layer by layer, the base's on the base's weights and
 the expert's on the expert's, so that only one layer's statistics are in memory; Fisher takes one backward pass a few
-items at a time. Each share of the path becomes a folder that is found again by what it was made of.
+items at a time; K-FAC does both. Each share of the path becomes a folder that is found again by what it was made of.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evals.layerwise import layers_of
 from evals.losses import Example, few_at_a_time, pairs_of, task_losses
-from evals.memory import return_freed
+from evals.memory import return_freed, where_float64_is
 from optimizer.checkpoints.checkpoint import count_nonfinite
 from optimizer.checkpoints.new_folder import new_folder
 from optimizer.checkpoints.tensor_file import INDEX_FILE, write_tensors
@@ -29,6 +29,7 @@ from optimizer.errors import MergeError
 from optimizer.export.model_folder import copy_files
 from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_distances
 from optimizer.merging.gradients import taking_gradients
+from optimizer.merging.kfac import Directions, directions, kfac_mean
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.workers.orders import Derivation
 from search_spaces.groups import split_name
@@ -71,7 +72,7 @@ class Deriver:
         folders = {share: path.folder / f"{path.expert}-{path.form}-{share:g}-{digest}" for share in path.shares}
         missing = {share: folder for share, folder in folders.items() if not (folder / MANIFEST).is_file()}
         if missing:
-            make = {"regmean": self._regmean, "fisher": self._fisher}[path.form]
+            make = {"kfac": self._kfac, "regmean": self._regmean, "fisher": self._fisher}[path.form]
             with ExitStack() as stack:
                 drafts = {share: stack.enter_context(new_folder(folder)) for share, folder in missing.items()}
                 writer = _Writer(drafts, self.sources.base)
@@ -97,6 +98,13 @@ class Deriver:
 
     def _regmean(self, expert: str, shares: Sequence[float]) -> Iterator[_Made]:
         base, other = self.sources.base, self.sources.experts[expert]
+        for names, grams in self._inputs(expert):
+            yield names, _regmean_tensors(base, other, grams)
+        yield _by_layer(base.names)[None], _on_line(base, other)
+
+    def _inputs(self, expert: str) -> Iterator[tuple[Sequence[str], dict[str, Grams]]]:
+        """Read both sides' items a layer at a time; give its tensors' names, and the Gram matrices of its inputs."""
+        base, other = self.sources.base, self.sources.experts[expert]
         layers = layers_of(self.engine.model)
         of_layer = _by_layer(base.names)
         sides = {BASE: (base, self.general), EXPERT: (other, self.domain)}
@@ -113,8 +121,7 @@ class Deriver:
                     grams[side] = Grams()
                     with grams[side].adding(modules):
                         reading.advance(side)
-                yield of_layer[i], _regmean_tensors(base, other, grams)
-        yield of_layer[None], _on_line(base, other)
+                yield of_layer[i], grams
 
     def _linear(self, layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """Return the linear modules of a layer by the checkpoint's name of their weight, (out, in)."""
@@ -123,6 +130,18 @@ class Deriver:
         return {at[m.weight.data_ptr()]: m for m in linear if m.weight.data_ptr() in at}
 
     def _fisher(self, expert: str, shares: Sequence[float]) -> Iterator[_Made]:
+        tensors_of = _fisher_tensors(self._rows(expert, shares))
+        for names in _by_layer(self.sources.base.names).values():
+            yield names, tensors_of
+
+    def _kfac(self, expert: str, shares: Sequence[float]) -> Iterator[_Made]:
+        rows = self._rows(expert, shares, power=0.5)
+        for names, grams in self._inputs(expert):
+            yield names, _kfac_tensors(rows, grams)
+        yield _by_layer(self.sources.base.names)[None], _fisher_tensors(rows)
+
+    def _rows(self, expert: str, shares: Sequence[float], power: float = 1.0) -> _Rows:
+        """Measure the rows' squared gradients, to a power, and find the odds at which rows go so far on average."""
         base, other = self.sources.base, self.sources.experts[expert]
         means = {}
         for side, checkpoint, examples in ((BASE, base, self.general), (EXPERT, other, self.domain)):
@@ -132,22 +151,13 @@ class Deriver:
                 for batch in few_at_a_time(examples):
                     self.engine.backward(pairs_of(batch), partial(_loss, batch))
                     return_freed()
-            means[side] = squares.means()
+            means[side] = {name: rows**power for name, rows in squares.means().items()}
         for side, asked in ((BASE, means[EXPERT]), (EXPERT, means[BASE])):
             for name, rows in asked.items():  # of a mixture: an expert that no item of this side is sent to
                 means[side].setdefault(name, torch.zeros_like(rows))
-
-        def tensors_of(name: str, share: float) -> Tensor:
-            if name not in means[BASE]:
-                return base.tensor(name)
-            of_base, of_expert = means[BASE][name], means[EXPERT][name]
-            ours, theirs = (model.tensor(name).to(of_base.device) for model in (base, other))
-            return fisher_mean(ours, theirs, of_base, of_expert, odds[share])
-
         distances = {name: row_distances(base.tensor(name), other.tensor(name)) for name in means[BASE]}
         odds = {share: odds_for(share, means[BASE], means[EXPERT], distances) for share in shares}
-        for names in _by_layer(base.names).values():
-            yield names, tensors_of
+        return _Rows(base, other, means[BASE], means[EXPERT], odds)
 
     def _load(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         for name in names:
@@ -187,6 +197,54 @@ class _Writer:
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             copy_files(self._base.folder, folder)
             (folder / MANIFEST).write_text(json.dumps({**about, "share": share}, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """What Fisher knows of base and expert: by tensor the rows' squared gradients (rows,), by share the odds."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    of_base: Mapping[str, Tensor]
+    of_expert: Mapping[str, Tensor]
+    odds: Mapping[float, float]
+
+    def of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give a tensor's base, expert, and rows of either, on a device."""
+        whole = self.base.tensor(name), self.expert.tensor(name), self.of_base[name], self.of_expert[name]
+        base, expert, of_base, of_expert = (tensor.to(device) for tensor in whole)
+        return base, expert, of_base, of_expert
+
+
+def _fisher_tensors(rows: _Rows) -> TensorsOf:
+    def tensors_of(name: str, share: float) -> Tensor:
+        if name not in rows.of_base:
+            return rows.base.tensor(name)
+        return fisher_mean(*rows.of(name, rows.of_base[name].device), rows.odds[share])
+
+    return tensors_of
+
+
+def _kfac_tensors(rows: _Rows, grams: Mapping[str, Grams]) -> TensorsOf:
+    """Find the directions of a layer's inputs, modules with one input having them together; Gram matrices end here."""
+    plain = _fisher_tensors(rows)
+    found: dict[int, Directions] = {}
+    along = {}
+    for name in grams[BASE].sums.keys() & grams[EXPERT].sums.keys() & rows.of_base.keys():
+        shared = id(grams[BASE].sums[name])
+        if shared not in found:
+            found[shared] = directions(*(where_float64_is(grams[side].mean(name)) for side in (BASE, EXPERT)))
+        along[name] = found[shared]
+    for side in (BASE, EXPERT):
+        grams[side].sums.clear()
+
+    def tensors_of(name: str, share: float) -> Tensor:
+        if name not in along:
+            return plain(name, share)
+        base, expert, of_base, of_expert = rows.of(name, along[name].into.device)
+        return kfac_mean(base, expert, along[name], of_base, of_expert, rows.odds[share])
+
+    return tensors_of
 
 
 def _regmean_tensors(base: Checkpoint, expert: Checkpoint, grams: Mapping[str, Grams]) -> TensorsOf:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from evals.outcomes import TaskInfo
 
-Form = Literal["regmean", "fisher"]
+Form = Literal["kfac", "regmean", "fisher"]
 By = Literal["tensor", "group"]
 Loss = Literal["labels", "teachers"]
 
@@ -19,7 +19,7 @@ STEPS = 12  # of a lesson, by default
 STEP_COST = 0.7  # in candidates: what a trial reads on the search suite
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach
-CALIBRATION = 16  # items of each task that a derived expert is made from; more of them make it no better
+CALIBRATION = (24, 8)  # questions and texts of each task that a derived expert is made from; more make it no better
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")  # of torch's large tensors, as it starts; malloc reuses their memory then
 PULLS = (0.25, 0.5)  # towards the mean of an expert's weights, of the best of those
 BASE = ""  # as the name of a model
@@ -90,7 +90,7 @@ class Derivation:
     Args:
         form: how they are made.
         expert: name of the expert.
-        shares: how far each goes to the expert, above 0 and below 1: RegMean's l, and of Fisher's the mean over rows.
+        shares: how far each goes to the expert, above 0 and below 1: RegMean's l, else the mean way of rows.
         folder: where their folders are made.
         texts: plain text files to read in place of the search items: the base on the first, the expert on the second.
     """

@@ -87,13 +87,18 @@ def measure(
     )
 
 
-def some_of_each(examples: Sequence[Example], items: int, seed: int) -> list[Example]:
-    """Draw so many items of every task at random, or all where there are no more; their order stays."""
+def some_of_each(examples: Sequence[Example], questions: int, texts: int, *, seed: int) -> list[Example]:
+    """Draw so many items of every task at random, or all where there are no more; their order stays.
+
+    Args:
+        questions: of a task with choices.
+        texts: of any other.
+    """
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
     for task in dict.fromkeys(example.task for example in examples):
         mine = [i for i, example in enumerate(examples) if example.task == task]
-        chosen.update(rng.permutation(mine)[:items].tolist())
+        chosen.update(rng.permutation(mine)[: questions if examples[mine[0]].right else texts].tolist())
     return [example for i, example in enumerate(examples) if i in chosen]
 
 

@@ -169,7 +169,7 @@ class Worker:
         base = self._sources.base
         with lack_of_memory_in_words(base.bytes):
             examples = self.examples()
-            chosen = some_of_each(examples, items, seed) if items else examples
+            chosen = some_of_each(examples, items, items, seed=seed) if items else examples
             models = Recipe("task_arithmetic", str(base.folder), tuple(self._experts.items()), ())
             return measure(self, chosen, models, tasks=self.tasks, expert=expert, points=points)
 
@@ -191,7 +191,7 @@ class Worker:
             if path.texts is not None:
                 general, domain = (text_examples(text, self._engine) for text in path.texts)
                 return Deriver(self.engine, self._parameters, self._sources, general, domain).derive(path)
-            examples = some_of_each(self.examples(), CALIBRATION, seed=0)
+            examples = some_of_each(self.examples(), *CALIBRATION, seed=0)
             general = [e for e in examples if tasks[e.task].role == "general"]
             domain = [
                 e for e in examples if tasks[e.task].role == "domain" and tasks[e.task].expert in ("", path.expert)

@@ -49,7 +49,7 @@ def write_study(folder: Path, *, items: int = 4, trials: int = 7) -> Path:
         "{curve: 4}": "slope",
         "trials: 40": f"trials: {trials}",
         "learned: 5": "learned: 0",
-        "derived: [regmean, fisher]": "derived: none",
+        "derived: [kfac]": "derived: none",
         "sampler: auto": "sampler: random",
         "count: 1": "count: 0",
         "threads: auto": "threads: 1",

@@ -119,7 +119,10 @@ def test_check_names_it_and_makes_nothing(study: Path) -> None:
         ("{rm: {from: clinicl}}", "models.derived.rm.from: must be one of models.experts; .*; did you mean .clinical"),
         ("{rm: {from: clinical, lambda: 1.4}}", "models.derived.rm.lambda: must be less than 1; given 1.4"),
         ("{rm: {from: clinical, lambda: 0}}", "models.derived.rm.lambda: must be greater than 0; given 0"),
-        ("{rm: {from: clinical, form: regmeen}}", "models.derived.rm.form: must be 'regmean' or 'fisher'; given"),
+        (
+            "{rm: {from: clinical, form: regmeen}}",
+            "models.derived.rm.form: must be 'kfac', 'regmean' or 'fisher'; given",
+        ),
         ("{r.m: {from: clinical}}", "an expert's name must be letters"),
         ("{rm: {form: fisher}}", "models.derived.rm.from: must be given"),
     ],

@@ -69,7 +69,7 @@ def test_a_derived_expert_is_a_model_and_is_found_again(study: Path, tmp_path: P
     ("words", "told"),
     [
         (("derive", "--share", 1.5), "between 0 (the base) and 1"),
-        (("derive", "--form", "mean"), "--form': Value error, 'mean' is not one of 'regmean', 'fisher'"),
+        (("derive", "--form", "mean"), "--form': Value error, 'mean' is not one of 'kfac', 'regmean', 'fisher'"),
         (("derive", "--expert", "nobody"), "the study's experts are clinical"),
         (("learn", "--by", "layer"), "--by': Value error, 'layer' is not one of 'tensor', 'group'"),
         (("learn", "--loss", "both"), "--loss': Value error, 'both' is not one of 'labels', 'teachers'"),

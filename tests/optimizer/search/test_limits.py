@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optimizer.run import Run, open_run
 from optimizer.run_study import finish
 from optimizer.runs.limits import Limits, answer_to_limits, limits_of
-from optimizer.search.cost import paid_for
+from optimizer.search.cost import FORMS, paid_for
 from optimizer.search.prepared import SHARES
 from optimizer.search.samplers import SAMPLERS, make_sampler
 from optimizer.strict_yaml import dump_yaml
@@ -154,7 +154,7 @@ def test_lessons_derived_experts_and_banks_cost_too(tmp_path: Path) -> None:
     whole = 20 / 12  # items of the bank over those that are drawn
     assert cost["search"] == 1
     assert cost["base"] == pytest.approx(whole, abs=1e-3)
-    assert cost["derived regmean 0.2"] == pytest.approx(whole + 3 * 16 / 12, abs=1e-3)  # made of 16 of the 20
+    assert cost["derived regmean 0.2"] == pytest.approx(whole + FORMS["regmean"] * 20 / 12, abs=1e-3)  # made of all 20
     assert cost["derived regmean 0.4"] == pytest.approx(whole, abs=1e-3)
     assert next(c for kind, c in cost.items() if kind.startswith("learned")) == pytest.approx(whole + 18, abs=1e-3)
 
@@ -173,24 +173,25 @@ def test_a_lesson_in_hand_counts_as_what_it_will_cost(tmp_path: Path) -> None:
     assert 29 < spent <= 30 + 18 - STEP_COST * STEPS + 1  # the fake lesson costs 18, and less was expected
 
 
-PATHS = tuple(f"{form} {share:g}" for form in ("regmean", "fisher") for share in SHARES)
+KFAC = tuple(f"kfac {share:g}" for share in SHARES)
 
 
 @pytest.mark.parametrize(
-    ("candidates", "derived", "lessons"),
+    ("candidates", "forms", "derived", "lessons"),
     [
-        (None, PATHS, 5),
-        (10.0, (), 0),
-        (11.5, ("regmean 0.4",), 0),
-        (13.0, ("regmean 0.4", "regmean 0.6"), 0),
-        (18.0, ("fisher 0.4", "fisher 0.6"), 0),  # 9.2 of the 10 that the eight anchors leave
-        (23.0, ("regmean 0.2", "regmean 0.4", "regmean 0.6", "fisher 0.4", "fisher 0.6"), 0),
-        (40.0, PATHS, 1),
-        (400.0, PATHS, 5),
+        (None, "", KFAC, 5),
+        (10.0, "", (), 0),
+        (35.0, "", ("kfac 0.4", "kfac 0.6"), 0),  # all of the 27 that the eight anchors leave
+        (36.0, "", KFAC, 0),
+        (60.0, "", KFAC, 1),
+        (400.0, "", KFAC, 5),
+        (20.0, "regmean fisher", ("regmean 0.4", "regmean 0.6"), 0),
+        (36.0, "regmean fisher", ("regmean 0.4", "regmean 0.6", "fisher 0.4"), 0),
+        (37.0, "regmean fisher", ("regmean 0.4", "regmean 0.6", "fisher 0.4", "fisher 0.6"), 0),
     ],
 )
-def test_what_candidates_pay_for(candidates: float | None, derived: tuple[str, ...], lessons: int) -> None:
-    wanted = {"derived": ["fisher"]} if candidates == 18.0 else {}
+def test_what_candidates_pay_for(candidates: float | None, forms: str, derived: tuple[str, ...], lessons: int) -> None:
+    wanted = {"derived": forms.split()} if forms else {}
     study = study_of("toy", ("clinical",), candidates=candidates).model_copy(
         update={"anchors": AnchorsSection.model_validate(wanted)}
     )
@@ -199,8 +200,7 @@ def test_what_candidates_pay_for(candidates: float | None, derived: tuple[str, .
     kinds, count = paid_for(study, space, tasks_of(("clinical",)))
     assert ([kind.stored.removeprefix("derived ") for kind in kinds], count) == ([*derived], lessons)
     twice = paid_for(study, space, tasks_of(("clinical",), drawn=10))  # an anchor reads twice what is drawn
-    assert len(twice[0]) <= len(derived)
-    assert twice[1] <= lessons
+    assert (len(twice[0]), twice[1]) <= (len(derived), lessons)
 
 
 def test_a_search_ends_when_nothing_is_gained(bench: Bench) -> None:

@@ -93,7 +93,7 @@ def test_a_derived_anchor_is_its_checkpoint_whole(tmp_path: Path) -> None:
     assert recipe.value("weight", expert="clinical_fisher_40", group="head") == 1.0
 
 
-@pytest.mark.parametrize("forms", [("regmean", "fisher"), ("fisher",), ()])
+@pytest.mark.parametrize("forms", [("kfac", "regmean"), ("fisher",), ()])
 def test_a_lesson_starts_at_the_anchor_that_loses_least_and_says_what_it_gave(
     forms: tuple[Form, ...], tmp_path: Path
 ) -> None:

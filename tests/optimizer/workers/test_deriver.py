@@ -15,6 +15,7 @@ from optimizer.checkpoints.checkpoint import Checkpoint
 from optimizer.checkpoints.opening import open_checkpoint
 from optimizer.merging import fisher
 from optimizer.merging.fisher import RowSquares, fisher_mean, odds_for, row_distances
+from optimizer.merging.kfac import directions, kfac_mean
 from optimizer.merging.merge import Sources, merged_tensor
 from optimizer.merging.regmean import Grams, regmean
 from optimizer.study.study_file import Study
@@ -104,6 +105,56 @@ def test_rows_in_blocks_are_as_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(map(torch.allclose, made(), whole))
 
 
+def unit_gram(seed: int) -> Tensor:
+    found = gram(seed)
+    return found / found.diagonal().mean()
+
+
+ROWS = torch.tensor([1.0, 0.2, 3.0, 0.5]), torch.tensor([0.3, 2.0, 1.0, 0.7])
+
+
+@pytest.mark.parametrize("odds", [0.1, 1.0, 5.0])
+def test_k_fac_is_regmean_where_all_rows_are_alike(odds: float) -> None:
+    base, expert, alike = weights(0), weights(1), torch.ones(4)
+    found = kfac_mean(base, expert, directions(unit_gram(2), unit_gram(3)), alike, alike, odds)
+    wanted = regmean(base, expert, unit_gram(2), unit_gram(3), odds / (1 + odds))
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("odds", [0.1, 1.0, 5.0])
+def test_k_fac_is_fisher_where_all_inputs_are_alike(odds: float) -> None:
+    base, expert = weights(0), weights(1)
+    found = kfac_mean(base, expert, directions(gram(2), 7 * gram(2)), *ROWS, odds)
+    assert torch.allclose(found, fisher_mean(base, expert, *ROWS, odds), atol=1e-4)
+
+
+def test_k_fac_costs_both_sides_least() -> None:
+    base, expert, of_base, of_expert = weights(0), weights(1), unit_gram(2), unit_gram(3)
+    odds = 0.7
+
+    def cost(w: Tensor) -> float:
+        def of_side(delta: Tensor, rows: Tensor, gram: Tensor) -> float:
+            return float(torch.einsum("o,oi,ij,oj->", rows, delta, gram, delta))
+
+        return odds * of_side(w - expert, ROWS[1], of_expert) + of_side(w - base, ROWS[0], of_base)
+
+    best = kfac_mean(base, expert, directions(of_base, of_expert), *ROWS, odds)
+    least = cost(best)
+    for seed in range(5):
+        assert cost(best + 0.05 * weights(10 + seed)) > least
+    assert least < cost(fisher_mean(base, expert, *ROWS, odds))
+    assert least < cost(regmean(base, expert, of_base, of_expert, odds / (1 + odds)))
+
+
+def test_k_fac_passes_over_directions_that_no_input_has() -> None:
+    of_base, of_expert = unit_gram(2), unit_gram(3)
+    for side in (of_base, of_expert):
+        side[-1] = 0
+        side[:, -1] = 0
+    found = kfac_mean(weights(0), weights(1), directions(of_base, of_expert), *ROWS, 1.0)
+    assert found.isfinite().all()
+
+
 def test_a_mean_is_rounded_once_to_the_bases_dtype() -> None:
     base, expert, rows = weights(0), weights(1), torch.tensor([1.0, 0.5, 1.0, 0.0])
     found = fisher_mean(base.bfloat16(), expert.bfloat16(), rows, rows.flip(0), 0.5)
@@ -157,7 +208,7 @@ def _remember(found: dict[str, Tensor], name: str, _: object, given: tuple[Tenso
     found[name] = given[0]
 
 
-@pytest.mark.parametrize("form", ["regmean", "fisher"])
+@pytest.mark.parametrize("form", ["kfac", "regmean", "fisher"])
 def test_a_path_is_made_once_and_each_point_is_a_checkpoint(
     form: str, study: Study, worker: Worker, tmp_path: Path
 ) -> None:
@@ -185,7 +236,7 @@ def test_a_path_is_made_once_and_each_point_is_a_checkpoint(
 def test_a_derived_expert_is_made_of_a_few_items_of_each_task(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orders, "CALIBRATION", 2)
+    monkeypatch.setattr(orders, "CALIBRATION", (3, 2))
     read: Counter[str] = Counter()
 
     def derive(self: Deriver, path: Derivation) -> list[Path]:
@@ -194,7 +245,7 @@ def test_a_derived_expert_is_made_of_a_few_items_of_each_task(
 
     monkeypatch.setattr(Deriver, "derive", derive)
     worker.derive(Derivation("fisher", "clinical", (0.5,), tmp_path))
-    assert read == dict.fromkeys({example.task for example in worker.examples()}, 2)
+    assert read == {example.task: 3 if example.right else 2 for example in worker.examples()}
 
 
 def test_a_tensor_that_one_side_never_reads_goes_where_the_other_asks(

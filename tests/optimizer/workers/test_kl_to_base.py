@@ -142,7 +142,7 @@ def test_sensitivities_add_up_to_the_divergence(study: Study, worker: Worker) ->
     assert found.general_change == pytest.approx(bits / tokens, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["regmean", "fisher"])
+@pytest.mark.parametrize("form", ["kfac", "regmean", "fisher"])
 def test_experts_are_derived_over_its_text(form: str, study: Study, worker: Worker, tmp_path: Path) -> None:
     (folder,) = worker.derive(Derivation(form, "clinical", (0.5,), tmp_path))  # type: ignore[arg-type]
     derived = Recipe("task_arithmetic", study.models.base, ((form, str(folder)),), (Setting("weight", form, "", 1.0),))

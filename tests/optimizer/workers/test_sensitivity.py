@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -71,12 +72,13 @@ def test_an_expert_that_is_not_there_is_named(worker: Worker) -> None:
 
 
 def test_some_of_each_task_are_drawn_in_order() -> None:
-    examples = [Example(task, str(i), (), (), (), 1.0) for i in range(9) for task in ("a", "b")]
-    drawn = some_of_each(examples, 4, 0)
-    assert [e.task for e in drawn].count("a") == [e.task for e in drawn].count("b") == 4
+    right = {"texts": (), "questions": (0,)}
+    examples = [Example(task, str(i), (), right[task], (), 1.0) for i in range(9) for task in right]
+    drawn = some_of_each(examples, 4, 3, seed=0)
+    assert Counter(e.task for e in drawn) == {"questions": 4, "texts": 3}
     assert drawn == [e for e in examples if e in drawn]
-    assert drawn != some_of_each(examples, 4, 1)
-    assert some_of_each(examples, 20, 0) == examples
+    assert drawn != some_of_each(examples, 4, 3, seed=1)
+    assert some_of_each(examples, 20, 20, seed=0) == examples
 
 
 def _uniform(weight: float) -> str:

@@ -187,7 +187,7 @@ def test_every_learnable_method_has_the_same_gradients(method: str, three: Three
     assert any(found[0].values())
 
 
-@pytest.mark.parametrize("form", ["regmean", "fisher"])
+@pytest.mark.parametrize("form", ["kfac", "regmean", "fisher"])
 def test_a_spread_model_derives_bit_for_bit_as_on_one_device(
     form: Form, three: Three, patch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -218,7 +218,7 @@ def test_nothing_that_is_learned_or_derived_asks_such_a_device_for_float64(
 ) -> None:
     for loss in ("labels", "teachers"):
         assert three.without.learn(lesson("ties", loss, steps=1)).candidates > 0
-    for form in ("regmean", "fisher"):
+    for form in ("kfac", "regmean", "fisher"):
         assert three.without.derive(Derivation(form, "e", (0.4,), tmp_path))
     assert three.without.sensitivities("e", points=2).domain
 

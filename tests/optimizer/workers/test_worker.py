@@ -325,7 +325,7 @@ def test_a_cuda_device_learns_as_the_cpu_does(loss: Loss, both: tuple[Worker, Wo
     assert ours.candidates > 0
 
 
-@pytest.mark.parametrize("form", ["regmean", "fisher"])
+@pytest.mark.parametrize("form", ["kfac", "regmean", "fisher"])
 def test_a_cuda_device_derives_as_the_cpu_does(form: Form, both: tuple[Worker, Worker], tmp_path: Path) -> None:
     folders = [both[i].derive(Derivation(form, "e", (0.4,), tmp_path / str(i)))[0] for i in (0, 1)]
     ours, theirs = (open_checkpoint(folder) for folder in folders)
