@@ -7,7 +7,7 @@ Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the 
 memory (`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are
 mapped: their pages belong to the system's cache, and all workers of a machine share them. The aim is 1.3 models beside
 activations: what the largest forward pass left in memory for the way back, as measured. RegMean has no way back: its
-activations and Gram matrices count with the models.
+activations and Gram matrices count with the models, K-FAC's Gram matrices too.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def main() -> None:
         print("|---|---:|---:|---:|---:|---:|")
         commands = {
             f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
+            "derive --form kfac": ("derive", study, str(root / "derived"), "--form", "kfac"),
             "derive --form regmean": ("derive", study, str(root / "derived"), "--form", "regmean"),
             "derive --form fisher": ("derive", study, str(root / "derived"), "--form", "fisher"),
         }
