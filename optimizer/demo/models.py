@@ -231,6 +231,6 @@ def _new_folder(folder: Path, facts: dict[str, object]) -> Iterator[Path | None]
 
 
 # At a constant rate the weights stay where the last batches pushed them, which a merge averages out (see docs/log.md).
-REAL_EXPERT = TrainingPlan(steps=32, learning_rate=5.0e-4, cool_down=False)
+REAL_EXPERT = TrainingPlan(steps=24, learning_rate=5.0e-4, cool_down=False)
 PICO_BASE = TrainingPlan(steps=120, batch=8, length=128, learning_rate=5.0e-3, warm_up=10)
 PICO_EXPERT = replace(PICO_BASE, steps=40, learning_rate=3.0e-3)
