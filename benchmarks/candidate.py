@@ -114,6 +114,7 @@ def _peer(
     tasks = [
         suite_alone(harness, task.info.name, SEARCH, Path(spec.name), folder.parent)
         for spec, task in zip(specs, harness.tasks, strict=True)
+        if task.info.search_items  # a sentinel has none
     ]
     times = [time.perf_counter()]
     command = Path(sys.executable).with_name("mergekit-yaml")
@@ -140,7 +141,7 @@ def main() -> None:
     if not arguments.study.exists():
         parser.error(f"no study {arguments.study}: give one, or let `make demo` build its own")
     study = read_study(arguments.study, arguments.set)
-    ours, *fewer = our_seconds(study, arguments.candidates, [0, *filter(None, [arguments.drawn])])
+    ours, *fewer = our_seconds(study, arguments.candidates, [0, arguments.drawn] if arguments.drawn else [0])
     print(f"ours:   {ours:7.1f} s a candidate, {3600 / ours:6.0f} an hour, {study.workers.count} workers", flush=True)
     for few in fewer:
         times = f"{ours / few:.1f} times as many ({arguments.drawn} items of each task)"

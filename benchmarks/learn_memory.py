@@ -7,7 +7,7 @@ Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the 
 memory (`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are
 mapped: their pages belong to the system's cache, and all workers of a machine share them. The aim is 1.3 models beside
 activations: what the largest forward pass left in memory for the way back, as measured. RegMean has no way back: its
-activations and Gram matrices count with the models, K-FAC's Gram matrices too.
+activations and Gram matrices count with the models; so do K-FAC's Gram matrices.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from optimizer.search.cost import cost_of
 from optimizer.search.plan import count_tokens, make_plan
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.study_file import read_study
-from optimizer.workers.orders import HUGE_PAGES
+from optimizer.workers.memory import HUGE_PAGES
 
 WORDS = [
     "a",

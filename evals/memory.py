@@ -73,7 +73,7 @@ def fits_whole(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def return_freed() -> None:
-    """Return memory that malloc holds without need to the system, where it is glibc's (measured: 30 ms for 1 GB)."""
+    """Give the system back the memory that malloc holds without use, where malloc is glibc's; 1 GB takes 30 ms."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -34,16 +34,18 @@ from optimizer.commands import (
     chosen_point,
     fail,
     print_json,
+    run_at,
     say,
     study_of,
     terminal,
     version_asked,
 )
 from optimizer.exit_codes import NOT_NOW, WRONG
-from optimizer.workers.orders import HUGE_PAGES, STEPS, By, Form, Loss
+from optimizer.workers.memory import HUGE_PAGES
+from optimizer.workers.orders import STEPS, By, Form, Loss
 
 if TYPE_CHECKING:
-    from optimizer.run import Run
+    pass
 
 app = typer.Typer(
     cls=Commands,
@@ -162,7 +164,7 @@ def status(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> No
     """Say how far a run is, and what to know first."""
     from optimizer.views.tables import status_document
 
-    opened = _opened(run, storage)
+    opened = run_at(run, storage)
     document = status_document(opened)
     if as_json:
         print_json(document)
@@ -179,7 +181,7 @@ def front(run: RunPath, as_json: AsJson = False, storage: Storage = None) -> Non
     """Print the front: each gain and what it costs."""
     from optimizer.views.tables import front_document, print_front
 
-    opened = _opened(run, storage)
+    opened = run_at(run, storage)
     if as_json:
         print_json(front_document(opened))
     else:
@@ -199,7 +201,7 @@ def show(
     """Print one trial: its weights, what it won and kept."""
     from optimizer.views.tables import print_trial, trial_document
 
-    opened = _opened(run, storage)
+    opened = run_at(run, storage)
     if lost:
         from optimizer.lost import flipped_document, flipped_lines
 
@@ -238,7 +240,7 @@ def export(
         fail("--sure says how sure --max-forgetting must be: give both", WRONG)
     if sum((trial is not None, knee, max_forgetting is not None, knob is not None)) != 1:
         fail("name one point: --trial N, --knee, --max-forgetting SHARE or --knob PLACE", WRONG)
-    opened = _opened(run, storage)
+    opened = run_at(run, storage)
     from evals.documents import checked_path
     from optimizer.export.commands import export_knob, export_trial  # brings torch
 
@@ -275,7 +277,7 @@ def certify(
     from optimizer.study.study_file import stored_storage
 
     question = Question(max_forgetting, min_gain, each_task, delta)
-    path = _opened(run, storage).path
+    path = run_at(run, storage).path
     tell = partial(say, error=True) if as_json else say
     try:
         certificate = certify_run(path, question, storage=storage or stored_storage(path), say=tell)
@@ -298,7 +300,7 @@ def accept(
     """Accept a merge although a guard flags its answers."""
     from optimizer.accept import accept_trial
 
-    for line in accept_trial(_opened(run, storage).path, trial, storage=storage):
+    for line in accept_trial(run_at(run, storage).path, trial, storage=storage):
         say(line)
 
 
@@ -307,7 +309,7 @@ def report(run: RunPath, storage: Storage = None) -> None:
     """Write the run's report.html and front.json anew."""
     from optimizer.run_study import finish
 
-    finish(_opened(run, storage))
+    finish(run_at(run, storage))
     say(f"wrote {run / 'report.html'}")
 
 
@@ -381,15 +383,6 @@ def demo(
 
     resolved_path(out, Path(), where="--out", error=StudyFileError)
     run_demo(out, tiny, workers, terminal())
-
-
-def _opened(run: Path, storage: str | None) -> Run:
-    from evals.documents import checked_path
-    from optimizer.run import open_run
-    from optimizer.study.study_file import stored_storage
-
-    run = checked_path(run, where="RUN")
-    return open_run(run, storage=storage or stored_storage(run))
 
 
 def main() -> None:

@@ -128,6 +128,16 @@ def fail(text: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def run_at(run: Path, storage: str | None) -> Run:
+    """Open a run, from the storage given or the one that its study names."""
+    from evals.documents import checked_path
+    from optimizer.run import open_run
+    from optimizer.study.study_file import stored_storage
+
+    run = checked_path(run, where="RUN")
+    return open_run(run, storage=storage or stored_storage(run))
+
+
 def chosen_point(run: Run, max_forgetting: float | None, sure: float | None) -> int:
     """Choose the knee, or the best point that forgets little enough; exit with 3 where there is none."""
     from optimizer.errors import NoPointError

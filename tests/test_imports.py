@@ -24,7 +24,7 @@ DOORS = {
     "datasets": {"evals.lm_tasks", "evals.rows"},
     "jinja2": {"evals.lm_harness", "evals.templates"},
     "yaml": {"optimizer.strict_yaml", "evals.task_files"},
-    "pydantic": {f"optimizer.study.{name}" for name in ("schema", "section", "task_entry")},
+    "pydantic": {f"optimizer.study.{name}" for name in ("derived", "schema", "section", "task_entry")},
     "ray": {"optimizer.workers.ray_cluster", "optimizer.workers.ray_probe"},
     "numba": {"optimizer.merging.methods.kernels"},
     "peft": {"optimizer.checkpoints.peft_fold"},

@@ -116,7 +116,8 @@ def paid_for(
 
 def form_cost(form: Form, tasks: Sequence[TaskInfo]) -> float:
     """Compute what the derived experts of a form cost to make, in candidates: it reads a few items of every task."""
-    read = sum(min(task.search_items, CALIBRATION[task.output_type != "multiple_choice"]) for task in tasks)
+    questions, texts = CALIBRATION
+    read = sum(min(task.search_items, questions if task.output_type == "multiple_choice" else texts) for task in tasks)
     return FORMS[form] * read / _items_of_a_candidate(tasks)
 
 

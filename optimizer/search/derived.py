@@ -25,7 +25,8 @@ from optimizer.workers.pool import DeriveJob
 
 if TYPE_CHECKING:
     from optimizer.search.plan import Ready
-    from optimizer.study.schema import DerivedEntry, Study
+    from optimizer.study.derived import DerivedEntry
+    from optimizer.study.schema import Study
     from optimizer.workers.pool import SerialPool
     from optimizer.workers.ray_pool import RayPool
 

@@ -1,6 +1,6 @@
 """The schema of a study file: its keys, their types and their limits, as frozen models.
 
-It and the two modules whose parts it is made of, `section` and `task_entry`, are the only ones with pydantic.
+It and the modules whose parts it is made of, `derived`, `section` and `task_entry`, are the only ones with pydantic.
 `study.schema.json` is written from it, for editors.
 """
 
@@ -19,11 +19,11 @@ from pydantic import (
     Tag,
     ValidationError,
     WithJsonSchema,
-    field_serializer,
     model_serializer,
 )
 
 from evals.outcomes import Chat
+from optimizer.study.derived import AnchorsSection, DerivedEntry
 from optimizer.study.forms import (
     METHODS_SCHEMA,
     MODULES,
@@ -38,7 +38,7 @@ from optimizer.study.forms import (
 )
 from optimizer.study.section import MOST_ITEMS, Certify, Gpus, Holdout, Section, count_or
 from optimizer.study.task_entry import Tasks
-from optimizer.workers.orders import STEPS, By, Form, Loss
+from optimizer.workers.orders import STEPS, By, Loss
 from search_spaces.shape import LEAST, WORDS, Kind
 
 MOST_WORKERS, MOST_MINUTES = 1024, 1e7  # beyond any machine
@@ -52,36 +52,6 @@ Finding = dict[str, Any]  # of pydantic
 
 Threads = Annotated[int | Literal["auto"], *count_or("auto", most=MOST_WORKERS)]
 Budget = Annotated[int | Literal["auto"], *count_or("auto", least=16)]
-
-
-class CalibrationTexts(Section):
-    """Two plain text files that a derived expert is made over, one for each side."""
-
-    domain: str = Field(min_length=1, description="What the expert reads.")
-    general: str = Field(min_length=1, description="What the base reads.")
-
-
-def _read_calibration(value: object) -> object:
-    return {"domain": value, "general": value} if isinstance(value, str) else value
-
-
-Calibration = Annotated[
-    CalibrationTexts, BeforeValidator(_read_calibration, json_schema_input_type=str | CalibrationTexts)
-]
-
-
-class DerivedEntry(Section):
-    """An expert that is made before the search, of the base and another expert."""
-
-    from_: str = Field(alias="from", min_length=1, description="Name of the expert it is derived from.")
-    form: Form = Field(default="regmean", description="The closed form.")
-    lambda_: float = Field(
-        default=0.4, alias="lambda", gt=0, lt=1, description="How far it goes from the base (0) to the expert (1)."
-    )
-    calibration: Calibration | None = Field(
-        default=None,
-        description="A plain text file, or one for each side, to read in place of the search items.",
-    )
 
 
 ExpertName = Annotated[str, Field(pattern=EXPERT_NAME)]
@@ -326,26 +296,6 @@ class SearchSection(Section):
     )
     max_attempts: int = Field(default=2, ge=1, le=10, description="Times a trial is tried when its worker dies.")
     storage: str | None = Field(default=None, description="Optuna RDB URL. Default: SQLite in the run folder.")
-
-
-def _read_derived(value: object) -> object:
-    return () if value == "none" else tuple(value) if isinstance(value, list) else value
-
-
-class AnchorsSection(Section):
-    """Points that every study scores before it searches."""
-
-    derived: Annotated[
-        tuple[Form, ...],
-        BeforeValidator(_read_derived, json_schema_input_type=Literal["none"] | tuple[Form, ...]),
-    ] = Field(
-        default=("kfac",),
-        description="Closed forms by which experts are derived from base and expert, each at three shares; or none.",
-    )
-
-    @field_serializer("derived")
-    def _as_typed(self, derived: tuple[str, ...]) -> tuple[str, ...] | str:
-        return derived or "none"
 
 
 class WorkersSection(Section):

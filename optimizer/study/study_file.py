@@ -19,8 +19,9 @@ from optimizer.checkpoints.urls import is_url
 from optimizer.errors import StudyFileError
 from optimizer.masking import redacted
 from optimizer.strict_yaml import dump_yaml, parse_yaml, read_yaml, shortened, shown
+from optimizer.study.derived import DerivedEntry
 from optimizer.study.messages import contradictions, schema_problems, text_problems
-from optimizer.study.schema import DerivedEntry, Study, validate
+from optimizer.study.schema import Study, validate
 from optimizer.study.task_entry import TaskEntry
 from optimizer.words import count
 

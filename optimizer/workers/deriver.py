@@ -201,7 +201,7 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """What Fisher knows of base and expert: by tensor the rows' squared gradients (rows,), by share the odds."""
+    """What Fisher and K-FAC know of base and expert: by tensor what its rows count (rows,), by share the odds."""
 
     base: Checkpoint
     expert: Checkpoint

@@ -1,4 +1,4 @@
-"""What a lack of memory is called: by whom, how much there is, and what helps."""
+"""Memory of a worker: how torch asks for it, and what a lack of it is called (how much there is, what helps)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from optimizer.errors import WorkerError
 
 GB = 1e9
+# A variable of the environment that torch reads once, as it starts: large tensors on a CPU lie in huge pages, at
+# addresses that malloc finds use for again.
+HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ STEP_COST = 0.7  # in candidates: what a trial reads on the search suite
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach
 CALIBRATION = (24, 8)  # questions and texts of each task that a derived expert is made from; more make it no better
-HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")  # of torch's large tensors, as it starts; malloc reuses their memory then
 PULLS = (0.25, 0.5)  # towards the mean of an expert's weights, of the best of those
 BASE = ""  # as the name of a model
 LEAST_SCALE = 0.05  # of a task's loss at the base: an expert that hardly moved it gives no scale

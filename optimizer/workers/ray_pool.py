@@ -17,7 +17,7 @@ from typing import Any
 
 from optimizer.errors import WorkerError
 from optimizer.workers.gpus import gpu_share, require_among, share_of
-from optimizer.workers.orders import HUGE_PAGES
+from optimizer.workers.memory import HUGE_PAGES
 from optimizer.workers.pool import Closing, Failure, Job, MakeWorker, Result, WorkerLike, describe
 from optimizer.workers.ray_cluster import STARTS, RayCluster, ask
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow  # whole demos are run
 def test_leaves_a_front_a_report_and_a_model(tiny_demo: Path) -> None:
     run = open_run(tiny_demo)
     kinds = set(run.points()["kind"])
-    assert {"base", "expert:clinical", "uniform a=0.50", "derived regmean 0.4", "search"} <= kinds
+    assert {"base", "expert:clinical", "uniform a=0.50", "derived kfac 0.4", "search"} <= kinds
     assert (run.trials()["state"] == "complete").sum() == 16
     knee = run.knee()
     _, info = AutoModelForCausalLM.from_pretrained(tiny_demo / "models" / f"trial-{knee}", output_loading_info=True)

@@ -18,7 +18,7 @@ from optimizer.search.cost import FORMS, paid_for
 from optimizer.search.prepared import SHARES
 from optimizer.search.samplers import SAMPLERS, make_sampler
 from optimizer.strict_yaml import dump_yaml
-from optimizer.study.schema import AnchorsSection
+from optimizer.study.derived import AnchorsSection
 from optimizer.views.sentences import limits, verdict
 from optimizer.workers.orders import STEP_COST, STEPS
 from optimizer.workers.pool import LearnJob, Result, SerialPool
