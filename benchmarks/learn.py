@@ -1,6 +1,6 @@
 """What learning depends on: one choice changed at a time, judged on holdout items.
 
-    python benchmarks/learn.py --study STUDY [--start regmean 0.4] [--out runs/learn] [--only steps] [--rows 2]
+    python benchmarks/learn.py --study STUDY [--start kfac 0.4] [--out runs/learn] [--only steps] [--rows 2]
 
 STUDY is a study file with one expert; the default is the one that `make demo` leaves in runs/demo-inputs. Each row
 learns weights on search items, scores the recipe on holdout items, and is kept in OUT/rows.json as soon as it is done:
@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -37,11 +37,11 @@ from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
 
 DEFAULT_STUDY = Path(__file__).parent.parent / "runs" / "demo-inputs" / "study.yaml"
-BASE, EXPERT, UNIFORM, REGMEAN, FISHER = "base", "expert", "uniform", "regmean", "fisher"
+BASE, EXPERT, UNIFORM, KFAC = "base", "expert", "uniform", "kfac"
 MODELS = {BASE: (UNIFORM, 0.0), EXPERT: (UNIFORM, 1.0)}
 STARTS = {
     f"start {form} {share:g}": (form, share)
-    for form, shares in ((UNIFORM, (0.25, 0.5)), (REGMEAN, (0.2, 0.4, 0.6)), (FISHER, (0.2, 0.4, 0.6)))
+    for form, shares in ((UNIFORM, (0.25, 0.5)), *((form, (0.2, 0.4, 0.6)) for form in get_args(Form)))
     for share in shares
 }
 AS_IT_IS = "as it is"
@@ -53,7 +53,7 @@ class Row:
     """One way to learn; the defaults are the product's.
 
     Args:
-        start: uniform weights, RegMean or Fisher, and how far to the expert.
+        start: uniform weights or a form of derived experts, and how far to the expert.
         items: of each task, at most; 0 is all.
         pulled: whether weights may be pulled towards their mean.
     """
@@ -64,7 +64,7 @@ class Row:
     questions: int = 10
     texts: int = 2
     pulled: bool = True
-    start: tuple[str, float] = (REGMEAN, 0.4)
+    start: tuple[str, float] = (KFAC, 0.4)
     items: int = 0
     preference: float = PREFERENCE
     seed: int = 0
@@ -132,7 +132,7 @@ class Bench:
     def learn(self, row: Row) -> Done:
         """Learn one row's weights in a learner of its own, which has read nothing yet."""
         examples = self.worker.examples()
-        chosen = some_of_each(examples, row.items, row.seed) if row.items else examples
+        chosen = some_of_each(examples, row.items, row.items, seed=row.seed) if row.items else examples
         learner = Learner(
             self.worker, chosen, tasks=self.worker.tasks, base=self.base, experts={self.expert: self.source}
         )
@@ -241,7 +241,7 @@ def drawn(table: pd.DataFrame) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, default=DEFAULT_STUDY)
-    parser.add_argument("--start", nargs=2, default=("regmean", "0.4"), metavar=("FORM", "SHARE"))
+    parser.add_argument("--start", nargs=2, default=(KFAC, "0.4"), metavar=("FORM", "SHARE"))
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
     parser.add_argument("--only", default="", help="rows whose name has these words")
     parser.add_argument("--rows", type=int, help="stop after so many")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_heard() -> Iterator[None]:
+    """Fail a test that leaves a signal ignored: the processes of later tests would be born with it."""
+    before = _ignored()
+    yield
+    assert _ignored() == before
+
+
+def _ignored() -> list[signal.Signals]:
+    return [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ Each set of points has its front by the search items; the items that judge say w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evals.objectives import Draws, interval
-from optimizer.runs.front import hypervolumes, losses, non_dominated
+from optimizer.runs.front import hypervolumes, losses, on_front
 from optimizer.runs.trial import NO_ANCHORS, Role
 
 Array = NDArray[np.float64]
@@ -30,12 +30,13 @@ COLUMNS = ("set", "points", "hypervolume", "share", "low", "high")
 FEW = 200  # resamplings that are enough where many objectives make each one dear
 
 
-def fronts_by_set(minimised: pd.DataFrame, roles: pd.Series[Any]) -> dict[str, list[int]]:
-    """Give the trials of each set that none other of the set beats.
+def fronts_by_set(minimised: pd.DataFrame, roles: pd.Series[Any], fitted: Collection[int] = ()) -> dict[str, list[int]]:
+    """Give the trials of each set that none other of the set beats; that of "all" is the front that a run reports.
 
     Args:
         minimised: the objectives of every point by the search items, all minimised.
         roles: of the same trials.
+        fitted: the trials whose weights were fitted to these items, which beat only one another (`on_front`).
 
     Returns:
         Without the sets whose own points are not there; "all" is there always.
@@ -45,7 +46,8 @@ def fronts_by_set(minimised: pd.DataFrame, roles: pd.Series[Any]) -> dict[str, l
     for name, added in SETS.items():
         if name in ("anchors", "all") or (roles == added[0]).any():
             chosen = minimised[[role not in named or role in added for role in roles]]
-            fronts[name] = [int(trial) for trial in chosen.index[non_dominated(chosen.to_numpy())]]
+            mask = on_front(chosen.to_numpy(), chosen.index.isin([*fitted]))
+            fronts[name] = [int(trial) for trial in chosen.index[mask]]
     return fronts
 
 

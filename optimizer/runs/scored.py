@@ -347,7 +347,7 @@ class ScoredRun(MeasuredRun):
         if self._points.empty:
             return pd.DataFrame(columns=["set", "suite", *COLUMNS[1:]])
         rivals = self._losses(SEARCH)
-        fronts = fronts_by_set(rivals, self._roles[rivals.index])
+        fronts = fronts_by_set(rivals, self._roles[rivals.index], self.fitted)
         judged = self.points(HOLDOUT)["domain"].notna()
         is_judged = all(judged[trials].all() for trials in fronts.values())  # else a set would lack points
         suite = HOLDOUT if is_judged else SEARCH

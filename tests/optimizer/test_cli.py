@@ -16,7 +16,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from optimizer import cli
 from optimizer.cli import app
 from optimizer.errors import DamagedError, MergeError, RunError, UnavailableError
 from optimizer.run import open_run
@@ -609,9 +608,10 @@ def test_a_search_from_a_recipe_scores_it_with_the_anchors(searched: Path) -> No
     assert set(weights["weight"]) == {0.37}
 
 
-def test_the_command_has_torch_take_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")  # as it was before, in the end
-    monkeypatch.setattr(cli, "app", lambda: None)
-    cli.main()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+def test_the_command_has_torch_take_huge_pages() -> None:
+    # in a process of its own: main() is how one ends, and leaves Ctrl-C ignored
+    app_prints = "cli.app = lambda: print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    code = f"import os\nfrom optimizer import cli\n{app_prints}\ncli.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -11,7 +11,7 @@ import pytest
 from evals.objectives import Draws
 from optimizer.run import Run, open_run
 from optimizer.runs.families import SETS, fronts_by_set, what_sets_cover
-from optimizer.runs.front import hypervolume, losses, non_dominated
+from optimizer.runs.front import hypervolume, losses, on_front
 from optimizer.runs.trial import Role
 from tests.toy_run import toy_run
 
@@ -38,7 +38,8 @@ def test_each_set_is_judged_on_the_holdout_items_by_its_own_front(run: Run) -> N
     family = [extra.get(kind.split(" ")[0], "anchors") for kind in points["kind"]]
     for name, row in table(run).iterrows():
         chosen = points[[one in ("anchors", name) or name == "all" for one in family]]
-        front = chosen[non_dominated(losses(chosen[list(NAMES)]))]
+        is_learned = chosen["kind"].str.startswith("learned")
+        front = chosen[on_front(losses(chosen[list(NAMES)]), is_learned)]
         unseen = losses(front[["holdout_domain", "holdout_forgetting"]])
         assert row["points"] == len(front)
         assert row["suite"] == "holdout"
@@ -98,6 +99,17 @@ def test_a_set_without_a_point_of_its_own_is_left_out() -> None:
     minimised = pd.DataFrame({"domain": [0.0, -1.0, -0.5], "forgetting": [0.0, 0.4, 0.1]}, index=[0, 1, 5])
     roles = pd.Series([Role.BASE, Role.EXPERT, Role.SEARCHED], index=minimised.index)
     assert fronts_by_set(minimised, roles) == {"anchors": [0, 1], "+ searched": [0, 1, 5], "all": [0, 1, 5]}
+
+
+def test_what_was_fitted_to_the_items_hides_no_searched_point_of_a_set() -> None:
+    minimised = pd.DataFrame({"domain": [0.0, -0.8, -0.7], "forgetting": [0.0, 0.1, 0.2]}, index=[0, 1, 2])
+    roles = pd.Series([Role.BASE, Role.LEARNED, Role.SEARCHED], index=minimised.index)
+    assert fronts_by_set(minimised, roles)["all"] == [0, 1]
+    assert fronts_by_set(minimised, roles, fitted={1})["all"] == [0, 1, 2]
+
+
+def test_all_is_the_front_that_the_run_reports(run: Run) -> None:
+    assert table(run).loc["all", "points"] == run.points()["front"].sum()
 
 
 def test_a_front_point_without_holdout_scores_leaves_all_to_the_search_items(tmp_path: Path) -> None:
