@@ -210,8 +210,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, trials: int) -> di
             ],
             "dtype": "float32",
         },
-        "anchors": {"derived": ["regmean", "fisher"]},
-        "search": {"trials": trials, "learned": 3},
+        "search": {"trials": trials},
         "workers": {"count": 0},
         "runs": str(out.parent),
     }
