@@ -2,7 +2,8 @@
 
 torch passes over a block anew for every elementwise step. Here all steps are made on a few thousand numbers while they
 lie in the nearest cache, so that a merge takes as long as memory does. The walks in torch mean the same, and serve
-other devices. numba compiles a kernel when it is first used, and keeps it on disk.
+other devices. numba compiles a kernel when it is first used, and keeps it on disk. All kernels are in this one file:
+what is on disk is made anew when a kernel's own file changes, and not when one changes that it calls into.
 
 Arrays are flat; bfloat16 is given as its bits in uint16, float16 as its bits in int16 (`bits_of`). What writes returns
 the largest magnitude before rounding, as the bits of a float32 (see OVERFLOW). Loops are simple enough to become vector
