@@ -133,6 +133,7 @@ RIVALS = {
     "ours, not learned": replace(OURS, learned=False),
     "ours, not derived": replace(OURS, derived=()),
     "ours, RegMean and Fisher": replace(OURS, derived=("regmean", "fisher")),
+    "ours, K-FAC and RegMean": replace(OURS, derived=("kfac", "regmean")),
     "ours, three paths": replace(OURS, derived=("kfac", "regmean", "fisher")),
     "ours, shipped as measured": replace(OURS, sure=0.0),
     "ours, with a bank": replace(OURS, bank=True),
