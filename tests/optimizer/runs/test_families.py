@@ -81,18 +81,19 @@ def test_where_others_cover_nothing_there_is_no_share() -> None:
     assert every[["share", "low", "high"]].isna().all()
 
 
-def test_a_resampling_in_which_the_others_cover_nothing_leaves_the_interval_there() -> None:
+@pytest.mark.parametrize(("nothing", "high"), [(1, 0.1), (100, np.inf)])
+def test_resamplings_in_which_the_others_cover_nothing_leave_the_interval_there(nothing: int, high: float) -> None:
     domain = np.tile([0.0, 1.0, 0.5, 0.55], (500, 1))
-    domain[7, 1:3] = -1.0
+    domain[:nothing, 1:3] = -1.0
     forgetting = np.array([0.0, 0.4, 0.1, 0.1])
     draws = Draws(
         np.arange(4),
-        {"domain": domain[0], "forgetting": forgetting},
+        {"domain": domain[-1], "forgetting": forgetting},
         {"domain": domain, "forgetting": np.tile(forgetting, (500, 1))},
     )
     fronts = {"+ searched": [0, 2], "all": [0, 3]}
     every = what_sets_cover(draws, fronts, names=NAMES, corner=[0.0, 0.4]).set_index("set").loc["all"]
-    assert every[["share", "low", "high"]].tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert every[["share", "low", "high"]].tolist() == pytest.approx([0.1, 0.1, high])
 
 
 def test_a_set_without_a_point_of_its_own_is_left_out() -> None:
