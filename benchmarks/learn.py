@@ -31,7 +31,7 @@ from optimizer.runs.outcome_files import outcomes_path, read_outcomes, write_out
 from optimizer.study.schema import Study
 from optimizer.study.study_file import read_study
 from optimizer.workers.learner import Learner
-from optimizer.workers.orders import By, Derivation, Form, Lesson, Loss
+from optimizer.workers.orders import QUESTIONS, STEPS, TEXTS, By, Derivation, Form, Lesson, Loss
 from optimizer.workers.sensitivity import some_of_each
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
@@ -60,9 +60,9 @@ class Row:
 
     loss: Loss = "labels"
     by: By = "tensor"
-    steps: int = 12
-    questions: int = 10
-    texts: int = 2
+    steps: int = STEPS
+    questions: int = QUESTIONS
+    texts: int = TEXTS
     pulled: bool = True
     start: tuple[str, float] = (KFAC, 0.4)
     items: int = 0
@@ -88,14 +88,13 @@ def rows(start: tuple[str, float]) -> dict[str, Row]:
     plain = Row(start=start)
     return {
         AS_IT_IS: plain,
-        "steps 6": replace(plain, steps=6),
-        "steps 24": replace(plain, steps=24),
-        "steps 48": replace(plain, steps=48),
+        **{f"steps {steps}": replace(plain, steps=steps) for steps in (6, 12, 24, 48) if steps != STEPS},
+        "steps 12, minibatch doubled": replace(plain, steps=12, questions=2 * QUESTIONS, texts=2 * TEXTS),
         "teachers": replace(plain, loss="teachers"),
         "teachers, by group": replace(plain, loss="teachers", by="group"),
         "by group": replace(plain, by="group"),
-        "minibatch halved": replace(plain, questions=5, texts=1),
-        "minibatch doubled": replace(plain, questions=20, texts=4),
+        "minibatch halved": replace(plain, questions=QUESTIONS // 2, texts=1),
+        "minibatch doubled": replace(plain, questions=2 * QUESTIONS, texts=2 * TEXTS),
         "no pull": replace(plain, pulled=False),
         **{
             f"from {form} {share:g}": replace(plain, start=(form, share))
