@@ -89,11 +89,10 @@ def rows(start: tuple[str, float]) -> dict[str, Row]:
     return {
         AS_IT_IS: plain,
         **{f"steps {steps}": replace(plain, steps=steps) for steps in (6, 12, 24, 48) if steps != STEPS},
-        "steps 12, minibatch doubled": replace(plain, steps=12, questions=2 * QUESTIONS, texts=2 * TEXTS),
         "teachers": replace(plain, loss="teachers"),
         "teachers, by group": replace(plain, loss="teachers", by="group"),
         "by group": replace(plain, by="group"),
-        "minibatch halved": replace(plain, questions=QUESTIONS // 2, texts=1),
+        "minibatch halved": replace(plain, questions=QUESTIONS // 2, texts=TEXTS // 2),
         "minibatch doubled": replace(plain, questions=2 * QUESTIONS, texts=2 * TEXTS),
         "no pull": replace(plain, pulled=False),
         **{

@@ -118,7 +118,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         "models": {"base": str(base), "experts": {"clinical": str(expert)}},
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)},
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 36, "learned": 5},
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 35, "learned": 4},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }
