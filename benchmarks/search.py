@@ -88,7 +88,7 @@ TASKS = ("clinical_text", "clinical_words", "english_text", "english_words")
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A way to search; the defaults are the product's.
+    """A way to search; the defaults are the product's, but for bank and races, which `mergefront init` writes.
 
     Args:
         learned: anchors learned by gradients, as many as the budget allows.
@@ -114,7 +114,7 @@ class Rival:
         return not self.learned and not self.bank and not self.derived
 
 
-OURS = Rival()
+OURS = Rival(bank=True, racing=True)
 PLAIN = Rival(learned=False, derived=())
 RIVALS = {
     "lines": replace(PLAIN, sampler="random", ends=8),
@@ -136,8 +136,9 @@ RIVALS = {
     "ours, K-FAC and RegMean": replace(OURS, derived=("kfac", "regmean")),
     "ours, three paths": replace(OURS, derived=("kfac", "regmean", "fisher")),
     "ours, shipped as measured": replace(OURS, sure=0.0),
-    "ours, with a bank": replace(OURS, bank=True),
-    "ours, with a bank and races": replace(OURS, bank=True, racing=True),
+    "ours, without races": replace(OURS, racing=False),
+    "ours, without a bank": replace(OURS, bank=False, racing=False),
+    "ours, by chance": replace(OURS, sampler="random"),
 }
 
 

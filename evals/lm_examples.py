@@ -25,14 +25,10 @@ SIZES = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode("utf-8")
 def examples(harness: Harness, suite: str, engine: Engine) -> list[Example]:
     """Make what a suite teaches: one example for each item, in the order they are scored.
 
-    Of a task with a bank only as many items teach as a candidate is scored on: a lesson costs as much with a bank.
-
     Raises:
         TaskError: an item has no right answer to learn from.
     """
-    first = [item for task in harness.tasks for item in task.items[suite][: task.info.drawn_items or None]]
-    taught = {(item.member, item.hash) for item in first}
-    return [_example(asked, engine) for asked in harness.asked(suite) if (asked.item.member, asked.item.hash) in taught]
+    return [_example(asked, engine) for asked in harness.asked(suite)]
 
 
 def text_examples(path: Path, engine: Engine) -> list[Example]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evals.bank import Seen, estimate
+from evals.bank import Seen, estimate, regression_error, towards_regression
 from evals.errors import TaskError
 from evals.statistics import score_of
 from evals.task_rows import TaskRows, task_rows
@@ -197,12 +197,15 @@ def _estimate_into(
 ) -> Array:
     """Estimate what is not there of the drawn trials' values (n, T), in place; gives the pulls (n, T)."""
     are_margins = signals is not values
-    anchors, n = signals[:, ~is_drawn].copy(), len(values)
-    pulls = np.zeros_like(values)
+    anchors, of_anchors, n = signals[:, ~is_drawn].copy(), values[:, ~is_drawn].copy(), len(values)
+    pulls, errors = np.zeros_like(values), {}
     for trial in np.flatnonzero(is_drawn):
         places = np.flatnonzero(is_there[:, trial])
         seen = Seen(places, values[places, trial], signals[places, trial].copy(), chances[places, trial])
+        if (draw := places.tobytes()) not in errors:  # candidates share theirs
+            errors[draw] = regression_error(anchors, of_anchors, places, are_margins=are_margins)
         found = estimate(anchors, seen, are_margins=are_margins)
+        found = towards_regression(found, anchors, seen, errors[draw], are_margins=are_margins)
         values[:, trial] = found.values
         # the bank's items stand for others like them: what is foretold varies less than what would be measured
         pulls[:, trial] = found.pulls * np.sqrt(1 + len(places) / n)

@@ -63,7 +63,7 @@ def cost_of(plan: Plan) -> Cost | None:
     tasks = plan.harness.infos
     kinds, lessons = paid_for(plan.study, plan.space, tasks)
     own, made = plan.study.models.derived.values(), {DERIVATIONS[kind][0] for kind in kinds}
-    prepared = STEP_COST * plan.study.search.learned.steps * lessons + sum(form_cost(form, tasks) for form in made)
+    prepared = lessons * lesson_cost(plan.study.search.learned.steps, tasks) + sum(form_cost(form, tasks) for form in made)
     prepared += sum(form_cost(entry.form, tasks) for entry in own)
     derived = len(kinds)
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + lessons}
@@ -110,7 +110,7 @@ def paid_for(
             kinds.append(kind)
             made.add(form)
             left -= cost
-    lessons = min(learned.count, max(0, int(LESSONS * left / (STEP_COST * learned.steps + each))))
+    lessons = min(learned.count, max(0, int(LESSONS * left / (lesson_cost(learned.steps, tasks) + each))))
     return tuple(kind for kind in derivations(forms) if kind in kinds), lessons
 
 
@@ -119,6 +119,11 @@ def form_cost(form: Form, tasks: Sequence[TaskInfo]) -> float:
     questions, texts = CALIBRATION
     read = sum(min(task.search_items, questions if task.output_type == "multiple_choice" else texts) for task in tasks)
     return FORMS[form] * read / _items_of_a_candidate(tasks)
+
+
+def lesson_cost(steps: int, tasks: Sequence[TaskInfo]) -> float:
+    """Compute what a lesson is expected to cost, in candidates: it learns from whole banks."""
+    return STEP_COST * steps * anchor_cost(tasks)
 
 
 def anchor_cost(tasks: Sequence[TaskInfo]) -> float:

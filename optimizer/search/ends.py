@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from optimizer.errors import SearchError
 from optimizer.runs.front import growth, losses
 from optimizer.runs.trial import Role
-from optimizer.search.cost import anchor_cost, form_cost
+from optimizer.search.cost import anchor_cost, form_cost, lesson_cost
 from optimizer.search.ledger import Ledger
 from optimizer.search.prepared import DERIVATIONS, LESSON, REQUEST
 from optimizer.words import count, percent
-from optimizer.workers.orders import STEP_COST
 
 if TYPE_CHECKING:
     from optimizer.study.schema import SearchSection
@@ -116,5 +115,5 @@ def _preparing(number: int, ledger: Ledger) -> float:
         with suppress(KeyError, ValueError, TypeError):
             return float(json.loads(ledger.attribute(number, LESSON))["candidates"])
         with suppress(KeyError, ValueError, TypeError):
-            return STEP_COST * json.loads(ledger.attribute(number, REQUEST))["steps"]
+            return lesson_cost(json.loads(ledger.attribute(number, REQUEST))["steps"], ledger.tasks)
     return 0.0

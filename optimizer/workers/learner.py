@@ -140,7 +140,7 @@ class Learner:
         self._candidate = candidate
         self._seen, self._kept = split_examples(examples)
         self._aims = Aims(candidate, self._seen, self._kept, tasks=tasks, base=base, experts=experts)
-        self._whole = size_of(examples)
+        self._of_candidate = size_of(_as_drawn(examples, tasks))
 
     def learn(self, lesson: Lesson) -> Learned:
         """Learn from the start of a lesson; the same lesson gives the same weights.
@@ -182,6 +182,12 @@ class Learner:
             kept=kept,
             seen_before=seen_before,
             kept_before=before,
-            candidates=self._aims.tokens / self._whole,
+            candidates=self._aims.tokens / self._of_candidate,
             seconds=time.perf_counter() - begun,
         )
+
+
+def _as_drawn(examples: Sequence[Example], tasks: Sequence[TaskInfo]) -> list[Example]:
+    """Give as many items of each task as a candidate is scored on at first, where the task has a bank."""
+    own = {task.name: [example for example in examples if example.task == task.name] for task in tasks}
+    return [example for task in tasks for example in own[task.name][: task.drawn_items or None]]
