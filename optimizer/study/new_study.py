@@ -16,7 +16,8 @@ from optimizer.study.messages import EXPERT_RULE
 from optimizer.study.schema import EXPERT_NAME, NAME
 
 GENERAL = ("arc_easy", "hellaswag")  # tasks to start with
-ITEMS = 100  # of a task that the search scores, and as many that judge the front
+DRAWN, BANK = 30, 200  # items of a task that every merge is scored on, and those that anchors are
+JUDGING = 100  # items that judge the front
 SUITE_SHARE = 0.4  # of a text with fewer items than both and certificates take: for each of the two
 Entry = str | Mapping[str, str | int]  # a task's name or path, or the keys of an entry
 
@@ -62,7 +63,7 @@ def text_entry(path: Path, kind: TaskKind, folder: Path) -> Entry:
     found = resolved_path(path, Path.cwd(), error=StudyFileError)
     pieces = len({piece.text for piece in read_pieces(found)})
     items = int(pieces * SUITE_SHARE)
-    number = {"items": items, "holdout_items": items} if items < ITEMS else {}
+    number = {"items": min(items, DRAWN), "holdout_items": items} if items < JUDGING else {}
     return {kind: source_from(str(found), folder), **number}
 
 
@@ -142,8 +143,9 @@ evals:
   general:  # what it may have forgotten
 {general_text}
   # sentinel: [path/to/other_task.yaml]  # of another form, and never searched on: was ability kept, or a form learned?
-  items: {ITEMS}  # of each task, scored by the search; more items, narrower intervals
-  holdout_items: {ITEMS}  # other items, which judge the front: a number, a share of all such as 0.3, or rest
+  items: {DRAWN}  # of each task, that every merge is scored on at first
+  bank: {BANK}  # that base, experts and other anchors are scored on, to estimate others from; left out: no bank
+  holdout_items: {JUDGING}  # other items, which judge the front: a number, a share of all such as 0.3, or rest
   certify_items: 0.2  # others, untouched until `mergefront certify` asks for them: a number, a share, or spare
   seed: 0  # chooses the items
 
@@ -152,7 +154,8 @@ anchors:
 
 search:
   trials: 40  # the base, the experts and other anchors are among them
-  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 9 trials; 0: none
+  racing: true  # a merge that is surely beaten stops after its first items, one near the front gets more
+  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 10 other anchors; 0: none
   sampler: auto  # auto, tpe, gp, front, nsga2, nsga3, cmaes, random, qmc
   seed: 0
 

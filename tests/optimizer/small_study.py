@@ -45,7 +45,10 @@ def write_study(folder: Path, *, items: int = 4, trials: int = 7) -> Path:
         general=["./manners/manners.yaml"],
     )
     for old, new in {
-        "items: 100": f"items: {items}",
+        "items: 30": f"items: {items}",
+        "  bank: 200": "  # no bank",
+        "holdout_items: 100": f"holdout_items: {items}",
+        "racing: true": "racing: false",
         "{curve: 4}": "slope",
         "trials: 40": f"trials: {trials}",
         "learned: 5": "learned: 0",

@@ -63,7 +63,7 @@ def test_tasks_of_a_folder_are_known_by_name(tmp_path: Path, good: str) -> None:
         (tmp_path / "tasks" / place / f"{name}.yaml").write_text(text)
     (tmp_path / "tasks/part.yaml").write_text("doc_to_text: x\n")
     text = good.replace("- ./tasks/notes.yaml", "- sums\n    - {task: both, items: 5}").replace(
-        "  items: 100", "  include: tasks\n  items: 100"
+        "  items: 30", "  include: tasks\n  items: 30"
     )
     study = read_study(written(tmp_path, text))
     found = [str(Path(entry.source).relative_to(tmp_path)) for entry in study.evals.domain]
@@ -116,18 +116,25 @@ def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path
     text = good.replace(
         "- arc_easy", "- {task: arc_easy, items: 7, holdout_items: rest, certify_items: spare, shots: 2, metric: acc}"
     )
-    notes, arc, hellaswag = task_specs(read_study(written(tmp_path, text), ["evals.items=30"]))
+    notes, arc, hellaswag = task_specs(read_study(written(tmp_path, text), ["evals.items=40"]))
     assert notes == TaskSpec(
-        str(tmp_path / "tasks/notes.yaml"), "domain", search_items=30, holdout_items=100, certify_items=0.2
+        str(tmp_path / "tasks/notes.yaml"), "domain", search_items=40, bank_items=200, holdout_items=100, certify_items=0.2
     )
     assert arc == TaskSpec(
-        "arc_easy", "general", search_items=7, holdout_items=REST, certify_items=SPARE, shots=2, metric="acc"
+        "arc_easy",
+        "general",
+        search_items=7,
+        bank_items=200,
+        holdout_items=REST,
+        certify_items=SPARE,
+        shots=2,
+        metric="acc",
     )
-    assert hellaswag.search_items == 30
+    assert hellaswag.search_items == 40
 
 
 def test_a_sentinel_is_a_task_without_search_items(tmp_path: Path, good: str) -> None:
-    text = good.replace("  items: 100", "  sentinel: [./pairs, {task: copa, holdout_items: 0.5}]\n  items: 100")
+    text = good.replace("  items: 30", "  sentinel: [./pairs, {task: copa, holdout_items: 0.5}]\n  items: 30")
     study = read_study(written(tmp_path, text))
     *others, pairs, copa = task_specs(study)
     assert "sentinel" not in {spec.role for spec in others}
@@ -343,21 +350,21 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
         ("- ./tasks/notes.yaml", "- {task: x, expert: clinicl}", "evals.domain.0.expert: .*; did you mean .clinical"),
         ("- arc_easy", "- {task: arc_easy, expert: clinical}", "evals.general.0.expert: only a domain task"),
         ("- arc_easy", "- hellaswag", "evals.general.1.task: a task may stand once"),
-        ("  items: 100", "  sentinel: [hellaswag]\n  items: 100", "evals.sentinel.0.task: a task may stand once"),
+        ("  items: 30", "  sentinel: [hellaswag]\n  items: 30", "evals.sentinel.0.task: a task may stand once"),
         (
-            "  items: 100",
-            "  sentinel: [x, {task: y, items: 5}]\n  items: 100",
+            "  items: 30",
+            "  sentinel: [x, {task: y, items: 5}]\n  items: 30",
             "evals.sentinel.1.items: the search scores no item of a sentinel task; given 5; say holdout_items",
         ),
         (
-            "  items: 100",
-            "  sentinel: [{task: y, weight: 2}]\n  items: 100",
+            "  items: 30",
+            "  sentinel: [{task: y, weight: 2}]\n  items: 30",
             "evals.sentinel.0.weight: a sentinel task counts in no objective; given 2; leave it out",
         ),
         ("- arc_easy", "- {task: arc_easy, weight: 0}", "evals.general.0.weight"),
         (
-            "  items: 100",
-            "  sentinel: [{task: y, expert: clinical}]\n  items: 100",
+            "  items: 30",
+            "  sentinel: [{task: y, expert: clinical}]\n  items: 30",
             "evals.sentinel.0.expert: only a domain task belongs to an expert; given 'clinical'",
         ),
         ("- arc_easy", "- {items: 3}", "evals.general.0: must name one of task, text.*; given none of them"),
