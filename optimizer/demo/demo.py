@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WORKERS = 2
+DRAWN, BANK = 30, 240  # questions that a candidate is scored on, and that anchors are; general knowledge has no more
 
 
 def run_demo(out: Path, tiny: bool, workers: int | None, console: Console) -> Path:
@@ -107,18 +108,18 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
         sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
-        domain = [task("clinical_text", 30, 36), task("clinical_words", 200, 200)]
-        general = [
-            task("general_knowledge", 160, 200, OWN_TASKS),
-            task("python_prose", 4, 4),
-        ]
+        domain = [task("clinical_text", 30, 36), task("clinical_words", DRAWN, 200)]
+        general = [task("general_knowledge", DRAWN, 200, OWN_TASKS), task("python_prose", 4, 4)]
         sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
     return {
         "name": out.name,
         "models": {"base": str(base), "experts": {"clinical": str(expert)}},
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
-        "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)},
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 35, "learned": 4},
+        "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)}
+        | ({} if tiny else {"bank": BANK}),
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}}
+        if tiny
+        else {"trials": 45, "racing": True, "learned": 4},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

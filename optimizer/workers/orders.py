@@ -16,7 +16,6 @@ By = Literal["tensor", "group"]
 Loss = Literal["labels", "teachers"]
 
 STEPS = 24  # of a lesson, by default
-STEP_COST = 0.45  # in candidates that are scored on all that lessons learn from
 BOUNDS = (-1.0, 2.0)  # of learned weights: beyond base and expert, where the loss asks for it
 QUESTIONS, TEXTS = 10, 2  # of each task in a step; a text has many more tokens that teach
 CALIBRATION = (24, 8)  # questions and texts of each task that a derived expert is made from; more make it no better
