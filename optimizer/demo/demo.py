@@ -97,8 +97,8 @@ def _build_models(inputs: Path, tiny: bool, console: Console) -> tuple[Path, Pat
 def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, workers: int) -> dict[str, Any]:
     from optimizer.demo.tasks import OWN_TASKS
 
-    def task(name: str, items: int, holdout_items: int, folder: Path = inputs / "tasks") -> dict[str, Any]:
-        return {"task": str(folder / name), "items": items, "holdout_items": holdout_items}
+    def task(name: str, items: int, holdout_items: int, folder: Path = inputs / "tasks", **more: int) -> dict[str, Any]:
+        return {"task": str(folder / name), "items": items, **more, "holdout_items": holdout_items}
 
     def sentinel(name: str, holdout_items: int, folder: Path = inputs / "tasks") -> dict[str, Any]:
         return {"task": str(folder / name), "holdout_items": holdout_items}
@@ -108,7 +108,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
         sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
-        domain = [task("clinical_text", 30, 36), task("clinical_words", DRAWN, 200)]
+        domain = [task("clinical_text", 30, 36, bank=0), task("clinical_words", DRAWN, 200)]
         general = [task("general_knowledge", DRAWN, 200, OWN_TASKS), task("python_prose", 4, 4)]
         sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
     return {
@@ -117,9 +117,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)}
         | ({} if tiny else {"bank": BANK}),
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}}
-        if tiny
-        else {"trials": 45, "racing": True, "learned": 4},
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 45, "learned": 4},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

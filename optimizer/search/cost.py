@@ -65,7 +65,9 @@ def cost_of(plan: Plan) -> Cost | None:
     tasks = plan.harness.infos
     kinds, lessons = paid_for(plan.study, plan.space, tasks)
     own, made = plan.study.models.derived.values(), {DERIVATIONS[kind][0] for kind in kinds}
-    prepared = lessons * lesson_cost(plan.study.search.learned.steps, tasks) + sum(form_cost(form, tasks) for form in made)
+    prepared = lessons * lesson_cost(plan.study.search.learned.steps, tasks) + sum(
+        form_cost(form, tasks) for form in made
+    )
     prepared += sum(form_cost(entry.form, tasks) for entry in own)
     derived = len(kinds)
     trials = {SEARCH: plan.study.search.trials + prepared, HOLDOUT: JUDGED + derived + lessons}

@@ -203,7 +203,7 @@ class _Search:
         return self.asked < self.budget and self.repeats < REPEATS_BEFORE_END and not self._has_ended()
 
     def _has_ended(self) -> bool:
-        """Tell whether the study's own end is reached, and a person why; what is in hand may cost less than expected."""
+        """Tell whether the study's own end is reached, and a person why; what is in hand may still cost less."""
         reason = self.ends.reason(self.in_hand)
         if reason and not self.ended:
             self.reporter.say("note", f"no more trials are started: {reason}")

@@ -214,11 +214,17 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
         if entry.weight != 1:  # what a run folder keeps of one that says nothing
             rule = "a sentinel task counts in no objective"
             yield f"evals.sentinel.{i}.weight", f"{rule}; given {entry.weight:g}; leave it out"
-    items = max((entry.items or study.evals.items for entry in (*domain, *study.evals.general)), default=0)
-    if study.evals.bank is not None and study.evals.bank <= items:
-        rule = "must be more than the items that every candidate is scored on"
-        yield "evals.bank", f"{rule}; given {study.evals.bank}, and {items} items; leave it out for no bank"
-    if study.search.racing and study.evals.bank is None:
+        if entry.bank is not None:
+            rule = "the search scores no item of a sentinel task, so it has no bank"
+            yield f"evals.sentinel.{i}.bank", f"{rule}; given {entry.bank}; leave it out"
+    scored = {"domain": domain, "general": study.evals.general}
+    for role, i, entry in ((role, i, entry) for role, entries in scored.items() for i, entry in enumerate(entries)):
+        bank, items = study.evals.bank if entry.bank is None else entry.bank, entry.items or study.evals.items
+        if bank and bank <= items:
+            key = "evals.bank" if entry.bank is None else f"evals.{role}.{i}.bank"
+            rule = "must be more than the items that every candidate is scored on"
+            yield key, f"{rule}; given {bank}, and {items} items; leave it out for no bank, or give the task bank: 0"
+    if study.search.racing and not study.evals.bank and not any(e.bank for entries in scored.values() for e in entries):
         yield "search.racing", "needs a bank of items to race on; given true; say evals.bank"
     seen: set[tuple[str, str]] = set()
     for role, entries in study.evals.roles.items():

@@ -38,6 +38,12 @@ class TaskEntry(Section):
     items: int | None = Field(
         default=None, ge=1, le=MOST_ITEMS, description="Items the search scores. Default: evals.items."
     )
+    bank: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_ITEMS,
+        description="Items that anchors are scored on, others on `items` of them; 0: no bank. Default: evals.bank.",
+    )
     holdout_items: Holdout | None = Field(
         default=None,
         description="Items that judge the front: a number, a share of all (0.3) or rest. Default: evals.holdout_items.",

@@ -25,7 +25,7 @@ def task_specs(study: Study) -> tuple[TaskSpec, ...]:
             metric=entry.metric,
             group_by=entry.group_by,
             judge=entry.judge,
-            bank_items=0 if role == SENTINEL else evals.bank or 0,
+            bank_items=0 if role == SENTINEL else (evals.bank if entry.bank is None else entry.bank) or 0,
             kind=entry.kind,
             weight=entry.weight,
         )

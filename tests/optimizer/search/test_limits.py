@@ -14,13 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 from optimizer.run import Run, open_run
 from optimizer.run_study import finish
 from optimizer.runs.limits import Limits, answer_to_limits, limits_of
-from optimizer.search.cost import FORMS, paid_for
+from optimizer.search.cost import FORMS, lesson_cost, paid_for
 from optimizer.search.prepared import SHARES
 from optimizer.search.samplers import SAMPLERS, make_sampler
 from optimizer.strict_yaml import dump_yaml
 from optimizer.study.derived import AnchorsSection
 from optimizer.views.sentences import limits, verdict
-from optimizer.search.cost import lesson_cost
 from optimizer.workers.orders import STEPS
 from optimizer.workers.pool import LearnJob, Result, SerialPool
 from search_spaces.shape import Shape

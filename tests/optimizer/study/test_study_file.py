@@ -114,17 +114,23 @@ def test_a_password_is_not_written_to_the_run_folder(tmp_path: Path, good: str) 
 
 def test_tasks_take_the_sections_items_unless_they_have_their_own(tmp_path: Path, good: str) -> None:
     text = good.replace(
-        "- arc_easy", "- {task: arc_easy, items: 7, holdout_items: rest, certify_items: spare, shots: 2, metric: acc}"
+        "- arc_easy",
+        "- {task: arc_easy, items: 7, bank: 60, holdout_items: rest, certify_items: spare, shots: 2, metric: acc}",
     )
     notes, arc, hellaswag = task_specs(read_study(written(tmp_path, text), ["evals.items=40"]))
     assert notes == TaskSpec(
-        str(tmp_path / "tasks/notes.yaml"), "domain", search_items=40, bank_items=200, holdout_items=100, certify_items=0.2
+        str(tmp_path / "tasks/notes.yaml"),
+        "domain",
+        search_items=40,
+        bank_items=200,
+        holdout_items=100,
+        certify_items=0.2,
     )
     assert arc == TaskSpec(
         "arc_easy",
         "general",
         search_items=7,
-        bank_items=200,
+        bank_items=60,
         holdout_items=REST,
         certify_items=SPARE,
         shots=2,
@@ -367,6 +373,10 @@ def test_a_recipe_that_is_no_start_is_refused(recipe: str, space: str, message: 
             "  sentinel: [{task: y, expert: clinical}]\n  items: 30",
             "evals.sentinel.0.expert: only a domain task belongs to an expert; given 'clinical'",
         ),
+        ("- arc_easy", "- {task: x, bank: 30}", "evals.general.0.bank: must be more than .*; given 30, and 30 items"),
+        ("- arc_easy", "- {task: x, items: 200}", "evals.bank: must .* 200 items; .* give the task bank: 0"),
+        ("  items: 30", "  sentinel: [{task: y, bank: 9}]\n  items: 30", "evals.sentinel.0.bank: .* no bank; given 9"),
+        ("  bank: 200", "  # bank: 200", "search.racing: needs a bank of items to race on; given true; say evals.bank"),
         ("- arc_easy", "- {items: 3}", "evals.general.0: must name one of task, text.*; given none of them"),
         ("- arc_easy", "- {task: x, text: y}", "evals.general.0: must name one of .*; given task: 'x' and text: 'y'"),
         ("- arc_easy", "- wiki.txt", "evals.general.0: a plain text is no task; .*; write {text: wiki.txt}"),
