@@ -19,7 +19,7 @@ def test_its_study_file_is_one(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0])
     study = read_study(tmp_path / "study.yaml")
     assert study.name == "medical"
-    assert study.evals.domain[1].items == 200
+    assert study.evals.domain[1].items == 60
 
 
 @pytest.mark.parametrize("line", re.findall(r"^    mergefront (.+?)(?: #.*)?$", README, re.MULTILINE))
