@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evals.bank import Seen, estimate, regression_error, towards_regression
 from evals.drawing import draw_items
 from evals.errors import TaskError
 from evals.flips import flipped_items, flips
@@ -64,6 +65,29 @@ def test_a_drawn_trial_is_estimated_and_the_others_are_as_without_it() -> None:
     paired = table.stderr_of_difference(9, 0)
     plain = table_of(pd.concat([known, whole], ignore_index=True), "words").stderr_of_difference(9, 0)
     assert plain < paired < 2 * plain  # thirty items for a hundred and twenty
+
+
+def test_a_drawn_trials_score_is_moved_towards_what_its_anchors_foretell() -> None:
+    """Ten candidates of the same weight: their scores lie nearer together than estimates that are corrected alone."""
+    known = bank()
+    parts = [drawn(outcomes(trial, 0.7), known) for trial in range(10, 20)]
+    rows = pd.concat([known, *parts], ignore_index=True)
+    scores = table_of(rows, "words").scores[4:]
+    anchors, values = (
+        np.stack([column[rows["trial"] == t] for t in range(4)], axis=1) for column in (margins_of(rows), rows["value"])
+    )
+    places = np.array([int(item, 16) for item in parts[0]["item"]])
+    error = regression_error(anchors, values, places, are_margins=True)
+    corrected, moved = [], []
+    for part in parts:
+        signals = margins_of(part)
+        assert signals is not None
+        seen = Seen(places, part["value"].to_numpy(), signals, part["inclusion"].to_numpy())
+        found = estimate(anchors, seen, are_margins=True)
+        corrected.append(found.total / ITEMS)
+        moved.append(towards_regression(found, anchors, seen, error, are_margins=True).total / ITEMS)
+    assert scores == pytest.approx(moved)
+    assert np.std(scores) < 0.8 * np.std(corrected)
 
 
 def test_the_draw_follows_from_rows_and_seed() -> None:
