@@ -114,7 +114,7 @@ def test_drawn_items_alone_are_scored_as_among_all(tmp_path: Path, engine: Engin
         assert outcome.loglikelihoods == pytest.approx(before.loglikelihoods, abs=1e-4)
         assert outcome.right == before.right
         assert len(outcome.right) == 1
-    assert len(examples(harness, "search", engine)) == 28  # a lesson costs as much with a bank
+    assert len(examples(harness, "search", engine)) == 60  # a lesson learns from whole banks
 
 
 def test_too_few_items(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from optimizer.errors import MergeError
 from optimizer.run_study import worker_spec
 from optimizer.study.study_file import Study
 from optimizer.workers.aims import Aims, size_of
-from optimizer.workers.learner import KEPT, Descent, Places, minibatches, split_examples
+from optimizer.workers.learner import KEPT, Descent, Learner, Places, minibatches, split_examples
 from optimizer.workers.orders import PULLS, Learned, Lesson, counts, loss_unit
 from optimizer.workers.worker import Worker
 from search_spaces import Recipe, Setting
@@ -206,6 +206,14 @@ def test_the_cost_is_that_of_the_steps_and_little_more(
         everything = [[e for e in examples if e.task == task] for task in ("skill", "manners")]
         taught = sum(map(size_of, sides + everything))  # beliefs of all, each side's divergence at the other's end
         assert read["forward"] == looks + (taught if loss == "teachers" else ends * size_of(seen)), (loss, i)
+
+
+def test_with_a_bank_the_cost_counts_in_candidates_of_drawn_items(study: Study, fresh: Worker) -> None:
+    examples, whole = fresh.examples(), fresh.learn(lesson(study)).candidates
+    tasks = [dataclasses.replace(task, drawn_items=4) for task in fresh.tasks]
+    learner = Learner(fresh, examples, tasks=tasks, base=study.models.base, experts=study.models.experts)
+    drawn = [e for task in tasks for e in [e for e in examples if e.task == task.name][:4]]
+    assert learner.learn(lesson(study)).candidates == pytest.approx(whole * size_of(examples) / size_of(drawn))
 
 
 def test_items_that_count_nothing_are_not_read(study: Study, worker: Worker) -> None:
