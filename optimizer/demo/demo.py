@@ -108,7 +108,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
         sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
-        domain = [task("clinical_text", 30, 36, bank=0), task("clinical_words", DRAWN, 200)]
+        domain = [task("clinical_text", DRAWN, 36, bank=BANK // 2), task("clinical_words", DRAWN, 200)]
         general = [task("general_knowledge", DRAWN, 200, OWN_TASKS), task("python_prose", 4, 4)]
         sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
     return {
@@ -117,7 +117,9 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         "space": {"method": "task_arithmetic", "shape": {"curve": 4}, "modules": ["attn", "mlp"], "weight": [0.0, 1.2]},
         "evals": {"domain": domain, "general": general, "sentinel": sentinels, "dtype": _dtype(tiny)}
         | ({} if tiny else {"bank": BANK}),
-        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}} if tiny else {"trials": 45, "learned": 4},
+        "search": {"trials": 16, "learned": {"count": 1, "steps": 8}}
+        if tiny
+        else {"trials": 36, "racing": True, "learned": 4},
         "workers": {"count": workers},
         "runs": str(out.parent.resolve()),
     }

@@ -43,8 +43,8 @@ from optimizer.search.prepared import Preparation, Preparer
 from optimizer.search.racing import Verdict, verdict_of
 from optimizer.search.samplers import WITHOUT_LIMITS, make_sampler
 from optimizer.search.scale import find_scale, measured_of, with_anchor
-from optimizer.search.sensitivity import sensitivity_jobs
-from optimizer.workers.pool import Pool, Result, ScoreJob
+from optimizer.search.sensitivity import sensitivity_jobs, take_in_sensitivities
+from optimizer.workers.pool import Pool, Result, ScoreJob, SensitivityJob
 from search_spaces.choice import Choice
 from search_spaces.space import Space
 
@@ -98,7 +98,7 @@ def run_search(
             search = _Search(settings, space, ledger, crew, reporter, Preparer(preparation, ledger, space))
             search.resume()
             search.spend_budget()
-            judge_front(ledger, crew, reporter, beside=sensitivity_jobs(ledger) if preparation.learned else ())
+            judge_front(ledger, crew, reporter, beside=search.sensitivity_jobs())
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:  # optuna's text blames the data
         raise unwritable(storage_file(run.path, settings.storage), error) from error
     finally:
@@ -147,6 +147,7 @@ class _Search:
         self.scale: Scale | None = None  # once all references are scored
         self.failures = Failures()
         self.repeats = 0  # duplicates asked in a row
+        self.measured: set[int] = set()  # experts whose sensitivities were asked for
 
     def resume(self) -> None:
         """Take up what is there: tell what is scored already, and owe what was left open or is lost."""
@@ -176,16 +177,31 @@ class _Search:
         while True:
             while self.crew.takes_jobs and self._may_ask():
                 self._ask()
+            if self.crew.takes_jobs and self.preparer.waits(self.crew.jobs):
+                self._measure_meanwhile()
             if not self.crew.out:
                 break
             for result, seconds in self.crew.wait():
-                if result.answer is None:
+                if isinstance(result.job, SensitivityJob):
+                    take_in_sensitivities(result, seconds, self.ledger, self.reporter)
+                elif result.answer is None:
                     self._failed(result.job.trial, f"{WORKER_DIED}: {result.error}" if result.died else result.error)
                 elif not isinstance(result.job, ScoreJob):
                     self._prepared(result, seconds)
                 else:
                     self._scored(result, seconds)
         self.crew.end()
+
+    def sensitivity_jobs(self) -> list[SensitivityJob]:
+        """Give what measures each expert's sensitivities in a study that learns, where this driver has not tried to."""
+        jobs = sensitivity_jobs(self.ledger) if self.preparer.preparation.learned else []
+        return [job for job in jobs if job.trial not in self.measured and job.trial not in self.crew.out]
+
+    def _measure_meanwhile(self) -> None:
+        """Give a worker that waits for an anchor what else is to be measured once."""
+        for job in self.sensitivity_jobs()[:1]:
+            self.measured.add(job.trial)
+            self.crew.submit(job)
 
     # Asking ---------------------------------------------------------------------------------------------------------
 

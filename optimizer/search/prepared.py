@@ -19,7 +19,7 @@ from evals.outcomes import HOLDOUT, SEARCH
 from optimizer.runs.trial import Role, TrialKind
 from optimizer.search.ledger import Ledger
 from optimizer.workers.orders import BOUNDS, STEPS, By, Derivation, Form, Learned, Lesson, Loss, counts, loss_unit
-from optimizer.workers.pool import DeriveJob, Job, LearnJob
+from optimizer.workers.pool import DeriveJob, Job, LearnJob, SensitivityJob
 from search_spaces.choice import Choice
 from search_spaces.parameters import METHODS
 from search_spaces.recipe import Recipe, Setting
@@ -155,7 +155,7 @@ class Preparer:
 
     def _can_start(self, out: Sequence[Job]) -> bool:
         """Tell whether every anchor that a lesson may start from is scored."""
-        open_kinds = [self.ledger.kinds[job.trial] for job in out]
+        open_kinds = [self.ledger.kinds[job.trial] for job in out if not isinstance(job, SensitivityJob)]
         return self.ledger.has_references and all(k.role is Role.LEARNED or not k.is_anchor for k in open_kinds)
 
     def job(self, number: int) -> Job:

@@ -12,11 +12,12 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.errors import MergeError
+from optimizer.runs.sensitivities import Sensitivities, sensitivity_file
 from optimizer.runs.trial import NO_ANCHORS, Role, TrialKind
 from optimizer.search.prepared import SHARES, Preparation
 from optimizer.search.samplers import SampledStudy
 from optimizer.workers.orders import Derivation, Form, Learned, Lesson
-from optimizer.workers.pool import Result, SerialPool
+from optimizer.workers.pool import Job, LearnJob, Result, SensitivityJob, SerialPool
 from search_spaces.recipe import Recipe
 from tests.optimizer.fakes import GROUPS, Bench, FakeWorker
 from tests.optimizer.search.test_kill import FORKS
@@ -239,3 +240,31 @@ def test_with_two_workers_a_free_one_waits_for_its_lesson(tmp_path: Path) -> Non
     bench = bench_of(tmp_path)
     bench.search(trials=17, sampler="random", pool=Two(FakeWorker))
     assert sorted(kinds_of(trials_of(bench))) == sorted([a.name for a in bench.space.anchors()] + DERIVED + LEARNED)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_worker_that_waits_for_an_anchor_measures_sensitivities_meanwhile(tmp_path: Path, fails: bool) -> None:
+    given: list[Job] = []
+
+    class Two(SerialPool):
+        size = 2
+
+        def submit(self, job: Job) -> None:
+            given.append(job)
+            super().submit(job)
+
+    class Worker(FakeWorker):
+        def sensitivities(self, expert: str, *, items: int) -> Sensitivities:
+            if fails:
+                raise MergeError("no gradient")
+            return super().sensitivities(expert, items=items)
+
+    bench = bench_of(tmp_path)
+    bench.search(trials=17, sampler="random", pool=Two(Worker))
+    places = [place for place, job in enumerate(given) if isinstance(job, SensitivityJob)]
+    assert len(places) == 1
+    assert places[0] < next(place for place, job in enumerate(given) if isinstance(job, LearnJob))
+    assert sensitivity_file(bench.folder, "clinical").exists() != fails
+    told = [event.text for event in bench.events if "sensitivities" in event.text]
+    assert len(told) == 1
+    assert ("cannot be measured: no gradient" in told[0]) == fails
