@@ -117,7 +117,7 @@ def search(folder: Path, arguments: argparse.Namespace, trials: int) -> list[tup
             tasks=tasks,
             require_unchanged=lambda: None,
             events=hear,
-            preparation=Preparation("/models/base", space.experts, folder / "derived", forms=(), learned=0),
+            preparation=Preparation("/models/base", space.experts, folder / "derived", learned=0),
         )
     return heard
 

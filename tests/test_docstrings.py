@@ -15,7 +15,7 @@ VERBS = set(
         """
     Accept Account Add Append Arrange Average Become Begin Bet Blend Build Call Certify Check Choose Collect Compare
     Compute Copy Count Cut Describe Die Draw Drop End Enter Estimate Evaluate Examine Fill Find Foretell Free Give
-    Go Hash Have Hold Iterate Join Keep Learn Leave Let List Load Look Make Mark Measure Merge Mix Name Negate Open
+    Go Hash Have Hold Iterate Join Keep Learn Leave Let List Load Look Make Mark Measure Merge Mix Move Name Negate Open
     Overwrite Owe Parse Partition Plan Print Prune Put Raise Read Refuse Regress Remove Render Reopen Replace
     Require Resolve Return Round Run Say Scale Score Search Select Set Show Simulate Sort Split Start Store Sum Take
     Tell Title Turn Walk Weigh Write Yield Zero
