@@ -2,7 +2,8 @@
 
 Anchors (base, experts, lines, learned points) are scored on the N items of a task's bank, any other candidate on n that
 were drawn. A ridge regression on the anchors foretells the rest, and what it errs by on the drawn items corrects the
-sum, so that the estimate is honest whatever the anchors are. Needs numpy only.
+sum, so that the estimate is honest whatever the anchors are. A search goes by that estimate moved towards the
+regression, as far as the regression foretells anchors. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -197,10 +198,7 @@ def towards_regression(found: Estimate, anchors: Array, seen: Seen, error: float
     correction = found.total - float(_placed(foretold, seen, 0.0).sum())
     most = MOST_MOVED * found.stderr
     move = min(max(-correction * variance / (variance + error**2), -most), most)
-    values, others = found.values.copy(), np.ones(len(found.values), dtype=bool)
-    others[seen.places] = False
-    values[others] += move / others.sum()
-    return replace(found, values=values)
+    return replace(found, values=_placed(foretold, seen, correction + move))
 
 
 def foretell(anchors: Array, seen: Seen, *, are_margins: bool) -> tuple[Array, Array, Array]:

@@ -217,14 +217,18 @@ def _task_problems(study: Study, experts: Sequence[str]) -> Iterator[Problem]:
         if entry.bank is not None:
             rule = "the search scores no item of a sentinel task, so it has no bank"
             yield f"evals.sentinel.{i}.bank", f"{rule}; given {entry.bank}; leave it out"
-    scored = {"domain": domain, "general": study.evals.general}
-    for role, i, entry in ((role, i, entry) for role, entries in scored.items() for i, entry in enumerate(entries)):
-        bank, items = study.evals.bank if entry.bank is None else entry.bank, entry.items or study.evals.items
+    banks: dict[str, tuple[int | None, int]] = {}  # by key: the bank, and the most items of a task that has it
+    for role, entries in (("domain", domain), ("general", study.evals.general)):
+        for i, entry in enumerate(entries):
+            key, bank = (
+                ("evals.bank", study.evals.bank) if entry.bank is None else (f"evals.{role}.{i}.bank", entry.bank)
+            )
+            banks[key] = bank, max(entry.items or study.evals.items, banks.get(key, (bank, 0))[1])
+    for key, (bank, items) in banks.items():
         if bank and bank <= items:
-            key = "evals.bank" if entry.bank is None else f"evals.{role}.{i}.bank"
             rule = "must be more than the items that every candidate is scored on"
             yield key, f"{rule}; given {bank}, and {items} items; leave it out for no bank, or give the task bank: 0"
-    if study.search.racing and not study.evals.bank and not any(e.bank for entries in scored.values() for e in entries):
+    if study.search.racing and not any(bank for bank, _ in banks.values()):
         yield "search.racing", "needs a bank of items to race on; given true; say evals.bank"
     seen: set[tuple[str, str]] = set()
     for role, entries in study.evals.roles.items():

@@ -155,7 +155,7 @@ anchors:
 search:
   trials: 40  # the base, the experts and other anchors are among them
   racing: true  # a merge that is surely beaten stops after its first items, one near the front gets more
-  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 10 other anchors; 0: none
+  learned: 5  # anchors whose weights are learned by gradients; each costs about as much as 5 other anchors; 0: none
   sampler: auto  # auto, tpe, gp, front, nsga2, nsga3, cmaes, random, qmc
   seed: 0
 

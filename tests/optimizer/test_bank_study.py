@@ -75,8 +75,11 @@ def test_a_manifest_without_a_bank_is_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_bank_no_larger_than_the_draw_is_refused(path: Path) -> None:
-    with pytest.raises(StudyFileError, match=r"evals\.bank.*must be more than the items .*given 12, and 12 items"):
+    with pytest.raises(
+        StudyFileError, match=r"evals\.bank.*must be more than the items .*given 12, and 12 items"
+    ) as told:
         read_study(path, ["evals.bank=12"])
+    assert str(told.value).count("must be more than") == 1  # of two tasks
 
 
 def test_a_task_too_small_for_a_bank_is_said(path: Path) -> None:
