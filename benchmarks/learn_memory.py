@@ -6,8 +6,8 @@ Writes a random bf16 Llama of that size with a byte tokenizer, an expert of the 
 `mergefront learn` and `mergefront derive` run on it, each in a process of its own. Printed is the most anonymous
 memory (`RssAnon`): the worker's own copy of the model, gradients, statistics and activations. Base and expert are
 mapped: their pages belong to the system's cache, and all workers of a machine share them. The aim is 1.3 models beside
-activations: what the largest forward pass left in memory for the way back, as measured. RegMean has no way back: its
-activations and Gram matrices count with the models; so do K-FAC's Gram matrices.
+activations: what the largest forward pass left in memory for the way back, as measured. RegMean has no way back, and
+K-FAC's peak is not in it: their activations and Gram matrices count with the models, as the first of both columns does.
 """
 
 from __future__ import annotations
@@ -161,8 +161,10 @@ def main() -> None:
         bare, *_ = run("check", study, watched=False)
         forecast = activations(root / "study.yaml")
         print(f"without a model: {bare / 1e9:.2f} GB; activations of a step, by formula: {forecast / 1e9:.2f} GB\n")
-        print("| command | anonymous GB | activations GB | beside them and the process, models | resident GB | s |")
-        print("|---|---:|---:|---:|---:|---:|")
+        print(
+            "| command | anonymous GB | beside the process, models | activations GB | beside both, models | resident GB | s |"
+        )
+        print("|---|---:|---:|---:|---:|---:|---:|")
         commands = {
             f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
             "derive --form kfac": ("derive", study, str(root / "derived"), "--form", "kfac"),
@@ -171,8 +173,9 @@ def main() -> None:
         }
         for name, words in commands.items():
             own, stored, whole, seconds = run(*words)
-            cells = f"{own / 1e9:.2f} | {stored / 1e9:.2f} | {(own - bare - stored) / size:.2f} | {whole / 1e9:.2f}"
-            print(f"| {name} | {cells} | {seconds:.0f} |", flush=True)
+            models = [(own - bare) / size, (own - bare - stored) / size]
+            cells = [own / 1e9, models[0], stored / 1e9, models[1], whole / 1e9]
+            print(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

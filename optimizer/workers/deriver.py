@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from optimizer.checkpoints.checkpoint import Checkpoint
     from optimizer.merging.merge import Sources
 
-VERSION = 2  # a new number whenever the same sources and items come to give other tensors
+VERSION = 3  # a new number whenever the same sources and items come to give other tensors
 BASE, EXPERT = "base", "expert"  # the two sides of a path
 MANIFEST = "derivation.json"
 
@@ -78,6 +78,8 @@ class Deriver:
                 writer = _Writer(drafts, self.sources.base)
                 for names, tensors_of in make(path.expert, list(missing)):
                     writer.write(names, tensors_of)
+                    del tensors_of  # its layer's statistics end before the next layer's begin
+                    return_freed()
                 writer.finish({"form": path.form, "expert": path.expert, "digest": digest})
         return list(folders.values())
 
@@ -105,7 +107,7 @@ class Deriver:
     def _inputs(self, expert: str) -> Iterator[tuple[Sequence[str], dict[str, Grams]]]:
         """Read both sides' items a layer at a time; give its tensors' names, and the Gram matrices of its inputs."""
         base, other = self.sources.base, self.sources.experts[expert]
-        layers = layers_of(self.engine.model)
+        layers, hidden = layers_of(self.engine.model), self.engine.model.config.get_text_config().hidden_size
         of_layer = _by_layer(base.names)
         sides = {BASE: (base, self.general), EXPERT: (other, self.domain)}
         pairs = {side: pairs_of(examples) for side, (_, examples) in sides.items()}
@@ -118,7 +120,7 @@ class Deriver:
                 grams = {}
                 for side, (checkpoint, _) in sides.items():
                     self._load(checkpoint, of_layer[i])
-                    grams[side] = Grams()
+                    grams[side] = Grams(hidden)
                     with grams[side].adding(modules):
                         reading.advance(side)
                 yield of_layer[i], grams
@@ -228,20 +230,21 @@ def _fisher_tensors(rows: _Rows) -> TensorsOf:
 def _kfac_tensors(rows: _Rows, grams: Mapping[str, Grams]) -> TensorsOf:
     """Find the directions of a layer's inputs, modules with one input having them together; Gram matrices end here."""
     plain = _fisher_tensors(rows)
-    found: dict[int, Directions] = {}
+    found: dict[int, list[Directions]] = {}
     along = {}
     for name in grams[BASE].sums.keys() & grams[EXPERT].sums.keys() & rows.of_base.keys():
         shared = id(grams[BASE].sums[name])
         if shared not in found:
-            found[shared] = directions(*(where_float64_is(grams[side].mean(name)) for side in (BASE, EXPERT)))
+            means = ([*map(where_float64_is, grams[side].mean(name))] for side in (BASE, EXPERT))
+            found[shared] = directions(*means)
         along[name] = found[shared]
-    for side in (BASE, EXPERT):
-        grams[side].sums.clear()
+        for side in (BASE, EXPERT):
+            del grams[side].sums[name]
 
     def tensors_of(name: str, share: float) -> Tensor:
         if name not in along:
             return plain(name, share)
-        base, expert, of_base, of_expert = rows.of(name, along[name].into.device)
+        base, expert, of_base, of_expert = rows.of(name, along[name][0].into.device)
         return kfac_mean(base, expert, along[name], of_base, of_expert, rows.odds[share])
 
     return tensors_of
@@ -254,7 +257,7 @@ def _regmean_tensors(base: Checkpoint, expert: Checkpoint, grams: Mapping[str, G
         if name not in grams[BASE].sums or name not in grams[EXPERT].sums:
             return line(name, share)
         of_base, of_expert = grams[BASE].mean(name), grams[EXPERT].mean(name)
-        device = of_base.device
+        device = of_base[0].device
         return regmean(base.tensor(name).to(device), expert.tensor(name).to(device), of_base, of_expert, share)
 
     return tensors_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def weights(seed: int) -> Tensor:
 
 def test_with_one_kind_of_inputs_regmean_is_the_straight_line() -> None:
     base, expert, same = weights(0), weights(1), gram(2)
-    assert torch.allclose(regmean(base, expert, same, same, 0.3), torch.lerp(base, expert, 0.3), atol=1e-5)
+    assert torch.allclose(regmean(base, expert, [same], [same], 0.3), torch.lerp(base, expert, 0.3), atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -50,7 +51,7 @@ def test_regmean_changes_both_sides_outputs_least(share: float) -> None:
 
         return share * squared(w - expert, of_expert) + (1 - share) * squared(w - base, of_base)
 
-    best = regmean(base, expert, of_base, of_expert, share)
+    best = regmean(base, expert, [of_base], [of_expert], share)
     least = change(best)
     for seed in range(5):
         assert change(best + 0.05 * weights(10 + seed)) > least
@@ -60,7 +61,7 @@ def test_regmean_changes_both_sides_outputs_least(share: float) -> None:
 def test_the_ends_of_regmeans_path_are_the_models() -> None:
     base, expert = weights(0), weights(1)
     for share, end in ((0.0, base), (1.0, expert)):
-        assert torch.equal(regmean(base, expert, gram(2), gram(3), share), end)
+        assert torch.equal(regmean(base, expert, [gram(2)], [gram(3)], share), end)
 
 
 def test_a_row_goes_where_the_gradients_are() -> None:
@@ -116,15 +117,15 @@ ROWS = torch.tensor([1.0, 0.2, 3.0, 0.5]), torch.tensor([0.3, 2.0, 1.0, 0.7])
 @pytest.mark.parametrize("odds", [0.1, 1.0, 5.0])
 def test_k_fac_is_regmean_where_all_rows_are_alike(odds: float) -> None:
     base, expert, alike = weights(0), weights(1), torch.ones(4)
-    found = kfac_mean(base, expert, directions(unit_gram(2), unit_gram(3)), alike, alike, odds)
-    wanted = regmean(base, expert, unit_gram(2), unit_gram(3), odds / (1 + odds))
+    found = kfac_mean(base, expert, directions([unit_gram(2)], [unit_gram(3)]), alike, alike, odds)
+    wanted = regmean(base, expert, [unit_gram(2)], [unit_gram(3)], odds / (1 + odds))
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("odds", [0.1, 1.0, 5.0])
 def test_k_fac_is_fisher_where_all_inputs_are_alike(odds: float) -> None:
     base, expert = weights(0), weights(1)
-    found = kfac_mean(base, expert, directions(gram(2), 7 * gram(2)), *ROWS, odds)
+    found = kfac_mean(base, expert, directions([gram(2)], [7 * gram(2)]), *ROWS, odds)
     assert torch.allclose(found, fisher_mean(base, expert, *ROWS, odds), atol=1e-4)
 
 
@@ -138,12 +139,12 @@ def test_k_fac_costs_both_sides_least() -> None:
 
         return odds * of_side(w - expert, ROWS[1], of_expert) + of_side(w - base, ROWS[0], of_base)
 
-    best = kfac_mean(base, expert, directions(of_base, of_expert), *ROWS, odds)
+    best = kfac_mean(base, expert, directions([of_base], [of_expert]), *ROWS, odds)
     least = cost(best)
     for seed in range(5):
         assert cost(best + 0.05 * weights(10 + seed)) > least
     assert least < cost(fisher_mean(base, expert, *ROWS, odds))
-    assert least < cost(regmean(base, expert, of_base, of_expert, odds / (1 + odds)))
+    assert least < cost(regmean(base, expert, [of_base], [of_expert], odds / (1 + odds)))
 
 
 def test_k_fac_passes_over_directions_that_no_input_has() -> None:
@@ -151,8 +152,30 @@ def test_k_fac_passes_over_directions_that_no_input_has() -> None:
     for side in (of_base, of_expert):
         side[-1] = 0
         side[:, -1] = 0
-    found = kfac_mean(weights(0), weights(1), directions(of_base, of_expert), *ROWS, 1.0)
+    found = kfac_mean(weights(0), weights(1), directions([of_base], [of_expert]), *ROWS, 1.0)
     assert found.isfinite().all()
+
+
+def divided(whole: Tensor) -> list[Tensor]:
+    return [whole[:2, :2], whole[2:, 2:]]
+
+
+def test_blocks_of_inputs_are_a_whole_without_what_lies_between_them() -> None:
+    base, expert, sides = weights(0), weights(1), [unit_gram(2), unit_gram(3)]
+    wholes = [torch.block_diag(*divided(gram)) for gram in sides]
+    blocks = [divided(gram) for gram in sides]
+    by_regmean = [regmean(base, expert, *grams, 0.3) for grams in ([[w] for w in wholes], blocks)]
+    by_kfac = [kfac_mean(base, expert, directions(*grams), *ROWS, 0.7) for grams in ([[w] for w in wholes], blocks)]
+    assert torch.allclose(*by_regmean, atol=1e-5)
+    assert torch.allclose(*by_kfac, atol=1e-5)
+    assert not torch.allclose(by_kfac[0], kfac_mean(base, expert, directions(*([s] for s in sides)), *ROWS, 0.7))
+
+
+def test_a_block_that_no_input_reaches_stays_finite() -> None:
+    base, expert = weights(0), weights(1)
+    blocks = [[torch.zeros(2, 2), unit_gram(seed)[2:, 2:]] for seed in (2, 3)]
+    assert regmean(base, expert, *blocks, 0.3).isfinite().all()
+    assert kfac_mean(base, expert, directions(*blocks), *ROWS, 0.7).isfinite().all()
 
 
 def test_a_mean_is_rounded_once_to_the_bases_dtype() -> None:
@@ -171,18 +194,20 @@ def test_squares_are_in_the_unit_of_their_mean() -> None:
     assert torch.allclose(means["b"], torch.tensor([1.2]))
 
 
-def test_layer_by_layer_sums_are_those_of_plain_passes(worker: Worker) -> None:
+def test_layer_by_layer_sums_are_those_of_plain_passes(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimizer.merging.regmean.WIDEST", 0)  # so that a pico model's MLP has blocks
     tokens = [(5, 9, 11, 3, 7), (5, 9, 4, 8), (40, 2, 3)]
     pairs = [Pair(line[:-1], line[-1:]) for line in tokens]
     model = worker.engine.model
     modules = [{"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "down": layer.mlp.down_proj}
                for layer in model.model.layers]  # fmt: skip
-    found = [Grams() for _ in modules]
+    found = [Grams(model.config.hidden_size) for _ in modules]
     with worker.engine.layer_by_layer({"texts": pairs}) as reading:
         reading.advance("texts")
         for named, grams in zip(modules, found, strict=True):
             with grams.adding(named):
                 reading.advance("texts")
+    assert len(found[0].sums["q"]) == 1 < len(found[0].sums["down"])
     for named, grams in zip(modules, found, strict=True):
         plain: dict[str, Tensor] = {}
         hooks = [m.register_forward_pre_hook(partial(_remember, plain, n)) for n, m in named.items()]
@@ -201,7 +226,10 @@ def test_layer_by_layer_sums_are_those_of_plain_passes(worker: Worker) -> None:
         for n in named:
             x = torch.stack(rows[n]).float()
             assert grams.rows[n] == len(x)
-            assert torch.allclose(grams.sums[n], x.T @ x, rtol=1e-3, atol=1e-3)
+            blocks = x.tensor_split(len(grams.sums[n]), dim=1)
+            assert len(blocks) == math.ceil(x.shape[1] / model.config.hidden_size)
+            for total, block in zip(grams.sums[n], blocks, strict=True):
+                assert torch.allclose(total, block.T @ block, rtol=1e-3, atol=1e-3)
 
 
 def _remember(found: dict[str, Tensor], name: str, _: object, given: tuple[Tensor]) -> None:
