@@ -161,10 +161,9 @@ def main() -> None:
         bare, *_ = run("check", study, watched=False)
         forecast = activations(root / "study.yaml")
         print(f"without a model: {bare / 1e9:.2f} GB; activations of a step, by formula: {forecast / 1e9:.2f} GB\n")
-        print(
-            "| command | anonymous GB | beside the process, models | activations GB | beside both, models | resident GB | s |"
-        )
-        print("|---|---:|---:|---:|---:|---:|---:|")
+        titles = ["anonymous GB", "beside the process, models", "activations GB", "beside both, models", "resident GB"]
+        print(f"| command | {' | '.join(titles)} | s |")
+        print("|---|" + "---:|" * 6)
         commands = {
             f"learn --steps {given.steps}": ("learn", study, str(root / "w.json"), "--steps", str(given.steps)),
             "derive --form kfac": ("derive", study, str(root / "derived"), "--form", "kfac"),
