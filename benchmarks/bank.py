@@ -39,7 +39,6 @@ from optimizer.run import open_run
 from optimizer.runs.front import knee_of, losses, non_dominated
 from optimizer.runs.posterior import knee_by_samples
 from optimizer.runs.scored import ScoredRun
-from optimizer.runs.trial import Role
 from optimizer.search.bank import Draw, draw_from
 from optimizer.search.racing import REPLICATES, Verdict, verdict
 
@@ -47,6 +46,7 @@ DRAWS = (30, 60, 90)
 ITEMS = 300
 RECORDED_SPLITS = 40
 LEAST_ITEMS = 60  # of a recorded task
+LEAST_OTHERS = 5  # searched trials that answered all items of both suites, for these to be one bank
 RACES = 10
 
 
@@ -138,17 +138,20 @@ def recorded(run: ScoredRun) -> Iterator[Row]:
 
 
 def recorded_cases(run: ScoredRun) -> dict[str, Case]:
-    """Arrange a run's tasks: of both suites where enough searched trials are scored on both, else of the search's."""
-    searched = {n for n, kind in run.kinds.items() if kind.role is Role.SEARCHED}
-    frames, trials = [run.outcomes(SEARCH)], set(run.outcomes(SEARCH)["trial"])
-    judged = trials & set(run.outcomes(HOLDOUT)["trial"])
-    if len(judged & searched) >= 10:
-        frames, trials = [*frames, run.outcomes(HOLDOUT)], judged
-    rows = pd.concat(frames, ignore_index=True)
+    """Arrange a run's tasks: of both suites where enough trials answered all of it, else of the suite that most did."""
     known = {n for n, kind in run.kinds.items() if kind.is_anchor}
+    search, holdout = (_whole(run.outcomes(suite)) for suite in (SEARCH, HOLDOUT))
+    judged = _whole(pd.concat([search, holdout], ignore_index=True))
+    count, rows = max(
+        ((len(set(rows["trial"]) - known), rows) for rows in (search, holdout)), key=lambda counted: counted[0]
+    )
+    if len(set(judged["trial"]) - known) >= LEAST_OTHERS:
+        count, rows = LEAST_OTHERS, judged
+    if not count:
+        raise SystemExit(f"{run.path}: only anchors answered every item, so no candidate's truth is known")
     cases = {}
     for task in run.tasks:
-        mine = rows[(rows["task"] == task.name) & rows["trial"].isin(trials)]
+        mine = rows[rows["task"] == task.name]
         table = {n: group.set_index("item").sort_index() for n, group in mine.groupby("trial")}
         if len(mine) < LEAST_ITEMS * max(len(table), 1):
             continue
@@ -163,6 +166,12 @@ def recorded_cases(run: ScoredRun) -> dict[str, Case]:
             are_margins=signals is not values,
         )
     return cases
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the trials that answered every item: with a bank most searched ones answer a few."""
+    counts = rows.groupby("trial").size()
+    return rows[rows["trial"].isin(counts.index[counts == counts.max()])]
 
 
 def _margins(table: dict[int, pd.DataFrame]) -> dict[int, Array]:
@@ -234,6 +243,11 @@ class Races:
     def __init__(self, run: ScoredRun, block: int) -> None:
         self.scale = run.scale(SEARCH)
         self.rows = {n: rows.assign(inclusion=1.0) for n, rows in self.scale.outcomes.groupby("trial")}
+        if len(set(map(len, self.rows.values()))) > 1:
+            raise SystemExit(
+                f"{run.path}: its searched trials answered some of the items, and races are judged by a run whose "
+                "trials answered all of them: give one without evals.bank, such as benchmarks/second_conflict.py makes"
+            )
         self.anchors = [n for n in self.rows if run.kinds[n].is_anchor]
         self.searched = [n for n in self.rows if n not in self.anchors]
         whole = draw_objectives(self.scale, replicates=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import bank
 from optimizer.errors import RunError, StudyFileError
 from optimizer.run import Run
 from optimizer.run_study import run_study
@@ -97,3 +98,15 @@ def test_knee_and_limit_go_by_estimate_and_error(run: Run) -> None:
     limit = float(front["forgetting"].max()) + 0.01
     chosen = run.best(limit)
     assert run.within(limit, "search")[chosen] >= 0.9
+
+
+def test_the_banks_benchmark_reads_trials_that_answered_every_item(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank, "LEAST_ITEMS", 4)
+    cases = bank.recorded_cases(run)
+    assert cases.keys() == {task.name for task in run.tasks}
+    for case in cases.values():
+        assert len(case.values) in (4, BANK, BANK + 4)
+        assert case.anchors.shape[1] > 2
+        assert case.values.shape[1] > 0
+    with pytest.raises(SystemExit, match=r"without evals\.bank"):
+        bank.Races(run, 4)
