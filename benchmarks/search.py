@@ -116,7 +116,7 @@ class Rival:
         return not self.learned and not self.bank and not self.derived
 
 
-OURS = Rival(bank=True, racing=True, most=60)
+OURS = Rival(bank=True, racing=True)
 PLAIN = Rival(learned=False, derived=())
 RIVALS = {
     "lines": replace(PLAIN, sampler="random", ends=8),
