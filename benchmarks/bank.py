@@ -138,16 +138,16 @@ def recorded(run: ScoredRun) -> Iterator[Row]:
 
 
 def recorded_cases(run: ScoredRun) -> dict[str, Case]:
-    """Arrange a run's tasks: of both suites where enough trials answered all of it, else of the suite that most did."""
+    """Arrange a run's tasks: of both suites where enough trials answered both, else of the suite that most did."""
     known = {n for n, kind in run.kinds.items() if kind.is_anchor}
-    search, holdout = (_whole(run.outcomes(suite)) for suite in (SEARCH, HOLDOUT))
-    judged = _whole(pd.concat([search, holdout], ignore_index=True))
-    count, rows = max(
-        ((len(set(rows["trial"]) - known), rows) for rows in (search, holdout)), key=lambda counted: counted[0]
-    )
-    if len(set(judged["trial"]) - known) >= LEAST_OTHERS:
-        count, rows = LEAST_OTHERS, judged
-    if not count:
+
+    def others(rows: pd.DataFrame) -> int:
+        return len(set(rows["trial"]) - known)
+
+    suites = [run.outcomes(SEARCH), run.outcomes(HOLDOUT)]
+    both, *each = map(_whole, (pd.concat(suites, ignore_index=True), *suites))
+    rows = both if others(both) >= LEAST_OTHERS else max(each, key=others)
+    if not others(rows):
         raise SystemExit(f"{run.path}: only anchors answered every item, so no candidate's truth is known")
     cases = {}
     for task in run.tasks:

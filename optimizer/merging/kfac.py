@@ -47,7 +47,7 @@ def directions(of_base: Sequence[Tensor], of_expert: Sequence[Tensor]) -> list[D
 
 def _of_block(ours: Tensor, theirs: Tensor) -> Directions:
     both = ours + theirs
-    both.diagonal().add_(2 * LEAST_DIAGONAL)  # of either side the whole's mean is 1
+    both.diagonal().add_(2 * LEAST_DIAGONAL)  # the mean diagonal of either side is 1
     root = torch.linalg.cholesky(both)
     half = torch.linalg.solve_triangular(root, theirs, upper=False)
     parts, axes = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))

@@ -30,7 +30,7 @@ class Grams:
     blocks count as uncorrelated. Merges were about as good, and eigenvectors cost the cube of the width (docs/log.md).
 
     Args:
-        hidden: width of the model's hidden states, which stay whole; a block is as wide at most, or `WIDEST`.
+        hidden: width of the model's hidden states; a block has at most so many inputs, or `WIDEST` if that is more.
         sums: float32 by module name, (width, width) for each block.
         rows: how many inputs were added to each.
     """

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -89,7 +87,7 @@ def run_search(
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with interruptible() as interrupt, opened_storage(settings, run) as storage:
+        with interruptible() as interrupt, run.opened_storage(settings.storage) as storage:
             directions = [StudyDirection.MAXIMIZE] * len(space.experts) + [StudyDirection.MINIMIZE]
             study = run.study(storage, settings.storage, directions)
             ledger = Ledger(storage, study, run, space, tasks, seed=settings.seed)
@@ -103,25 +101,6 @@ def run_search(
         raise unwritable(storage_file(run.path, settings.storage), error) from error
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def opened_storage(settings: SearchSection, run: RunFolder) -> Iterator[RDBStorage]:
-    """Open the study's Optuna storage, closed at the end.
-
-    Whoever closes the last connection to a SQLite file in WAL mode must sync it to the disk. A connection of our own
-    that stays open spares every commit that wait.
-    """
-    storage = run.storage(settings.storage)
-    try:
-        with storage.engine.connect() as connection:
-            if connection.dialect.name == "sqlite":
-                connection.exec_driver_sql("PRAGMA schema_version").fetchall()  # only a reader has the file open
-                connection.rollback()
-            yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
 
 
 class _Search:

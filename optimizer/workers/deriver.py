@@ -240,6 +240,8 @@ def _kfac_tensors(rows: _Rows, grams: Mapping[str, Grams]) -> TensorsOf:
         along[name] = found[shared]
         for side in (BASE, EXPERT):
             del grams[side].sums[name]
+    for side in (BASE, EXPERT):  # what only one side read
+        grams[side].sums.clear()
 
     def tensors_of(name: str, share: float) -> Tensor:
         if name not in along:
