@@ -152,17 +152,17 @@ def recorded_cases(run: ScoredRun) -> dict[str, Case]:
     cases = {}
     for task in run.tasks:
         mine = rows[rows["task"] == task.name]
-        table = {n: group.set_index("item").sort_index() for n, group in mine.groupby("trial")}
+        table = {n: found.set_index("item").sort_index() for n, found in _by_trial(mine).items()}
         if len(mine) < LEAST_ITEMS * max(len(table), 1):
             continue
-        anchors, others = sorted(known & table.keys()), sorted(table.keys() - known)
+        anchors, rest = sorted(known & table.keys()), sorted(table.keys() - known)
         values = {n: table[n]["value"].to_numpy() for n in table}
         signals = values if task.output_type != "multiple_choice" else _margins(table)
         cases[task.name] = Case(
             np.stack([signals[n] for n in anchors], axis=1),
             np.stack([values[n] for n in anchors], axis=1),
-            np.stack([signals[n] for n in others], axis=1),
-            np.stack([values[n] for n in others], axis=1),
+            np.stack([signals[n] for n in rest], axis=1),
+            np.stack([values[n] for n in rest], axis=1),
             are_margins=signals is not values,
         )
     return cases
@@ -172,6 +172,11 @@ def _whole(rows: pd.DataFrame) -> pd.DataFrame:
     """Keep the trials that answered every item: with a bank most searched ones answer a few."""
     counts = rows.groupby("trial").size()
     return rows[rows["trial"].isin(counts.index[counts == counts.max()])]
+
+
+def _by_trial(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Give each trial its own rows, the first trial first."""
+    return {int(trial): rows[rows["trial"] == trial] for trial in sorted(rows["trial"].unique().tolist())}
 
 
 def _margins(table: dict[int, pd.DataFrame]) -> dict[int, Array]:
@@ -242,7 +247,7 @@ class Races:
 
     def __init__(self, run: ScoredRun, block: int) -> None:
         self.scale = run.scale(SEARCH)
-        self.rows = {n: rows.assign(inclusion=1.0) for n, rows in self.scale.outcomes.groupby("trial")}
+        self.rows = {n: rows.assign(inclusion=1.0) for n, rows in _by_trial(self.scale.outcomes).items()}
         if len(set(map(len, self.rows.values()))) > 1:
             raise SystemExit(
                 f"{run.path}: its searched trials answered some of the items, and races are judged by a run whose "

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ class Studies:
     def items(self, delta: float) -> tuple[Array, NDArray[np.bool_]]:
         """Return how many items the first merge of each study took, (S,), and whether it was certified."""
         won, rounds = verdicts(self.losses[0], self.capital[0], delta, rounds=self.losses.shape[2], most=self.most)
-        return rounds * float(self.size), won == 1
+        return (rounds * self.size).astype(float), np.equal(won, 1)
 
     def median_items(self, delta: float) -> float:
         """Return the median of the items that it takes to certify the first merge; infinite where most are not."""
@@ -229,13 +230,13 @@ def main() -> None:
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     begun = time.monotonic()
     work: dict[str, list[tuple[str, Callable[[], dict[str, object]]]]] = {
-        "false certificates": [(str(truth), lambda truth=truth: error_row(truth, args.studies)) for truth in CASES],
+        "false certificates": [(str(truth), partial(error_row, truth, args.studies)) for truth in CASES],
         "power": [
-            (f"{limit:g} {items}", lambda limit=limit, items=items: power_row(limit, items, args.studies))
+            (f"{limit:g} {items}", partial(power_row, limit, items, args.studies))
             for limit, sizes in ((0.1, (100, 150, 300, 600)), (0.05, (300, 450, 600, 1000, 2000)))
             for items in sizes
         ],
-        "refusals": [(f"{f:g}", lambda f=f: refusal_row(f, args.studies)) for f in (0.05, 0.1, 0.2)],
+        "refusals": [(f"{f:g}", partial(refusal_row, f, args.studies)) for f in (0.05, 0.1, 0.2)],
     }
     for title, rows in work.items():
         print(f"\n{title}\n")

@@ -288,10 +288,8 @@ class Session:
             lines.append(f"{target:<10} {t.examples:>8} {clean:>7} {t.unclean:>7} {t.slowest:>6.1f} s {peak:>8}")
             lines += [f"    {count} x {finding}" for finding, count in sorted(t.findings.items(), key=lambda e: -e[1])]
         clean, slowest = self.examples - self.unclean, max((t.slowest for t in self.tallies.values()), default=0)
-        peak = max((t.peak for t in self.tallies.values()), default=0)
-        lines.append(
-            f"{'all':<10} {self.examples:>8} {clean:>7} {self.unclean:>7} {slowest:>6.1f} s {peak / 1e6:>5.0f} MB"
-        )
+        peak = f"{max((t.peak for t in self.tallies.values()), default=0) / 1e6:.0f} MB"
+        lines.append(f"{'all':<10} {self.examples:>8} {clean:>7} {self.unclean:>7} {slowest:>6.1f} s {peak:>8}")
         return "\n".join(lines)
 
 

@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,13 @@ from optimizer.merging.merge import DEVICE_ROOM, MergeCache, Sources, free_bytes
 from search_spaces import METHODS, Recipe, Setting
 
 NAMES = ("one", "two")
-COMMON = {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "dtype": "bfloat16"}
+COMMON: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "dtype": "bfloat16",
+}
 TINY = LlamaConfig(
     vocab_size=259, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=2048, **COMMON,
@@ -252,8 +259,8 @@ def methods(bench: Bench) -> None:
             size = torch.stack([sources.base.tensor(name).float(), wanted, got]).abs().amax(0).clamp(min=1e-30)
             steps = max(steps, float(((wanted - got).abs() / size.log2().floor().sub(7).exp2()).max()))
         chosen = recipe(method, large_base, dict(list(large_experts.items())[:count]))
-        first = bench.seconds(lambda chosen=chosen: merge_into(places, large, chosen, cache), 1)
-        later = bench.seconds(lambda chosen=chosen: merge_into(places, large, chosen, cache))
+        first = bench.seconds(partial(merge_into, places, large, chosen, cache), 1)
+        later = bench.seconds(partial(merge_into, places, large, chosen, cache))
         rate = (count + 2) * large.base.bytes / later
         numbers = sum(t.numel() for t in parameters.values())
         bench.row(
@@ -270,7 +277,8 @@ def agreement(bench: Bench) -> None:
     model = resident_model(sources.base, dtype="auto", device=bench.device.type).double()
     exact = torch.tensor([_exactly(model, pair) for pair in pairs])
     for dtype in (torch.bfloat16, torch.float32):
-        model = resident_model(sources.base, dtype="auto", device=bench.device.type).to(dtype)
+        model = resident_model(sources.base, dtype="auto", device=bench.device.type)
+        torch.nn.Module.to(model, dtype)
         engine = Engine(model, byte_tokenizer(), token_budget=2048)
         again = torch.tensor([x for x, _ in engine.loglikelihoods(pairs)])
         tree = torch.tensor([x for x, _ in engine.loglikelihoods(pairs)])
@@ -314,7 +322,7 @@ def score(bench: Bench) -> None:
     peak = _peak(bench)
     name, ask = _peer(resident.model, config)
     fifth = [pair for i, pair in enumerate(pairs) if i // 4 % 5 == 0]  # whole items
-    tried = {size: _or_infinite(lambda size=size: bench.seconds(lambda: ask(fifth, size), 1)) for size in (32, 128)}
+    tried = {size: _or_infinite(partial(bench.seconds, partial(ask, fifth, size), 1)) for size in (32, 128)}
     size = min(tried, key=lambda size: tried[size])
     theirs = tried[size] * _tokens(pairs) / _tokens(fifth)
     bench.row("score", peer=name, batch_size=size, peer_s=theirs, times_ours=theirs / scoring, our_peak_GB=peak / 1e9)
@@ -423,6 +431,7 @@ def ways(bench: Bench, resident: Resident, pairs: Sequence[Pair]) -> None:
         del graph
     if bench.device.type == "cpu":
         return  # a compiler's minute, for nothing that is wanted on a CPU
+    assert isinstance(model.layers, torch.nn.ModuleList)
     with compiled(model.layers):
         passing("compiled layers")
 
@@ -544,9 +553,9 @@ def learning(bench: Bench) -> None:
         pairs = items(config.vocab_size, distinct)
         held = _peak(bench, reset=True)
         step(pairs)
-        took = bench.seconds(lambda pairs=pairs: step(pairs))
+        took = bench.seconds(partial(step, pairs))
         peak = _peak(bench)
-        forward = bench.seconds(lambda pairs=pairs: resident.engine.loglikelihoods(pairs))
+        forward = bench.seconds(partial(resident.engine.loglikelihoods, pairs))
         bench.row(
             "learning", distinct_tokens=len(build_trie(dict(enumerate(pairs)))), step_s=took, of_forward=took / forward,
             peak_GB=peak / 1e9, held_GB=held / 1e9, model_GB=size / 1e9,

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import kl_div
 
-from evals.outcomes import HOLDOUT, KL_TO_BASE, SEARCH, Outcome, TaskSpec
+from evals.outcomes import HOLDOUT, KL_TO_BASE, SEARCH, Chat, Outcome, TaskSpec
 from evals.teachers import Beliefs
 from evals.tokens import Pair
 from optimizer.run import open_run
@@ -112,7 +112,7 @@ def main() -> None:
         text = Path(folder) / "docstrings.txt"
         text.write_text("\n\n".join(docstrings(PACKAGES)[: 4 * given.items]), encoding="utf-8")
         task = TaskSpec(str(text), "general", search_items=given.items, holdout_items=1, kind=KL_TO_BASE)
-        worker = Worker(WorkerSpec(base.base, base.experts, (task,), False, False, 0, "float32", "auto", 2, 0))
+        worker = Worker(WorkerSpec(base.base, base.experts, (task,), Chat(), False, 0, "float32", "auto", 2, 0))
         rows, of_base = [], tuple[Outcome, ...]()
         for trial, recipe in recipes.items():
             begun = time.perf_counter()

@@ -21,7 +21,7 @@ from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
 from search_spaces.shape import Shape
-from search_spaces.space import Space
+from search_spaces.space import Params, Space
 
 SECONDS, GIGABYTES = 10.0, 1.0  # the aim
 TASKS = (  # name, role, accuracy or bits, share of the items, what the base has, what the expert adds
@@ -82,37 +82,38 @@ def write_run(folder: Path, trials: int, items: int) -> None:
     names = ["model.embed_tokens.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(LAYERS))]
     space = Space.build("linear", "models/base", experts={"clinical": "models/clinical"}, tensors=names,
                         shape=Shape("curve", 4), modules=("attn",), ranges={})  # fmt: skip
-    anchors = [(anchor.name, dict(anchor.params)) for anchor in space.anchors()]
+    anchors: list[tuple[str, Params]] = [(anchor.name, dict(anchor.params)) for anchor in space.anchors()]
     rng, places = np.random.default_rng(0), sorted(space.distributions())
-    drawn = [("search", {name: float(rng.uniform()) for name in places}) for _ in range(trials - len(anchors))]
+    drawn: list[tuple[str, Params]] = [
+        ("search", {name: float(rng.uniform()) for name in places}) for _ in range(trials - len(anchors))
+    ]
     asked = [(kind, params, space.recipe(params)) for kind, params in [*anchors, *drawn]]
     study_yaml = "name: statistics\nmodels: {base: models/base, experts: {clinical: models/clinical}}\n"
     run = RunFolder.create_or_resume(folder, study_yaml, {}, tasks=infos)
-    effects = []
+    effects: list[tuple[float, float]] = []
     for number, (_, params, recipe) in enumerate(asked):
         weights = np.array(list(params.values()))
-        effects.append((1 - np.exp(-2 * weights.mean()), float((weights**1.7).mean())))
+        effects.append((float(1 - np.exp(-2 * weights.mean())), float((weights**1.7).mean())))
         run.write_outcomes(number, SEARCH, recipe.digest, outcomes_of(*effects[-1], infos, SEARCH, number))
-    ends = {"base": 0, "experts": {"clinical": 1}}
-    values = {}
+    values: dict[int, list[float]] = {}
     for start in range(2, trials, 50):  # a part at a time: this is not what is measured
         part = [0, 1, *range(start, min(trials, start + 50))]
         rows = [run.read_outcomes(number, SEARCH) for number in part]
-        found = draw_objectives(Scale(pd.concat(rows), infos, SEARCH, **ends), replicates=0)
+        found = draw_objectives(Scale(pd.concat(rows), infos, SEARCH, base=0, experts={"clinical": 1}), replicates=0)
         points = np.stack([found.points[name] for name in objective_names(["clinical"])], axis=1)
         values |= dict(zip(part, points.tolist(), strict=True))
     numbers = sorted(values)
     front = np.array(numbers)[non_dominated(losses([values[number] for number in numbers]))]
     for number in sorted({*map(int, front), *range(len(anchors))}):
-        digest = asked[number][2].digest
-        run.write_outcomes(number, HOLDOUT, digest, outcomes_of(*effects[number], infos, HOLDOUT, number))
+        (dose, harm), digest = effects[number], asked[number][2].digest
+        run.write_outcomes(number, HOLDOUT, digest, outcomes_of(dose, harm, infos, HOLDOUT, number))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = run.storage()
     study = optuna.create_study(study_name=run.path.name, storage=storage, directions=["maximize", "minimize"])
     study.add_trials([
         optuna.trial.create_trial(
-            params=params,
-            distributions=space.distributions() if params else {},
+            params=dict(params),
+            distributions={**space.distributions()} if params else {},
             values=values[number],
             user_attrs={"recipe": recipe.to_json(), "kind": kind, "seconds": 20.0},
         )

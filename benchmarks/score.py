@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> s
     asked = harness.requests(SEARCH)
     lm = HFLM(pretrained=model, tokenizer=tokenizer)
     some = asked[: len(asked) // 5]
-    tried = {size: seconds(lambda size=size: ask(lm, some, size)) for size in BATCH_SIZES}
+    tried = {size: seconds(partial(ask, lm, some, size)) for size in BATCH_SIZES}
     size = min(tried, key=lambda size: tried[size])
     answers: list[Any] = []
     with metered(model) as their_meter:
@@ -187,9 +188,10 @@ def measure(case: Case, model: PreTrainedModel, tokenizer: Any, items: int) -> s
     before = [product_rate(dtype, model.device) for dtype in (torch.bfloat16, model.dtype)]
     runs: list[tuple[float, Meter, list[Outcome]]] = []
     for _ in range(3):
-        outcomes: list[Outcome] = []
         with metered(model) as meter:
-            took = seconds(lambda outcomes=outcomes: outcomes.extend(harness.score(engine, SEARCH)))
+            begun = now()
+            outcomes = list(harness.score(engine, SEARCH))
+            took = now() - begun
         runs.append((took, meter, outcomes))
     ours, meter, outcomes = sorted(runs, key=lambda run: run[0])[1]
     line = f"{case.name:<21}{theirs:>8.2f} at {size:<2}{ours:>8.2f}{theirs / ours:>6.1f}x"
@@ -226,7 +228,8 @@ def main() -> None:
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or max(DTYPES, key=lambda name: product_rate(DTYPES[name], device))
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[dtype]).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPES[dtype]).eval()
+    torch.nn.Module.to(model, device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     print(f"{dtype} on {device}, {arguments.threads} threads")
     print(

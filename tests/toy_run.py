@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.study import StudyDirection
 
 from evals.objectives import Scale, draw_objectives, objective_names, objectives
 from evals.outcomes import Outcome, TaskInfo
@@ -27,7 +28,7 @@ from optimizer.runs.run_folder import RunFolder
 from search_spaces.groups import group_at
 from search_spaces.recipe import Recipe, Setting
 from search_spaces.shape import Shape
-from search_spaces.space import Space
+from search_spaces.space import Params, Space
 from tests.search_spaces.names import depth_of
 
 LAYERS = 12
@@ -92,7 +93,7 @@ def toy_tasks(experts: Sequence[str], *, shared: bool = False, sentinel: bool = 
     ]
 
 
-Asked = tuple[str, dict[str, float], Recipe]  # kind, params, recipe
+Asked = tuple[str, Params, Recipe]  # kind, params, recipe
 
 
 def tensor_names() -> list[str]:
@@ -169,8 +170,10 @@ def _built(
     scored = [number for number in range(len(asked)) if number != failed]
     frames = [_write(run, number, "search", recipes[number], tasks) for number in scored]
     kinds = {kind: number for number, (kind, _, _) in enumerate(asked)}
-    ends = {"base": kinds["base"], "experts": {name: kinds[f"expert:{name}"] for name in experts}}
-    scores = objectives(draw_objectives(Scale(pd.concat(frames), infos, "search", **ends), replicates=0))
+    ends = {name: kinds[f"expert:{name}"] for name in experts}
+    scores = objectives(
+        draw_objectives(Scale(pd.concat(frames), infos, "search", base=kinds["base"], experts=ends), replicates=0)
+    )
     columns = list(objective_names(experts))
     _write_study(run, space, asked, scores[columns], rng)
     if holdout:
@@ -294,7 +297,7 @@ def _write_study(
     rng: np.random.Generator,
 ) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["maximize"] * (values.shape[1] - 1) + ["minimize"]
+    directions = [*[StudyDirection.MAXIMIZE] * (values.shape[1] - 1), StudyDirection.MINIMIZE]
     storage = run.storage()
     study = optuna.create_study(study_name=run.path.name, storage=storage, directions=directions)
     ready = []
@@ -305,9 +308,9 @@ def _write_study(
         ready.append(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-                params=params,
-                distributions=space.distributions() if params else {},
-                values=values.loc[number].tolist() if done else None,
+                params=dict(params),
+                distributions={**space.distributions()} if params else {},
+                values=values.loc[[number]].to_numpy()[0].tolist() if done else None,
                 user_attrs={**attributes, **reason, **lesson_of(kind)},
             )
         )
