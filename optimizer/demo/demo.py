@@ -108,7 +108,7 @@ def _study(out: Path, inputs: Path, base: Path, expert: Path, *, tiny: bool, wor
         general = [task("python_prose", 6, 6), task("python_source", 6, 6)]
         sentinels = [sentinel("minimal_pairs", 40, OWN_TASKS)]
     else:
-        domain = [task("clinical_text", DRAWN, 36, bank=BANK // 2), task("clinical_words", DRAWN, 200)]
+        domain = [task("clinical_text", DRAWN, 36, bank=BANK // 4), task("clinical_words", DRAWN, 400)]
         general = [task("general_knowledge", DRAWN, 200, OWN_TASKS), task("python_prose", 4, 4)]
         sentinels = [sentinel("minimal_pairs", 200, OWN_TASKS), sentinel("docstring_words", 120)]
     return {
