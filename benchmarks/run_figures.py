@@ -18,6 +18,7 @@ import pandas as pd
 
 from evals.objectives import Scale, draw_objectives, objective_names
 from evals.outcomes import HOLDOUT, SEARCH, Outcome, TaskInfo
+from optimizer.database.study_home import close
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
 from search_spaces.shape import Shape
@@ -119,8 +120,7 @@ def write_run(folder: Path, trials: int, items: int) -> None:
         )
         for number, (kind, params, recipe) in enumerate(asked)
     ])  # fmt: skip
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)
 
 
 def read_run(folder: Path) -> list[dict[str, object]]:

@@ -28,7 +28,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from evals.outcomes import Outcome, TaskInfo
-from optimizer.database.study_home import DATABASE, make_storage, new_name, open_study_storage, take_study
+from optimizer.database.study_home import DATABASE, close, make_storage, new_name, open_study_storage, take_study
 from optimizer.database.study_url import storage_label
 from optimizer.errors import RunError, UnavailableError
 from optimizer.masking import redacted
@@ -124,8 +124,7 @@ class RunFolder:
                     connection.rollback()
                 yield storage
         finally:
-            storage.remove_session()
-            storage.engine.dispose()
+            close(storage)
 
     def study(self, storage: RDBStorage, url: str | None, directions: Sequence[StudyDirection]) -> optuna.Study:
         """Take this folder's study in its storage, made where there is none; see `take_study`."""
