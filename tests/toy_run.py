@@ -23,6 +23,7 @@ from optuna.study import StudyDirection
 
 from evals.objectives import Scale, draw_objectives, objective_names, objectives
 from evals.outcomes import Outcome, TaskInfo
+from optimizer.database.study_home import close
 from optimizer.runs.front import losses, non_dominated
 from optimizer.runs.run_folder import RunFolder
 from search_spaces.groups import group_at
@@ -315,5 +316,4 @@ def _write_study(
             )
         )
     study.add_trials(ready)
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)

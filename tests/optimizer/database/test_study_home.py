@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
 from optimizer.database.study_db import APPLICATION_ID
+from optimizer.database.study_home import close
 from optimizer.database.study_server import open_server
 from optimizer.database.study_url import storage_problem
 from optimizer.errors import DamagedError, RunError, UnavailableError
@@ -223,8 +224,7 @@ def test_a_crafted_study_is_refused_and_left_as_it_is(small: Path, tmp_path: Pat
     bench = Bench(shutil.copytree(small, tmp_path / "toy"))
     storage = bench.run.storage()
     HOSTILE[kind](optuna.load_study(study_name=None, storage=storage))
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)
     before = files(bench.folder)
     result = call("status", bench.folder)
     assert result.exit_code == 4, result.output

@@ -24,6 +24,7 @@ from evals.errors import TaskError
 from evals.outcomes import OUTCOME_COLUMNS, Outcome, TaskInfo
 from evals.score_table import table_of
 from evals.statistics import f1
+from optimizer.database.study_home import close
 from optimizer.errors import RunError
 from optimizer.masking import redacted
 from optimizer.run import open_run
@@ -363,8 +364,7 @@ def test_a_torn_database_names_its_backup(tmp_path: Path) -> None:
     for _ in range(2):
         storage = run.storage()
         optuna.create_study(study_name="toy", storage=storage, load_if_exists=True)
-        storage.remove_session()
-        storage.engine.dispose()
+        close(storage)
     run.database.write_bytes(run.database.read_bytes()[:6000])
     with pytest.raises(RunError, match=r"restore the copy study\.db\.bak"):
         run.storage()

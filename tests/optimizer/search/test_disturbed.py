@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from typer.testing import CliRunner, Result
 
 from optimizer.cli import app
+from optimizer.database.study_home import close
 from optimizer.errors import MergeError, RunError, SearchError, UnavailableError
 from optimizer.run import open_run
 from optimizer.workers.pool import Only, SerialPool
@@ -61,8 +62,7 @@ class optuna_study:
         return optuna.load_study(study_name=None, storage=self._storage)
 
     def __exit__(self, *_: object) -> None:
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        close(self._storage)
 
 
 # --- another program has the database ---
