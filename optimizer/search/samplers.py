@@ -30,9 +30,9 @@ def make_sampler(name: str, *, dimensions: int, conditional: bool, budget: int, 
     """Make a sampler for a study of several objectives.
 
     "auto" is the Gaussian process (expected hypervolume improvement) for up to 20 dimensions and 200 trials: it needs
-    the fewest trials, which cost minutes each; its own cost grows with the cube of the trials, and it stops learning
-    in many dimensions, so beyond that "auto" is multivariate TPE, whose cost stays small. With several merge methods
-    it is TPE too.
+    the fewest trials, which cost minutes each. In 40 dimensions it finds no more than multivariate TPE
+    (`benchmarks/search.py`), and its own cost grows with the cube of the trials, so beyond these limits "auto" is
+    TPE, whose cost stays small. With several merge methods it is TPE too.
 
     Args:
         name: one of SAMPLERS; where `conditional`, one that `require_learns` lets pass.
